@@ -165,7 +165,7 @@ def cross_attention(
     x and s are [B, L, 64]; the norms' weights and biases and `scale` [64]; q, k and v [heads * head_dim, 64]; out
     [64, heads * head_dim]; `positions` [L, 2] turns queries and keys, `None` leaves them. All projections are bias-free.
     """
-    batch, length, channels = x.shape
+    batch, length, _ = x.shape
     head_dim = q_weight.shape[0] // heads
     image = layer_norm(x, norm_x_weight, norm_x_bias, eps)
     semantic = layer_norm(s, norm_s_weight, norm_s_bias, eps)
