@@ -1,0 +1,750 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""FLUX.1 Fill as a paired image translator, guided by a semantic map.
+
+The visible view and the yet unknown target view stand side by side in one picture whose right half is masked (in-context
+editing, https://huggingface.co/papers/2504.20690). While denoising, a small cross-attention over the semantic map enhances
+the noisy tokens before each call of the transformer.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import safetensors
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+
+# As a dynamic module (`custom_pipeline=`) this file has a package, and the module stands beside it; installed, it has
+# none. `import ... as` escapes the dynamic loader's check for packages that are not installed.
+if __package__:
+    from .semantic_attention import SemanticAttentionModel
+else:
+    import semantic_attention as _semantic_attention
+
+    SemanticAttentionModel = _semantic_attention.SemanticAttentionModel
+
+# `save_pretrained` records the component as ["semantic_attention", "SemanticAttentionModel"], which a pipeline loaded
+# through `custom_pipeline=` must be able to import again where the package is not installed.
+sys.modules.setdefault("semantic_attention", sys.modules[SemanticAttentionModel.__module__])
+
+logger = logging.get_logger(__name__)
+
+SEMANTIC_SUBFOLDER = "semantic_attention"
+# Safetensors metadata key beside diffusers' own: how the map entered while the LoRA was trained.
+SEMANTIC_METADATA_KEY = "semantic_fill"
+
+
+@dataclass(frozen=True)
+class SemanticMode:
+    """How the semantic map enters: the views that stand side by side on the canvas, and what else happens to them."""
+
+    panels: tuple[str, ...] = ("visible", "target")
+    attends: bool = False
+    fuses: bool = False
+
+    @property
+    def map_on_canvas(self) -> bool:
+        return self.fuses or "semantic" in self.panels
+
+
+SEMANTIC_MODES = {
+    "cross_attention": SemanticMode(attends=True),
+    "none": SemanticMode(),
+    "pixel_fusion": SemanticMode(fuses=True),
+    "in_context": SemanticMode(panels=("visible", "target", "semantic")),
+}
+
+
+def lay_under_panels(tokens: torch.Tensor, rows: int, columns: int, num_panels: int) -> torch.Tensor:
+    """Repeats one panel's `(batch, rows * columns, channels)` tokens under each of `num_panels` panels side by side."""
+    return tokens.unflatten(1, (rows, 1, columns)).expand(-1, -1, num_panels, -1, -1).flatten(1, 3)
+
+
+def panel_positions(rows: int, columns: int, num_panels: int, device: torch.device | None = None) -> torch.Tensor:
+    """`(rows * num_panels * columns, 2)`: the row, and the column within its panel, of each token of the canvas."""
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(device=device, dtype=torch.float32)
+    return lay_under_panels(grid[None], rows, columns, num_panels)[0]
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers import DiffusionPipeline
+        >>> from diffusers.utils import load_image
+
+        >>> pipe = DiffusionPipeline.from_pretrained(
+        ...     "black-forest-labs/FLUX.1-Fill-dev",
+        ...     custom_pipeline="user/my-semantic-fill",
+        ...     trust_remote_code=True,
+        ...     dtype=torch.bfloat16,
+        ... ).to("cuda")
+        >>> pipe.load_lora_weights("user/my-semantic-fill")
+        >>> thermal = pipe(
+        ...     prompt="a thermal photograph of a street",
+        ...     image=load_image("street.png"),
+        ...     semantic_image=load_image("street_panoptic.png"),
+        ... ).images[0]
+        ```
+"""
+
+
+class FluxFillSemanticPipeline(FluxFillPipeline):
+    r"""
+    Translates a picture into another view of the same scene with FLUX.1 Fill, guided by a semantic map.
+
+    Without `mask_image` a call paints the target view beside the visible one. With `mask_image` it is
+    [`FluxFillPipeline`] plus guidance. Without a semantic map, or at `semantic_scale=0`, both give what
+    [`FluxFillPipeline`] gives, bit for bit.
+
+    Args:
+        scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer:
+            The components of [`FluxFillPipeline`].
+        semantic_attention (`SemanticAttentionModel`, *optional*):
+            The cross-attention over the semantic map; loaded by `load_lora_weights` as well.
+        semantic_mode (`str`, defaults to `"cross_attention"`):
+            How the map enters, one of `"cross_attention"`, `"none"`, `"pixel_fusion"` (the visible view is blended
+            with the map) and `"in_context"` (the map is a third panel). `load_lora_weights` sets it to what the weights
+            were trained with.
+        fusion_alpha (`float`, defaults to 0.5):
+            Share of the map in the blend of `"pixel_fusion"`, in [0, 1].
+    """
+
+    _optional_components = ["semantic_attention"]
+    # Small enough to stay on the device, and called between two steps of the transformer.
+    _exclude_from_cpu_offload = ["semantic_attention"]
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5TokenizerFast,
+        transformer: FluxTransformer2DModel,
+        semantic_attention: SemanticAttentionModel | None = None,
+        semantic_mode: str = "cross_attention",
+        fusion_alpha: float = 0.5,
+    ):
+        super().__init__(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+        )
+        self._set_semantic_attention(semantic_attention)
+        self._set_semantic_mode(semantic_mode, fusion_alpha)
+        # Views stay in [0, 1] until the canvas is whole, which `image_processor` then normalises as it does any picture.
+        patch_size = self.vae_scale_factor * 2
+        self.view_processor = VaeImageProcessor(patch_size, do_normalize=False, do_convert_rgb=True)
+        # A semantic map holds labels: blending two of them would make a third.
+        self.semantic_processor = VaeImageProcessor(
+            patch_size, resample="nearest", do_normalize=False, do_convert_rgb=True
+        )
+
+    def _set_semantic_attention(self, semantic_attention: SemanticAttentionModel | None) -> None:
+        self.register_modules(semantic_attention=semantic_attention)
+        if semantic_attention is not None:
+            # Not the name of the dynamic module that this code may run as.
+            self.register_to_config(semantic_attention=("semantic_attention", type(semantic_attention).__name__))
+
+    def _set_semantic_mode(self, semantic_mode: str, fusion_alpha: float) -> None:
+        if semantic_mode not in SEMANTIC_MODES:
+            raise ValueError(f"`semantic_mode` has to be one of {tuple(SEMANTIC_MODES)} but is {semantic_mode!r}.")
+        if not 0 <= fusion_alpha <= 1:
+            raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {fusion_alpha}.")
+        self.register_to_config(semantic_mode=semantic_mode, fusion_alpha=fusion_alpha)
+
+    @property
+    def _patch_size(self) -> int:
+        """Pixels of a picture along one side of a token: the VAE's factor times the 2x2 packing."""
+        return self.vae_scale_factor * 2
+
+    # -- Encode: the steps that training and inference share ---------------------------------------------------------
+
+    def prepare_diptych(
+        self,
+        visible: torch.Tensor,
+        target: torch.Tensor | None = None,
+        semantic: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Puts the views on one canvas, as the pipeline's `semantic_mode` wants them.
+
+        Args:
+            visible (`torch.Tensor` of shape `(batch, 3, height, width)`):
+                The visible view, in [0, 1].
+            target (`torch.Tensor` of the same shape, *optional*):
+                The target view. Where it is unknown, the visible view stands in its place: with `strength` below 1
+                painting starts from it, at 1 and in the masked picture it leaves no trace.
+            semantic (`torch.Tensor` of the same shape, *optional*):
+                The semantic map, for the modes that put it on the canvas. Without it `"pixel_fusion"` leaves the
+                visible view as it is and `"in_context"` has a mid-grey third panel.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the diptych `(batch, 3, height, panels * width)` in [0, 1] and the mask
+            `(1, 1, height, panels * width)`, 1 on the target panel and 0 elsewhere.
+        """
+        mode = SEMANTIC_MODES[self.config.semantic_mode]
+        target = visible if target is None else target
+        semantic_panel = torch.full_like(visible, 0.5) if semantic is None else semantic
+        if mode.fuses and semantic is not None:
+            visible = torch.lerp(visible, semantic, self.config.fusion_alpha)
+        views = {"visible": visible, "target": target, "semantic": semantic_panel}
+        diptych = torch.cat([views[panel] for panel in mode.panels], dim=3)
+        one_panel = torch.ones_like(visible[:1, :1])
+        mask = torch.cat([one_panel * (panel == "target") for panel in mode.panels], dim=3)
+        return diptych, mask
+
+    def encode_moments(self, diptych: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        The VAE's share of `encode_diptych`: posterior parameters (mean and log-variance) of the diptych and of the
+        masked diptych, whose hidden part is mid-grey.
+
+        Args:
+            diptych (`torch.Tensor` of shape `(batch, 3, height, width)`):
+                Pixels in [0, 1].
+            mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`):
+                1 where the transformer paints, 0 where it sees.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`, each `(batch, 2 * latent_channels, height / 8, width / 8)`.
+        """
+        pixels = self.image_processor.preprocess(diptych).to(device=self._execution_device)
+        masked = pixels * (1 - mask.to(pixels.device))
+        return tuple(self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters for x in (pixels, masked))
+
+    def encode_diptych(
+        self,
+        diptych: torch.Tensor | None,
+        mask: torch.Tensor,
+        moments: tuple[torch.Tensor, torch.Tensor] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        r"""
+        Encodes a diptych as `__call__` does, drawing from the VAE's posterior.
+
+        Args:
+            diptych (`torch.Tensor` of shape `(batch, 3, height, width)`):
+                Pixels in [0, 1]; `None` where `moments` are given.
+            mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`):
+                1 where the transformer paints, 0 where it sees.
+            moments (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                What `encode_moments` gave for this diptych and mask earlier.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the two draws deterministic: that of the diptych first, then that of the masked one.
+            dtype (`torch.dtype`, *optional*):
+                Dtype of the results. Defaults to the VAE's.
+
+        Returns:
+            `x_0` `(batch, tokens, 64)`, `x_cond` `(batch, tokens, 320)` and `img_ids` `(tokens, 3)`.
+        """
+        if moments is None:
+            moments = self.encode_moments(diptych, mask)
+        dtype = dtype or moments[0].dtype
+        latents, masked_latents = (DiagonalGaussianDistribution(m).sample(generator) for m in moments)
+        batch_size, channels, height, width = latents.shape
+        x_0 = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        x_0 = self._pack_latents(x_0, batch_size, channels, height, width).to(dtype)
+        # The very method that `FluxFillPipeline.__call__` encodes its masked picture with.
+        mask_tokens, masked_tokens = self.prepare_mask_latents(
+            mask=mask,
+            masked_image=masked_latents,
+            batch_size=batch_size,
+            num_channels_latents=channels,
+            num_images_per_prompt=1,
+            height=height * self.vae_scale_factor,
+            width=width * self.vae_scale_factor,
+            dtype=dtype,
+            device=latents.device,
+            generator=None,
+        )
+        x_cond = torch.cat((masked_tokens, mask_tokens), dim=-1)
+        img_ids = self._prepare_latent_image_ids(batch_size, height // 2, width // 2, latents.device, dtype)
+        return x_0, x_cond, img_ids
+
+    def encode_semantic(self, semantic: torch.Tensor) -> torch.Tensor:
+        r"""
+        Encodes the semantic map by the mode of the VAE's posterior, which takes nothing from any random stream.
+
+        Args:
+            semantic (`torch.Tensor` of shape `(batch, 3, height, width)`):
+                The map as a picture, in [0, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, height / 16 * width / 16, 64)`: the map's tokens, in the VAE's dtype.
+            `lay_under_panels` repeats them across the canvas.
+        """
+        pixels = self.image_processor.preprocess(semantic).to(device=self._execution_device, dtype=self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return self._pack_latents(latents, *latents.shape)
+
+    # -- Attend ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _semantic_guidance(
+        self, semantic_tokens: torch.Tensor | None, positions: torch.Tensor | None, semantic_scale: float
+    ):
+        """Enhances the transformer's noisy tokens for the time of one call, also where that call ends in an error."""
+
+        def enhance(transformer, args, kwargs):
+            channels = self.semantic_attention.config.in_channels
+            hidden_states = kwargs["hidden_states"]
+            x_t, x_cond = hidden_states[..., :channels], hidden_states[..., channels:]
+            enhanced = self.semantic_attention(
+                x_t.to(self.semantic_attention.dtype), semantic_tokens, positions, semantic_scale
+            )
+            kwargs["hidden_states"] = torch.cat((enhanced.to(x_t.dtype), x_cond), dim=-1)
+            return args, kwargs
+
+        with contextlib.ExitStack() as stack:
+            # `FluxFillPipeline` opens no cache context itself, without which FirstBlockCache and its kin refuse to run.
+            stack.enter_context(self.transformer.cache_context("cond"))
+            if semantic_tokens is not None:
+                handle = self.transformer.register_forward_pre_hook(enhance, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    # -- Paint -------------------------------------------------------------------------------------------------------
+
+    def _preprocess_view(
+        self,
+        name: str,
+        view: PipelineImageInput,
+        processor: VaeImageProcessor,
+        height: int | None,
+        width: int | None,
+    ) -> torch.Tensor:
+        """A picture argument as `(batch, 3, height, width)` in [0, 1], at its own size unless one is asked for."""
+        accepted = "a PIL image, a numpy array (batch, height, width, 3), a tensor (batch, 3, height, width), or a list"
+        first = view[0] if isinstance(view, (list, tuple)) and len(view) > 0 else view
+        if not isinstance(first, (PIL.Image.Image, np.ndarray, torch.Tensor)):
+            raise ValueError(f"`{name}` has to be {accepted} of them but is {type(first).__name__}.")
+        if isinstance(view, (list, tuple)):
+            view = list(view)
+            kinds = {"PIL" if isinstance(v, PIL.Image.Image) else type(v).__name__ for v in view}
+            shapes = {v.size if isinstance(v, PIL.Image.Image) else tuple(v.shape) for v in view}
+            if len(kinds) > 1 or len(shapes) > 1:
+                raise ValueError(
+                    f"`{name}` has to hold pictures of one kind and size but holds {sorted(kinds)} of the sizes"
+                    f" {sorted(shapes)}."
+                )
+        if not isinstance(first, PIL.Image.Image):
+            channels_at = -1 if isinstance(first, np.ndarray) else -3
+            if first.ndim not in (3, 4) or first.shape[channels_at] != 3:
+                raise ValueError(f"`{name}` has to be {accepted} of them but has the shape {tuple(first.shape)}.")
+            low, high = (min(float(v.min()) for v in view), max(float(v.max()) for v in view)) if isinstance(
+                view, list
+            ) else (float(view.min()), float(view.max()))
+            # Written so that NaN fails as well.
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"`{name}` has to hold values within [0, 1] but holds [{low}, {high}].")
+            if isinstance(view, np.ndarray) and view.ndim == 3:
+                view = view[None]
+        pixels = processor.preprocess(view, height=height, width=width) if height else self._as_tensor(view, processor)
+        if pixels.shape[-2] % self._patch_size or pixels.shape[-1] % self._patch_size:
+            raise ValueError(
+                f"`{name}` is {pixels.shape[-1]}x{pixels.shape[-2]} pixels, but width and height have to be multiples of"
+                f" {self._patch_size}. Pass `height` and `width` to resize it."
+            )
+        return pixels.to(torch.float32)
+
+    @staticmethod
+    def _as_tensor(view, processor: VaeImageProcessor) -> torch.Tensor:
+        """The picture at its own size: `preprocess` would round it down to the next multiple without a word."""
+        first = view[0] if isinstance(view, list) else view
+        if isinstance(first, PIL.Image.Image):
+            return processor.preprocess(view, height=first.height, width=first.width)
+        height, width = first.shape[-2:] if isinstance(first, torch.Tensor) else first.shape[-3:-1]
+        return processor.preprocess(view, height=height, width=width)
+
+    def _check_semantic_inputs(self, image, semantic_image, mask_image, semantic_scale, height, width) -> None:
+        mode = SEMANTIC_MODES[self.config.semantic_mode]
+        if image is None:
+            raise ValueError("`image` has to be the visible view, or with `mask_image` the picture to fill, but is None.")
+        if not isinstance(semantic_scale, (int, float)) or not np.isfinite(semantic_scale):
+            raise ValueError(f"`semantic_scale` has to be a finite number but is {semantic_scale!r}.")
+        if semantic_image is not None and mode.attends and semantic_scale != 0 and self.semantic_attention is None:
+            raise ValueError(
+                "`semantic_image` was passed, but the pipeline has no `semantic_attention` to look it up with. Load one"
+                " with `load_lora_weights` or pass `semantic_attention=` when making the pipeline, or leave"
+                " `semantic_image` out."
+            )
+        if semantic_image is not None and not (mode.attends or mode.map_on_canvas):
+            raise ValueError(
+                f'`semantic_image` was passed, but `semantic_mode="{self.config.semantic_mode}"` uses no map. Leave it'
+                " out."
+            )
+        if mask_image is not None and mode.map_on_canvas:
+            raise ValueError(
+                f'`mask_image` was passed, but `semantic_mode="{self.config.semantic_mode}"` makes its own mask. It is'
+                ' accepted with the modes "cross_attention" and "none".'
+            )
+        if (height is None) != (width is None):
+            raise ValueError(f"`height` and `width` have to be passed together but are {height} and {width}.")
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and (size < self._patch_size or size % self._patch_size):
+                raise ValueError(f"`{name}` has to be a positive multiple of {self._patch_size} but is {size}.")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        semantic_image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        semantic_scale: float = 1.0,
+        return_diptych: bool = False,
+        prompt_2: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 30.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.FloatTensor | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        pooled_prompt_embeds: torch.FloatTensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[[int, int, dict], None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int = 512,
+    ):
+        r"""
+        Paints the target view of `image`, or with `mask_image` fills `image` itself.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What to paint. One prompt serves all pictures of a batch.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                The visible view, `(batch, height, width, 3)` as numpy array or `(batch, 3, height, width)` as tensor,
+                in [0, 1]. Its sides have to be multiples of 16 unless `height` and `width` are passed. With
+                `mask_image` the picture to fill.
+            semantic_image (as `image`, *optional*):
+                The semantic map of the same scene, pixel for pixel. One map serves all pictures of a batch.
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                As in [`FluxFillPipeline`]: white is repainted.
+            semantic_scale (`float`, defaults to 1.0):
+                Strength of the guidance. 0 leaves the module out.
+            return_diptych (`bool`, defaults to `False`):
+                Whether to give the whole canvas back instead of the target view. Without meaning with `mask_image`.
+            prompt_2 (`str` or `list[str]`, *optional*):
+                Prompt of the T5 encoder. Defaults to `prompt`.
+            height, width (`int`, *optional*):
+                Size of one view in pixels, multiples of 16. Default to the size of `image`; with `mask_image` to 1024,
+                as in [`FluxFillPipeline`].
+            strength (`float`, defaults to 1.0):
+                Below 1, painting starts from the noised visible view instead of from noise alone.
+            num_inference_steps (`int`, defaults to 50), sigmas (`list[float]`, *optional*), guidance_scale (`float`,
+            defaults to 30.0), num_images_per_prompt (`int`, defaults to 1), generator (`torch.Generator` or
+            `list[torch.Generator]`, *optional*), prompt_embeds, pooled_prompt_embeds (`torch.Tensor`, *optional*),
+            joint_attention_kwargs (`dict`, *optional*), callback_on_step_end (`Callable`, *optional*),
+            callback_on_step_end_tensor_inputs (`list[str]`), max_sequence_length (`int`, defaults to 512):
+                As in [`FluxFillPipeline`].
+            latents (`torch.Tensor` of shape `(batch, tokens, 64)`, *optional*):
+                Noisy tokens of the whole canvas to start from.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"`, or `"latent"` for the packed latents `(batch, tokens, 64)` of what would have
+                been decoded.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`~pipelines.flux.FluxPipelineOutput`] instead of a tuple.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.flux.FluxPipelineOutput`] or `tuple`: the pictures.
+
+        Raises:
+            `ValueError`: where an argument does not fit the pipeline or another argument.
+        """
+        mode = SEMANTIC_MODES[self.config.semantic_mode]
+        self._check_semantic_inputs(image, semantic_image, mask_image, semantic_scale, height, width)
+
+        # 1. Read
+        translates = mask_image is None
+        if translates:
+            visible = self._preprocess_view("image", image, self.view_processor, height, width)
+            height, width = visible.shape[-2:]
+            num_images = visible.shape[0]
+        else:
+            height = height or self.default_sample_size * self.vae_scale_factor
+            width = width or self.default_sample_size * self.vae_scale_factor
+            num_images = _batch_size(image)
+        semantic = None
+        if semantic_image is not None:
+            semantic = self._preprocess_view(
+                "semantic_image", semantic_image, self.semantic_processor, *self._map_size(image, semantic_image, height, width)
+            )
+            if semantic.shape[-2:] != (height, width):
+                raise ValueError(
+                    f"`semantic_image` has to be as large as `image`, {width}x{height} pixels, but is"
+                    f" {semantic.shape[-1]}x{semantic.shape[-2]}. Pass `height` and `width` to resize both."
+                )
+        prompt, batch_size = _match_batch(prompt, prompt_embeds, num_images, semantic)
+        if semantic is not None:
+            semantic = semantic.expand(batch_size, -1, -1, -1)
+
+        # 2. Encode
+        panels, panel_index = 1, 0
+        if translates:
+            panels, panel_index = len(mode.panels), mode.panels.index("target")
+            on_canvas = semantic if mode.map_on_canvas else None
+            if on_canvas is not None and on_canvas.shape[0] > num_images:
+                visible = visible.expand(batch_size, -1, -1, -1)
+            image, mask_image = self.prepare_diptych(visible, semantic=on_canvas)
+            if num_images_per_prompt > 1 and image.shape[0] > 1:
+                # `FluxFillPipeline` would repeat the prompts one by one but the pictures batch by batch.
+                image = image.repeat_interleave(num_images_per_prompt, dim=0)
+        semantic_tokens, positions = None, None
+        if semantic is not None and mode.attends and semantic_scale != 0:
+            rows, columns = height // self._patch_size, width // self._patch_size
+            semantic_tokens = lay_under_panels(self.encode_semantic(semantic), rows, columns, panels)
+            semantic_tokens = semantic_tokens.repeat_interleave(num_images_per_prompt, dim=0)
+            semantic_tokens = semantic_tokens.to(self.semantic_attention.dtype)
+            positions = panel_positions(rows, columns, panels, semantic_tokens.device)
+
+        # 3. Denoise and decode
+        with self._semantic_guidance(semantic_tokens, positions, semantic_scale):
+            images = super().__call__(
+                prompt=prompt,
+                prompt_2=prompt_2,
+                image=image,
+                mask_image=mask_image,
+                height=height,
+                width=width * panels,
+                strength=strength,
+                num_inference_steps=num_inference_steps,
+                sigmas=sigmas,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                output_type=output_type,
+                return_dict=False,
+                joint_attention_kwargs=joint_attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                max_sequence_length=max_sequence_length,
+            )[0]
+
+        # 4. Cut the target view out
+        if translates and not return_diptych:
+            images = _cut_panel(images, panel_index, panels, rows=height // self._patch_size)
+        if not return_dict:
+            return (images,)
+        return FluxPipelineOutput(images=images)
+
+    @staticmethod
+    def _map_size(image, semantic_image, height: int, width: int) -> tuple[int | None, int | None]:
+        """The size to resize the map to: none where it already stands pixel for pixel on a picture that is not resized."""
+        image_size, map_size = (_picture_size(x) for x in (image, semantic_image))
+        return (height, width) if image_size == map_size or image_size is None else (None, None)
+
+    # -- Load and save -----------------------------------------------------------------------------------------------
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor], **kwargs
+    ) -> None:
+        r"""
+        Loads a trained LoRA **and** its semantic attention module, and takes over the mode they were trained in.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+                A folder or Hub repository that [`FluxFillSemanticPipeline.save_lora_weights`] or the training script
+                wrote. A state dict can hold the LoRA only.
+            kwargs (*optional*):
+                As in [`~loaders.FluxLoraLoaderMixin.load_lora_weights`].
+
+        Raises:
+            `ValueError`: where the weights were trained with `"cross_attention"` but the module is missing.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, dict):
+            return super().load_lora_weights(source, **kwargs)
+        source = str(source)
+        hub_kwargs = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
+            if name in kwargs
+        }
+        subfolder = kwargs.get("subfolder") or ""
+        lora_file = _resolve_file(source, subfolder, kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE, hub_kwargs)
+        trained_with = {"semantic_mode": "cross_attention", "fusion_alpha": self.config.fusion_alpha}
+        if lora_file is not None:
+            with safetensors.safe_open(lora_file, framework="pt") as weights:
+                trained_with |= json.loads((weights.metadata() or {}).get(SEMANTIC_METADATA_KEY, "{}"))
+
+        before = self.semantic_attention, self.config.semantic_mode, self.config.fusion_alpha
+        module = None
+        if SEMANTIC_MODES[trained_with["semantic_mode"]].attends:
+            module_folder = "/".join(filter(None, (subfolder, SEMANTIC_SUBFOLDER)))
+            if _resolve_file(source, module_folder, "config.json", hub_kwargs) is None:
+                raise ValueError(
+                    "`pretrained_model_name_or_path_or_dict` has to hold the module in"
+                    f" `{module_folder}/config.json` beside the LoRA, but {source!r} has no such file. A LoRA without a"
+                    " module loads with `FluxFillPipeline.load_lora_weights`."
+                )
+            module = SemanticAttentionModel.from_pretrained(source, subfolder=module_folder, **hub_kwargs)
+            module.to(device=self._execution_device, dtype=self.transformer.dtype)
+        # In place before the LoRA, whose loading takes offloading hooks off all components and sets them again.
+        self._set_semantic_attention(module)
+        self._set_semantic_mode(trained_with["semantic_mode"], trained_with["fusion_alpha"])
+        try:
+            super().load_lora_weights(source, **kwargs)
+        except Exception:
+            self._set_semantic_attention(before[0])
+            self._set_semantic_mode(*before[1:])
+            raise
+
+    def unload_lora_weights(self, reset_to_overwritten_params: bool = False) -> None:
+        r"""Removes the LoRA **and** the semantic attention module. See [`~loaders.FluxLoraLoaderMixin`]."""
+        super().unload_lora_weights(reset_to_overwritten_params)
+        self._set_semantic_attention(None)
+        self._set_semantic_mode("cross_attention", self.config.fusion_alpha)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        semantic_attention: SemanticAttentionModel | None = None,
+        semantic_mode: str = "cross_attention",
+        fusion_alpha: float = 0.5,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        r"""
+        Saves a LoRA and its semantic attention module as safetensors.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to save to; made where it does not exist.
+            transformer_lora_layers (`dict[str, torch.nn.Module]` or `dict[str, torch.Tensor]`):
+                State dict of the LoRA.
+            semantic_attention (`SemanticAttentionModel`, *optional*):
+                The module, saved under `semantic_attention/`. Needed with `semantic_mode="cross_attention"`.
+            semantic_mode (`str`, defaults to `"cross_attention"`), fusion_alpha (`float`, defaults to 0.5):
+                How the map enters, written into the metadata of the LoRA file.
+            is_main_process (`bool`, defaults to `True`):
+                Whether this process writes; the others return at once.
+            weight_name (`str`, *optional*):
+                File name of the LoRA. Defaults to `pytorch_lora_weights.safetensors`.
+            transformer_lora_adapter_metadata (`dict`, *optional*):
+                The LoRA's configuration, rank and alpha above all.
+        """
+        if SEMANTIC_MODES[semantic_mode].attends != (semantic_attention is not None):
+            raise ValueError(
+                f'`semantic_attention` has to be given with `semantic_mode="cross_attention"` and with no other, but is'
+                f' {type(semantic_attention).__name__} with "{semantic_mode}".'
+            )
+        if not is_main_process:
+            return
+        adapter_metadata = {f"transformer.{k}": v for k, v in (transformer_lora_adapter_metadata or {}).items()}
+        metadata = {"format": "pt"}
+        metadata[SEMANTIC_METADATA_KEY] = json.dumps({"semantic_mode": semantic_mode, "fusion_alpha": fusion_alpha})
+        if adapter_metadata:
+            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_metadata, indent=2, sort_keys=True, default=list)
+        super().save_lora_weights(
+            save_directory,
+            transformer_lora_layers=transformer_lora_layers,
+            weight_name=weight_name,
+            save_function=lambda weights, path: safetensors.torch.save_file(weights, path, metadata=metadata),
+        )
+        if semantic_attention is not None:
+            semantic_attention.save_pretrained(os.path.join(save_directory, SEMANTIC_SUBFOLDER))
+
+
+def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
+    """The local path of a file of a folder or Hub repository, or `None` where there is no such file."""
+    if os.path.isdir(source):
+        path = os.path.join(source, subfolder, filename)
+        return path if os.path.isfile(path) else None
+    try:
+        return hf_hub_download(source, filename, subfolder=subfolder or None, **hub_kwargs)
+    except EntryNotFoundError:
+        return None
+
+
+def _picture_size(picture: PipelineImageInput) -> tuple[int, int] | None:
+    """(height, width) of a picture argument, or `None` where it is no picture."""
+    first = picture[0] if isinstance(picture, (list, tuple)) and len(picture) > 0 else picture
+    if isinstance(first, PIL.Image.Image):
+        return first.height, first.width
+    if isinstance(first, torch.Tensor) and first.ndim >= 2:
+        return tuple(first.shape[-2:])
+    if isinstance(first, np.ndarray) and first.ndim >= 3:
+        return tuple(first.shape[-3:-1])
+    return None
+
+
+def _batch_size(picture: PipelineImageInput) -> int:
+    if isinstance(picture, (list, tuple)):
+        return len(picture)
+    return picture.shape[0] if isinstance(picture, (torch.Tensor, np.ndarray)) and picture.ndim == 4 else 1
+
+
+def _match_batch(
+    prompt: str | list[str] | None,
+    prompt_embeds: torch.Tensor | None,
+    num_images: int,
+    semantic: torch.Tensor | None,
+) -> tuple[str | list[str] | None, int]:
+    """The batch size that prompts, pictures and maps agree on, and one prompt a picture where one was given for all."""
+    if isinstance(prompt, str) and num_images > 1:
+        prompt = [prompt] * num_images
+    num_prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else prompt_embeds.shape[0]
+    if num_images not in (1, num_prompts):
+        raise ValueError(
+            f"`image` has to hold 1 picture or one for each of the {num_prompts} prompts, but holds {num_images}."
+        )
+    if semantic is not None and semantic.shape[0] not in (1, num_prompts):
+        raise ValueError(
+            f"`semantic_image` has to hold 1 map or one for each of the {num_prompts} prompts, but holds"
+            f" {semantic.shape[0]}."
+        )
+    return prompt, num_prompts
+
+
+def _cut_panel(images, index: int, panels: int, rows: int):
+    """One panel of the pictures: PIL, numpy (..., width, 3), tensor (..., width) or packed latents (batch, tokens, 64)."""
+    if isinstance(images, list):
+        return [
+            picture.crop(
+                (index * picture.width // panels, 0, (index + 1) * picture.width // panels, picture.height)
+            )
+            for picture in images
+        ]
+    if isinstance(images, np.ndarray):
+        return np.split(images, panels, axis=2)[index]
+    if images.ndim == 3:
+        return images.unflatten(1, (rows, panels, -1))[:, :, index].flatten(1, 2)
+    return images.chunk(panels, dim=3)[index]

@@ -1,0 +1,259 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The cross-attention that lets the noisy image tokens of FLUX.1 Fill look a semantic map up.
+
+One layer computes, for image tokens `x` and semantic tokens `s`,
+
+    x + scale * Out(softmax(Q(LN(x)) K(LN(s))^T / sqrt(head_dim)) V(LN(s)))
+
+with a per-channel `scale` that starts at exactly zero, as ControlNet's zero convolutions do
+(https://huggingface.co/papers/2302.05543): an untrained module leaves the base model as it is.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+
+SEMANTIC_POSITIONS = ("none", "rope")
+
+
+class SemanticCrossAttention(nn.Module):
+    r"""
+    One gated cross-attention layer from image tokens to semantic tokens.
+
+    Args:
+        channels (`int`, defaults to 64):
+            Channels of both token sequences: the 16 latent channels of the VAE, packed 2x2.
+        num_heads (`int`, defaults to 8):
+            Number of attention heads.
+        head_dim (`int`, defaults to 16):
+            Channels of one head. The inner width is `num_heads * head_dim`.
+    """
+
+    def __init__(self, channels: int = 64, num_heads: int = 8, head_dim: int = 16):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        inner_dim = num_heads * head_dim
+
+        self.norm_image = nn.LayerNorm(channels)
+        self.norm_semantic = nn.LayerNorm(channels)
+        self.to_q = nn.Linear(channels, inner_dim, bias=False)
+        self.to_k = nn.Linear(channels, inner_dim, bias=False)
+        self.to_v = nn.Linear(channels, inner_dim, bias=False)
+        self.to_out = nn.Linear(inner_dim, channels, bias=False)
+        # Only the gate is zero. With `to_out` at zero as well, neither would ever receive a gradient.
+        self.scale = nn.Parameter(torch.zeros(channels))
+
+    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def query_and_key(
+        self,
+        hidden_states: torch.Tensor,
+        normed_semantic_tokens: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query = self._heads(self.to_q(self.norm_image(hidden_states)))
+        key = self._heads(self.to_k(normed_semantic_tokens))
+        if rotary_emb is not None:
+            query, key = apply_rotary_emb(query, rotary_emb), apply_rotary_emb(key, rotary_emb)
+        return query, key
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        semantic_scale: float = 1.0,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, image_tokens, channels)`):
+                Noisy image tokens.
+            semantic_tokens (`torch.Tensor` of shape `(batch, semantic_tokens, channels)`):
+                Tokens of the semantic map.
+            rotary_emb (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                Cosine and sine of shape `(tokens, head_dim)`, for queries and keys alike.
+            semantic_scale (`float`, defaults to 1.0):
+                Multiplies the learnt gate.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, image_tokens, channels)` in the dtype of `hidden_states`.
+        """
+        normed_semantic_tokens = self.norm_semantic(semantic_tokens)
+        query, key = self.query_and_key(hidden_states, normed_semantic_tokens, rotary_emb)
+        value = self._heads(self.to_v(normed_semantic_tokens))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        update = self.to_out(attended.transpose(1, 2).flatten(-2))
+        return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+class SemanticAttentionModel(ModelMixin, ConfigMixin):
+    r"""
+    A stack of [`SemanticCrossAttention`] layers: the part of a trained semantic fill that stands beside its LoRA.
+
+    Args:
+        in_channels (`int`, defaults to 64):
+            Channels of the image and semantic tokens.
+        num_layers (`int`, defaults to 1):
+            Number of layers, applied one after the other.
+        num_heads (`int`, defaults to 8):
+            Attention heads in a layer.
+        head_dim (`int`, defaults to 16):
+            Channels of a head. With the defaults a layer has 33088 parameters.
+        position (`str`, defaults to `"none"`):
+            `"none"` compares contents only. `"rope"` rotates queries and keys by their row and their column within
+            the panel (2-D rotary embedding, https://huggingface.co/papers/2104.09864, half of each head for either
+            axis), which needs a `head_dim` that is a multiple of 4.
+    """
+
+    _repeated_blocks = ["SemanticCrossAttention"]
+    _no_split_modules = ["SemanticCrossAttention"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 64,
+        num_layers: int = 1,
+        num_heads: int = 8,
+        head_dim: int = 16,
+        position: str = "none",
+    ):
+        super().__init__()
+        for name, number in (
+            ("in_channels", in_channels),
+            ("num_layers", num_layers),
+            ("num_heads", num_heads),
+            ("head_dim", head_dim),
+        ):
+            if number < 1:
+                raise ValueError(f"`{name}` has to be a positive integer but is {number}.")
+        if position not in SEMANTIC_POSITIONS:
+            raise ValueError(f"`position` has to be one of {SEMANTIC_POSITIONS} but is {position!r}.")
+        if position == "rope" and head_dim % 4 != 0:
+            raise ValueError(
+                f'`head_dim` has to be a multiple of 4 with `position="rope"`, which gives half of a head to rows and'
+                f" half to columns, but is {head_dim}."
+            )
+        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=(head_dim // 2,) * 2) if position == "rope" else None
+        self.layers = nn.ModuleList(
+            SemanticCrossAttention(in_channels, num_heads, head_dim) for _ in range(num_layers)
+        )
+
+    def _rotary_emb(
+        self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        for name, tokens in (("hidden_states", hidden_states), ("semantic_tokens", semantic_tokens)):
+            if tokens.ndim != 3 or tokens.shape[-1] != self.config.in_channels:
+                raise ValueError(
+                    f"`{name}` has to have the shape (batch, tokens, {self.config.in_channels}) but has"
+                    f" {tuple(tokens.shape)}."
+                )
+        if hidden_states.shape[0] != semantic_tokens.shape[0]:
+            raise ValueError(
+                f"`semantic_tokens` has to have the batch size of `hidden_states`, {hidden_states.shape[0]}, but has"
+                f" {semantic_tokens.shape[0]}."
+            )
+        if self.pos_embed is None:
+            return None
+        tokens = hidden_states.shape[1]
+        if positions is None or tuple(positions.shape) != (tokens, 2) or semantic_tokens.shape[1] != tokens:
+            got = None if positions is None else tuple(positions.shape)
+            raise ValueError(
+                f'With `position="rope"`, `positions` has to have the shape ({tokens}, 2), (row, column) of each of'
+                f" the {tokens} image tokens and of the semantic tokens laid under them, but has {got} for"
+                f" {semantic_tokens.shape[1]} semantic tokens."
+            )
+        return self.pos_embed(positions)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        semantic_scale: float = 1.0,
+    ) -> torch.Tensor:
+        r"""
+        Enhances noisy image tokens with what they find in the semantic map.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
+                Noisy image tokens, `x_t`.
+            semantic_tokens (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
+                Tokens of the semantic map, each image token's own place first under it (see
+                [`FluxFillSemanticPipeline.encode_semantic`]).
+            positions (`torch.Tensor` of shape `(tokens, 2)`, *optional*):
+                Row and column of each token within its panel. Needed with `position="rope"` only.
+            semantic_scale (`float`, defaults to 1.0):
+                Strength of the guidance: multiplies the learnt gates.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, in_channels)`: the enhanced tokens, in the dtype of
+            `hidden_states`.
+        """
+        rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
+        return hidden_states
+
+    def scales(self) -> list[float]:
+        r"""The mean absolute gate of each layer. All are exactly 0 before training."""
+        return [layer.scale.detach().abs().mean().item() for layer in self.layers]
+
+    @torch.no_grad()
+    def attention_maps(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        semantic_scale: float = 1.0,
+        layer: int = -1,
+        tokens: torch.Tensor | list[int] | None = None,
+        chunk_size: int = 256,
+    ) -> Iterator[torch.Tensor]:
+        r"""
+        Where the image tokens look in the semantic map. `forward` never forms these matrices; at 512 pixels the whole
+        is 8 x 2048 x 2048 floats a picture, so it comes in chunks of image tokens.
+
+        Args:
+            hidden_states, semantic_tokens, positions, semantic_scale:
+                As in `forward`.
+            layer (`int`, defaults to -1):
+                The layer looked at; those before it are applied.
+            tokens (`torch.Tensor` or `list[int]`, *optional*):
+                Indices of the image tokens asked for. Defaults to all of them.
+            chunk_size (`int`, defaults to 256):
+                Image tokens in a chunk.
+
+        Yields:
+            `torch.Tensor` of shape `(batch, heads, up to chunk_size, semantic_tokens)` in float32, each row summing to
+            one. `torch.cat(list(...), dim=2)` is the whole.
+        """
+        if not -len(self.layers) <= layer < len(self.layers):
+            raise ValueError(
+                f"`layer` has to be within [{-len(self.layers)}, {len(self.layers) - 1}], the model's layers, but is"
+                f" {layer}."
+            )
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` has to be a positive integer but is {chunk_size}.")
+        rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
+        layer = layer % len(self.layers)
+        for before in self.layers[:layer]:
+            hidden_states = before(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
+        block = self.layers[layer]
+        query, key = block.query_and_key(hidden_states, block.norm_semantic(semantic_tokens), rotary_emb)
+        if tokens is not None:
+            query = query[:, :, torch.as_tensor(tokens, device=query.device)]
+        query, key = query.float() * block.head_dim**-0.5, key.float().transpose(-1, -2)
+        for chunk in query.split(chunk_size, dim=2):
+            yield (chunk @ key).softmax(dim=-1)
