@@ -1,0 +1,1419 @@
+#!/usr/bin/env python
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Trains a LoRA on FLUX.1 Fill and a cross-attention over a semantic map together, from triptychs.
+
+A triptych shows three pixel-aligned views of a scene: visible | target | semantic. One batch goes its way through
+`read` -> `encode` -> `noise` -> `attend` and `predict` (`SemanticFillModel`) -> `compare`.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import functools
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import diffusers
+import filelock
+import numpy as np
+import peft
+import PIL.Image
+import PIL.ImageOps
+import safetensors.torch
+import torch
+import transformers
+from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
+from diffusers.training_utils import (
+    _collate_lora_metadata,
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    free_memory,
+)
+from diffusers.utils import convert_unet_state_dict_to_peft, make_image_grid
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo, upload_folder
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from tqdm.auto import tqdm
+
+from pipeline_flux_fill_semantic import (
+    SEMANTIC_MODES,
+    SEMANTIC_SUBFOLDER,
+    FluxFillSemanticPipeline,
+    lay_under_panels,
+    panel_positions,
+)
+from semantic_attention import SEMANTIC_POSITIONS, SemanticAttentionModel
+
+
+logger = get_logger(__name__)
+
+PANELS = ("visible", "target", "semantic")
+CHECKPOINT_PREFIX = "checkpoint"
+# Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples.
+LORA_TARGETS = [
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+]
+
+
+# -- Arguments --------------------------------------------------------------------------------------------------------
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    boolean = argparse.BooleanOptionalAction
+
+    # Model
+    add("--pretrained_model_name_or_path", required=True, help="FLUX.1 Fill: a folder or a Hub repository.")
+    add("--revision", help="Revision of the model on the Hub.")
+    add("--variant", help="Variant of the model's files, e.g. fp16.")
+    add("--cache_dir", help="Where downloaded models and data sets are kept.")
+
+    # Data
+    add("--dataset_name", help="Data set on the Hub, or a folder of parquet or webdataset files.")
+    add("--dataset_config_name", help="Configuration of the Hub data set.")
+    add("--train_data_dir", help="Local folder with pictures and a `metadata.jsonl`.")
+    add("--image_column", default="image", help="Column of the triptych (visible | target | semantic).")
+    add("--visible_column", help="Column of the visible view, where the views are three pictures.")
+    add("--target_column", help="Column of the target view.")
+    add("--semantic_column", help="Column of the semantic map.")
+    add("--caption_column", help="Column of the captions. Default: `text` where the data has it.")
+    add("--instance_prompt", help="One prompt for all samples without a caption.")
+    add("--max_train_samples", type=int, help="Use the first so many rows only.")
+    add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt; painting must use the same.")
+
+    # Geometry
+    add("--resolution", type=int, default=512, help="Height of a panel in pixels, and its width unless --width.")
+    add("--width", type=int, help="Width of a panel in pixels, where it is not the resolution.")
+    add("--random_flip", action="store_true", help="Mirror all three views together, half of the time.")
+
+    # Semantic guidance
+    add("--semantic_mode", default="cross_attention", choices=list(SEMANTIC_MODES), help="How the map enters.")
+    add("--fusion_alpha", type=float, default=0.5, help="Share of the map in the blend of pixel_fusion.")
+    add("--semantic_num_layers", type=int, default=1)
+    add("--semantic_num_heads", type=int, default=8)
+    add("--semantic_head_dim", type=int, default=16)
+    add("--semantic_position", default="none", choices=SEMANTIC_POSITIONS, help="Positions in the cross-attention.")
+    add("--semantic_dropout", type=float, default=0.0, help="Share of samples trained without their map.")
+    add("--semantic_weights", help="Folder of a trained module to start from.")
+
+    # LoRA
+    add("--rank", type=int, default=16, help="Rank of the LoRA.")
+    add("--lora_alpha", type=int, help="Default: the rank.")
+    add("--lora_dropout", type=float, default=0.0)
+    add("--lora_layers", help="Comma-separated module names. Default: attention and feed-forward of all blocks.")
+    add("--lora_weights", help="Folder of a trained LoRA to start from.")
+
+    # Objective
+    add("--guidance_scale", type=float, default=1.0, help="Fed to the guidance embedding while training.")
+    add(
+        "--weighting_scheme",
+        default="logit_normal",
+        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"],
+        help="Distribution of timesteps (logit_normal, mode) or weight of the loss (sigma_sqrt, cosmap).",
+    )
+    add("--logit_mean", type=float, default=0.0)
+    add("--logit_std", type=float, default=1.0)
+    add("--mode_scale", type=float, default=1.29)
+    add(
+        "--timestep_shift",
+        default="resolution",
+        help="`resolution`: as inference shifts at this size. `none`, or a factor such as 3.0.",
+    )
+    add("--loss_region", default="diptych", choices=["diptych", "target"], help="Where the loss is taken.")
+    add("--caption_dropout", type=float, default=0.0, help="Share of samples trained with an empty prompt.")
+
+    # Loop
+    add("--output_dir", default="semantic-fill-lora")
+    add("--seed", type=int, default=0, help="Every draw is a function of it and of the sample's place in the run.")
+    add("--train_batch_size", type=int, default=4, help="Samples a process and micro-step.")
+    add("--num_train_epochs", type=int, default=1)
+    add("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true")
+    add("--dataloader_num_workers", type=int, default=0)
+    add("--max_bad_steps", type=int, default=10, help="Stop after so many steps in a row without finite gradients.")
+
+    # Optimizer and schedule
+    add("--optimizer", default="adamw", choices=["adamw", "prodigy"])
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with 8-bit states.")
+    add("--learning_rate", type=float, default=1e-4, help="Rate of the LoRA.")
+    add("--semantic_learning_rate", type=float, help="Rate of the module. Default: --learning_rate.")
+    add(
+        "--semantic_scale_learning_rate",
+        type=float,
+        help="Rate of the module's gates, which start at zero. Default: ten times --semantic_learning_rate.",
+    )
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-4)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType])
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--lr_num_cycles", type=int, default=1)
+    add("--lr_power", type=float, default=1.0)
+
+    # Precision and speed
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's configuration.")
+    add("--allow_tf32", action="store_true")
+    add("--compile", action="store_true", help="Compile the transformer's repeated blocks.")
+    add("--cache_latents", action=boolean, default=True, help="Encode pictures and prompts once, before training.")
+    add("--cache_root", help="Where encodings are kept. Default: OUTPUT_DIR/cache.")
+
+    # Checkpoints, validation, trackers, Hub
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int)
+    add("--resume_from_checkpoint", help="`latest` or the path of a checkpoint.")
+    add("--validation_steps", type=int, help="Paint validation samples every so many steps.")
+    add("--num_validation_images", type=int, default=4, help="Training rows painted, from the first on.")
+    add("--validation_inference_steps", type=int, default=28)
+    add("--validation_guidance_scale", type=float, default=30.0)
+    add("--logging_dir", default="logs")
+    add("--log_level", default="info", choices=["debug", "info", "warning", "error"])
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, all or none.")
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id")
+    add("--hub_token", help="Better left to the environment or the login.")
+    add("--hub_private_repo", action="store_true")
+
+    args = parser.parse_args(input_args)
+    try:
+        check_args(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses what contradicts, before anything is loaded, and fills in the defaults that follow from other options."""
+    args.width = args.width or args.resolution
+    for name, size in (("--resolution", args.resolution), ("--width", args.width)):
+        if size <= 0 or size % 16:
+            raise ValueError(f"{name} has to be a positive multiple of 16 but is {size}.")
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        raise ValueError("Pass exactly one of --dataset_name and --train_data_dir.")
+    views = [args.visible_column, args.target_column, args.semantic_column]
+    if any(views) and not all(views):
+        raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
+    for name in ("caption_dropout", "semantic_dropout", "lora_dropout", "fusion_alpha"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} has to be within [0, 1] but is {getattr(args, name)}.")
+    for name in (
+        "rank train_batch_size num_train_epochs gradient_accumulation_steps semantic_num_layers semantic_num_heads"
+        " semantic_head_dim checkpointing_steps max_bad_steps num_validation_images validation_inference_steps"
+    ).split():
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
+    for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "validation_steps", "lora_alpha"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
+    if not 1 <= args.max_sequence_length <= 512:
+        raise ValueError(f"--max_sequence_length has to be within [1, 512] but is {args.max_sequence_length}.")
+    if args.timestep_shift not in ("resolution", "none"):
+        try:
+            valid = float(args.timestep_shift) > 0 and math.isfinite(float(args.timestep_shift))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(
+                "--timestep_shift has to be `resolution`, `none` or a positive number but is"
+                f" {args.timestep_shift!r}."
+            )
+    if not SEMANTIC_MODES[args.semantic_mode].attends and args.semantic_weights:
+        raise ValueError(f"--semantic_weights needs --semantic_mode cross_attention, not {args.semantic_mode}.")
+    if args.semantic_mode == "none" and args.semantic_dropout:
+        raise ValueError("--semantic_dropout has no meaning with --semantic_mode none.")
+    if args.optimizer != "adamw" and args.use_8bit_adam:
+        raise ValueError(f"--use_8bit_adam needs --optimizer adamw, not {args.optimizer}.")
+    if args.resume_from_checkpoint and (args.lora_weights or args.semantic_weights):
+        raise ValueError("--resume_from_checkpoint already holds weights: leave --lora_weights/--semantic_weights out.")
+    if args.push_to_hub and args.hub_token and args.report_to == "wandb":
+        raise ValueError("--hub_token with --report_to wandb could leak the token. Log in with `hf auth login` instead.")
+    args.lora_alpha = args.lora_alpha or args.rank
+    if args.semantic_learning_rate is None:
+        args.semantic_learning_rate = args.learning_rate
+    if args.semantic_scale_learning_rate is None:
+        args.semantic_scale_learning_rate = 10 * args.semantic_learning_rate
+
+
+# -- Read -------------------------------------------------------------------------------------------------------------
+
+
+def load_rows(args: argparse.Namespace) -> datasets.Dataset:
+    """The training rows, with their pictures still undecoded."""
+    kwargs = {"split": "train", "cache_dir": args.cache_dir}
+    if args.train_data_dir is not None:
+        rows = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **kwargs)
+    elif os.path.isdir(args.dataset_name):
+        folder = Path(args.dataset_name)
+        for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar"), ("imagefolder", "metadata.jsonl")):
+            files = sorted(str(path) for path in folder.rglob(pattern))
+            if files:
+                break
+        else:
+            raise ValueError(
+                f"--dataset_name {args.dataset_name} has to hold *.parquet, *.tar (webdataset) or metadata.jsonl files"
+                " but holds none."
+            )
+        source = {"data_dir": str(folder)} if builder == "imagefolder" else {"data_files": {"train": files}}
+        rows = datasets.load_dataset(builder, **source, **kwargs)
+    else:
+        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **kwargs)
+    if args.max_train_samples is not None:
+        rows = rows.select(range(min(args.max_train_samples, len(rows))))
+    if len(rows) == 0:
+        raise ValueError("The data set has no rows.")
+
+    columns = [args.visible_column, args.target_column, args.semantic_column]
+    columns = columns if all(columns) else [args.image_column]
+    if args.caption_column is None and "text" in rows.column_names:
+        args.caption_column = "text"
+    if args.caption_column is None and args.instance_prompt is None:
+        raise ValueError(f"Pass --caption_column (one of {rows.column_names}) or --instance_prompt.")
+    for column in filter(None, (*columns, args.caption_column)):
+        if column not in rows.column_names:
+            raise ValueError(f"Column `{column}` is not in the data set, which has {rows.column_names}.")
+    for column in columns:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def picture_bytes(cell: dict) -> bytes:
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+
+def decode_picture(data: bytes) -> PIL.Image.Image:
+    with warnings.catch_warnings():
+        # A picture made to explode in memory is an error, not a warning.
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        picture = PIL.Image.open(io.BytesIO(data))
+        if getattr(picture, "n_frames", 1) > 1:
+            raise ValueError(f"is animated ({picture.n_frames} frames)")
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(f"has the mode {picture.mode}; 8 bits a channel are accepted")
+        return PIL.ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def cut_triptych(pictures: list[PIL.Image.Image]) -> list[PIL.Image.Image]:
+    """The visible, target and semantic view of one triptych, or of three pictures, all of one size."""
+    if len(pictures) == 1:
+        (triptych,) = pictures
+        width, remainder = divmod(triptych.width, 3)
+        if remainder or width == 0:
+            raise ValueError(f"is {triptych.width} pixels wide, which does not part into three equal panels")
+        pictures = [triptych.crop((i * width, 0, (i + 1) * width, triptych.height)) for i in range(3)]
+    if len({picture.size for picture in pictures}) > 1:
+        sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in zip(PANELS, pictures))
+        raise ValueError(f"has views of different sizes ({sizes})")
+    return pictures
+
+
+class TriptychDataset(torch.utils.data.Dataset):
+    """Rows as views `(3, height, width)` in [0, 1] and a caption. Decodes a row when it is asked for."""
+
+    def __init__(self, rows: datasets.Dataset, args: argparse.Namespace):
+        self.rows = rows
+        views = [args.visible_column, args.target_column, args.semantic_column]
+        self.columns = views if all(views) else [args.image_column]
+        self.caption_column, self.instance_prompt = args.caption_column, args.instance_prompt
+        self.height, self.width = args.resolution, args.width
+        self.check()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def data(self, index: int) -> list[bytes]:
+        return [picture_bytes(self.rows[index][column]) for column in self.columns]
+
+    def caption(self, index: int) -> str:
+        caption = self.rows[index][self.caption_column] if self.caption_column else None
+        caption = self.instance_prompt if caption is None else caption
+        if not isinstance(caption, str) or not (caption.strip() or self.instance_prompt == ""):
+            raise ValueError(f"has no caption in `{self.caption_column}` (found {caption!r})")
+        return caption
+
+    def views(self, index: int, flip: bool = False) -> dict[str, torch.Tensor]:
+        pictures = cut_triptych([decode_picture(data) for data in self.data(index)])
+        views = {}
+        for name, picture in zip(PANELS, pictures):
+            if picture.size != (self.width, self.height):
+                # Labels must not be blended.
+                resample = PIL.Image.Resampling.NEAREST if name == "semantic" else PIL.Image.Resampling.LANCZOS
+                picture = picture.resize((self.width, self.height), resample)
+            picture = PIL.ImageOps.mirror(picture) if flip else picture
+            views[name] = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+        return views
+
+    def check(self) -> None:
+        """Reads every row once, so that a bad one stops the run before anything is loaded on the accelerator."""
+        problems = []
+        for index in tqdm(range(len(self)), desc="Checking rows", disable=None, leave=False):
+            try:
+                cut_triptych([decode_picture(data) for data in self.data(index)])
+                self.caption(index)
+            # Pillow raises what its decoders raise: OSError, SyntaxError, struct.error, DecompressionBomb...
+            except Exception as error:
+                problems.append(f"row {index}: {type(error).__name__}: {error}")
+        if problems:
+            listed = "\n  ".join(problems[:50])
+            more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+            raise ValueError(f"{len(problems)} of {len(self)} rows cannot be used:\n  {listed}{more}")
+
+
+# -- Encode -----------------------------------------------------------------------------------------------------------
+
+
+def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:
+    """The pipeline without its transformer: training encodes with the code that inference encodes with."""
+    pipeline = FluxFillSemanticPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        transformer=None,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=dtype,
+        semantic_mode=args.semantic_mode,
+        fusion_alpha=args.fusion_alpha,
+    )
+    for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        component.requires_grad_(False).eval()
+    return pipeline.to(device)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Tells two frozen models apart without reading all of their gigabytes: names, shapes and first values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        first = parameter.flatten()[:64].to(device="cpu", dtype=torch.float64)
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{first.tolist()}".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides for one sample before it is read. `position` counts the samples of the whole run."""
+
+    position: int
+    index: int
+    flip: bool
+    drop_caption: bool
+    drop_map: bool
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit seed made of its parts, independent for every different tuple of them."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+class Encoder:
+    """Encodes samples, and with a cache keeps each encoding in a file of its own, named by all that it depends on."""
+
+    def __init__(self, pipeline: FluxFillSemanticPipeline, dataset: TriptychDataset, args: argparse.Namespace):
+        self.pipeline, self.dataset, self.args = pipeline, dataset, args
+        self.mode = SEMANTIC_MODES[args.semantic_mode]
+        self.folder = Path(args.cache_root or Path(args.output_dir, "cache"))
+        # The mask depends on the geometry alone.
+        self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.width))[1]
+        if args.cache_latents:
+            self.latent_key = (fingerprint(pipeline.vae), args.resolution, args.width, self.mode, args.fusion_alpha)
+            text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+            self.prompt_key = (*map(fingerprint, text_encoders), args.max_sequence_length)
+
+    # What is encoded
+
+    @torch.no_grad()
+    def encode_views(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
+        """Batched views -> VAE posteriors of the diptych and the masked diptych, and one panel of semantic tokens."""
+        on_canvas = views["semantic"] if self.mode.map_on_canvas and not drop_map else None
+        diptych, mask = self.pipeline.prepare_diptych(views["visible"], views["target"], on_canvas)
+        moments, masked_moments = self.pipeline.encode_moments(diptych, mask)
+        encoded = {"moments": moments, "masked_moments": masked_moments}
+        if self.mode.attends:
+            encoded["semantic"] = self.pipeline.encode_semantic(views["semantic"])
+        return encoded
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts, prompts, max_sequence_length=self.args.max_sequence_length
+        )
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    # Where it is kept
+
+    def _file(self, *key) -> Path:
+        return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
+
+    def latent_file(self, index: int, flip: bool, drop_map: bool) -> Path:
+        pictures = [hashlib.sha256(data).hexdigest() for data in self.dataset.data(index)]
+        return self._file(*pictures, self.latent_key, flip, drop_map and self.mode.map_on_canvas)
+
+    def prompt_file(self, prompt: str) -> Path:
+        return self._file(prompt, self.prompt_key)
+
+    def fill_cache(self, accelerator: Accelerator) -> None:
+        """Encodes what no earlier run did, shared out over the processes."""
+        args = self.args
+        flips = (False, True) if args.random_flip else (False,)
+        drops = (False, True) if args.semantic_dropout and self.mode.map_on_canvas else (False,)
+        jobs = {}
+        for index in range(len(self.dataset)):
+            for flip in flips:
+                for drop_map in drops:
+                    jobs[self.latent_file(index, flip, drop_map)] = functools.partial(
+                        self._encode_sample, index, flip, drop_map
+                    )
+            prompt = self.dataset.caption(index)
+            jobs[self.prompt_file(prompt)] = functools.partial(self.encode_prompts, [prompt])
+        jobs[self.prompt_file("")] = functools.partial(self.encode_prompts, [""])
+
+        missing = [path for path in jobs if not is_whole(path)]
+        logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        # All ranks have to know what is missing before one of them makes it.
+        accelerator.wait_for_everyone()
+        for path in tqdm(mine, desc="Encoding", disable=not accelerator.is_local_main_process):
+            encoded = {name: tensor[0].contiguous().cpu() for name, tensor in jobs[path]().items()}
+            write_atomically(path, functools.partial(safetensors.torch.save_file, encoded))
+        accelerator.wait_for_everyone()
+
+    def _encode_sample(self, index: int, flip: bool, drop_map: bool) -> dict[str, torch.Tensor]:
+        views = self.dataset.views(index, flip)
+        return self.encode_views({name: view[None] for name, view in views.items()}, drop_map)
+
+    def read(self, draws: Draws) -> dict[str, torch.Tensor]:
+        """One sample, encoded if the run keeps a cache, as views and caption otherwise."""
+        prompt = "" if draws.drop_caption else self.dataset.caption(draws.index)
+        if not self.args.cache_latents:
+            return {"draws": draws, "views": self.dataset.views(draws.index, draws.flip), "prompt": prompt}
+        latents = safetensors.torch.load_file(self.latent_file(draws.index, draws.flip, draws.drop_map))
+        return {"draws": draws, "encoded": latents | safetensors.torch.load_file(self.prompt_file(prompt))}
+
+    def encode_batch(self, samples: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
+        """Read samples -> batched encodings on the device, from the cache or made now."""
+        if self.args.cache_latents:
+            names = samples[0]["encoded"]
+            return {n: torch.stack([sample["encoded"][n] for sample in samples]).to(device) for n in names}
+        encoded = []
+        for sample in samples:
+            views = {name: view[None] for name, view in sample["views"].items()}
+            encoded.append(self.encode_views(views, sample["draws"].drop_map) | self.encode_prompts([sample["prompt"]]))
+        return {name: torch.cat([e[name] for e in encoded]).to(device) for name in encoded[0]}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there and its header agrees with its size."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return len(file.keys()) > 0
+    except FileNotFoundError:
+        return False
+    except safetensors.SafetensorError:
+        logger.warning(f"{path} is damaged and made anew")
+        return False
+
+
+def write_atomically(path: Path, write) -> None:
+    """Writes beside and renames: the file is there whole or not at all, also with two writers."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class RunSampler(torch.utils.data.Sampler):
+    """
+    This process's micro-batches of `Draws`, without end. Sample number p of the run is the same, with the same draws,
+    however many processes, micro-batches and restarts the run is made of.
+    """
+
+    def __init__(self, num_rows: int, args: argparse.Namespace, process_index: int, num_processes: int, start: int):
+        self.num_rows, self.args, self.start = num_rows, args, start
+        self.process_index, self.num_processes = process_index, num_processes
+        self.epoch, self.permutation = None, None
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_rows)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.args.seed, "epoch", epoch))
+            self.epoch, self.permutation = epoch, torch.randperm(self.num_rows, generator=generator).tolist()
+        return self.permutation[place]
+
+    def draws(self, position: int) -> Draws:
+        chance = random.Random(seed_of(self.args.seed, "read", position))
+        flip, drop_caption, drop_map = chance.random(), chance.random(), chance.random()
+        return Draws(
+            position=position,
+            index=self._row(position),
+            flip=self.args.random_flip and flip < 0.5,
+            drop_caption=drop_caption < self.args.caption_dropout,
+            drop_map=drop_map < self.args.semantic_dropout,
+        )
+
+    def __iter__(self):
+        size = self.args.train_batch_size
+        first = self.start + self.process_index * size
+        while True:
+            yield [self.draws(position) for position in range(first, first + size)]
+            first += self.num_processes * size
+
+
+class SampleReader(torch.utils.data.Dataset):
+    """What the data loader's workers call: `Draws` in, sample out."""
+
+    def __init__(self, encoder: Encoder):
+        # Without the pipeline: workers read, they do not encode.
+        self.encoder = copy.copy(encoder)
+        self.encoder.pipeline = None
+
+    def __len__(self) -> int:
+        return len(self.encoder.dataset)
+
+    def __getitem__(self, draws: Draws) -> dict:
+        return self.encoder.read(draws)
+
+
+# -- Noise ------------------------------------------------------------------------------------------------------------
+
+
+def timestep_shift_factor(args: argparse.Namespace, scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
+    """The factor s of t' = s t / (1 + (s - 1) t), by which inference moves its timesteps towards noise at this size."""
+    if args.timestep_shift == "none":
+        return 1.0
+    if args.timestep_shift != "resolution":
+        return float(args.timestep_shift)
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return config.shift
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    return math.exp(calculate_shift(tokens, *(config[name] for name in names)))
+
+
+def draw_noise(
+    x_0: torch.Tensor, generators: list[torch.Generator], shift: float, args: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_0 `(batch, tokens, 64)` -> noise x_1 of its shape, t `(batch,)` in (0, 1), and x_t = (1 - t) x_0 + t x_1."""
+    density = [
+        compute_density_for_timestep_sampling(
+            weighting_scheme=args.weighting_scheme,
+            batch_size=1,
+            logit_mean=args.logit_mean,
+            logit_std=args.logit_std,
+            mode_scale=args.mode_scale,
+            generator=generator,
+        )
+        for generator in generators
+    ]
+    t = torch.cat(density).to(device=x_0.device, dtype=torch.float32)
+    t = shift * t / (1 + (shift - 1) * t)
+    x_1 = randn_tensor(x_0.shape, generator=generators, device=x_0.device, dtype=torch.float32)
+    weight = t[:, None, None]
+    x_t = ((1 - weight) * x_0.float() + weight * x_1).to(x_0.dtype)
+    return x_1, t, x_t
+
+
+# -- Attend and predict -----------------------------------------------------------------------------------------------
+
+
+class SemanticFillModel(torch.nn.Module):
+    """All that is trained, as one module, so that one wrapper of any engine holds it."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, semantic_attention: SemanticAttentionModel | None):
+        super().__init__()
+        self.transformer = transformer
+        self.semantic_attention = semantic_attention
+
+    def attend(
+        self,
+        x_t: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        keep_map: torch.Tensor,
+    ) -> torch.Tensor:
+        """x_t `(batch, tokens, 64)` -> x_t_enhanced; samples whose map was dropped stay as they are."""
+        enhanced = self.semantic_attention(x_t, semantic_tokens, positions)
+        return torch.where(keep_map[:, None, None], enhanced, x_t)
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        x_cond: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+        img_ids: torch.Tensor,
+        guidance: torch.Tensor | None,
+        semantic_tokens: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        keep_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The predicted velocity `(batch, tokens, 64)`."""
+        x_t_enhanced = x_t
+        if self.semantic_attention is not None:
+            x_t_enhanced = self.attend(x_t, semantic_tokens, positions, keep_map)
+        hidden_states = torch.cat((x_t_enhanced, x_cond), dim=-1)
+        log_shapes(x_t=x_t, x_t_enhanced=x_t_enhanced, hidden_states=hidden_states)
+        return self.transformer(
+            hidden_states=hidden_states,
+            timestep=t,
+            guidance=guidance,
+            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=img_ids.new_zeros(prompt_embeds.shape[1], 3),
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+
+
+# The first steps tell the shapes of the batch's way; nothing is formatted after them.
+_shape_log = {"enabled": False}
+
+
+def log_shapes(**tensors: torch.Tensor) -> None:
+    if _shape_log["enabled"] and not torch.compiler.is_compiling():
+        for name, tensor in tensors.items():
+            logger.debug(f"{name}: {tuple(tensor.shape)}")
+
+
+# -- Compare ----------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    pred: torch.Tensor, x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor, scheme: str, region: torch.Tensor | None
+) -> torch.Tensor:
+    """Weighted mean squared error to the velocity x_1 - x_0, over all tokens or those of the boolean `region`."""
+    error = (pred.float() - (x_1.float() - x_0.float())) ** 2
+    if region is not None:
+        error = error[:, region]
+    return (compute_loss_weighting_for_sd3(scheme, sigmas=t)[:, None, None] * error).mean()
+
+
+@dataclass
+class Step:
+    """The way of one batch, from read samples to their loss, for a run's geometry and objective."""
+
+    encoder: Encoder
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    shift: float
+    guidance_embeds: bool
+
+    def __post_init__(self):
+        args, mode = self.args, SEMANTIC_MODES[self.args.semantic_mode]
+        self.rows, self.columns, self.panels = args.resolution // 16, args.width // 16, len(mode.panels)
+        self.positions = panel_positions(self.rows, self.columns, self.panels, self.device)
+        self.region = None
+        if args.loss_region == "target":
+            panel = torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
+            self.region = (panel == mode.panels.index("target")).to(self.device)
+
+    def __call__(self, model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
+        draws = [sample["draws"] for sample in samples]
+        generators = [torch.Generator().manual_seed(seed_of(self.args.seed, "step", d.position)) for d in draws]
+        pipeline = self.encoder.pipeline
+
+        encoded = self.encoder.encode_batch(samples, self.device)
+        moments = (encoded["moments"], encoded["masked_moments"])
+        x_0, x_cond, img_ids = pipeline.encode_diptych(None, self.encoder.mask, moments, generators, self.dtype)
+        x_1, t, x_t = draw_noise(x_0, generators, self.shift, self.args)
+        guidance = torch.full_like(t, self.args.guidance_scale) if self.guidance_embeds else None
+        semantic = {}
+        if "semantic" in encoded:
+            tokens = lay_under_panels(encoded["semantic"], self.rows, self.columns, self.panels).to(self.dtype)
+            keep_map = torch.tensor([not d.drop_map for d in draws], device=self.device)
+            semantic = {"semantic_tokens": tokens, "positions": self.positions, "keep_map": keep_map}
+        view = (len(draws), 3, self.args.resolution, self.args.width)
+        if _shape_log["enabled"]:
+            for name in PANELS:
+                logger.debug(f"{name}_img: {view}")
+            logger.debug(f"diptych: {(*view[:3], self.panels * view[3])}")
+            log_shapes(x_0=x_0, x_cond=x_cond, **{k: v for k, v in semantic.items() if k == "semantic_tokens"})
+        pred = model(
+            x_t=x_t,
+            x_cond=x_cond,
+            t=t,
+            prompt_embeds=encoded["prompt_embeds"].to(self.dtype),
+            pooled_prompt_embeds=encoded["pooled_prompt_embeds"].to(self.dtype),
+            img_ids=img_ids,
+            guidance=guidance,
+            **semantic,
+        )
+        return compare(pred, x_0, x_1, t, self.args.weighting_scheme, self.region)
+
+
+# -- Model and optimizer ----------------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> SemanticFillModel:
+    """The frozen transformer in `dtype` with a LoRA, and the module; what is trained is in float32."""
+    transformer = FluxTransformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="transformer",
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        torch_dtype=dtype,
+    )
+    transformer.requires_grad_(False).to(device)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    targets = args.lora_layers.split(",") if args.lora_layers else LORA_TARGETS
+    transformer.add_adapter(
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=[target.strip() for target in targets],
+        )
+    )
+    semantic_attention = None
+    if SEMANTIC_MODES[args.semantic_mode].attends:
+        if args.semantic_weights:
+            semantic_attention = SemanticAttentionModel.from_pretrained(args.semantic_weights)
+        else:
+            semantic_attention = SemanticAttentionModel(
+                in_channels=transformer.out_channels,
+                num_layers=args.semantic_num_layers,
+                num_heads=args.semantic_num_heads,
+                head_dim=args.semantic_head_dim,
+                position=args.semantic_position,
+            )
+        # Loaded models come in evaluation mode, made ones in training mode.
+        semantic_attention.to(device=device, dtype=torch.float32).requires_grad_(True).train()
+    if args.lora_weights:
+        load_lora(transformer, args.lora_weights)
+    model = SemanticFillModel(transformer.train(), semantic_attention)
+    # PEFT gives adapters the dtype of their base; steps as small as a learning rate vanish in bfloat16.
+    cast_training_params(model, dtype=torch.float32)
+    if args.compile:
+        transformer.compile_repeated_blocks()
+    return model
+
+
+def load_lora(transformer: FluxTransformer2DModel, folder: str | os.PathLike) -> None:
+    weights = FluxFillSemanticPipeline.lora_state_dict(str(folder))
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    result = set_peft_model_state_dict(transformer, convert_unet_state_dict_to_peft(weights))
+    missing = [name for name in result.missing_keys if "lora" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"The LoRA in {folder} does not fit --rank and --lora_layers: missing {missing[:3]}, unexpected"
+            f" {result.unexpected_keys[:3]}."
+        )
+
+
+def parameter_groups(model: SemanticFillModel, args: argparse.Namespace) -> list[dict]:
+    """LoRA, module and the module's gates, each with its own learning rate."""
+    groups = {"lora": [], "module": [], "scale": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "lora" if name.startswith("transformer.") else "scale" if name.endswith(".scale") else "module"
+            groups[kind].append(parameter)
+    rates = {
+        "lora": args.learning_rate,
+        "module": args.semantic_learning_rate,
+        "scale": args.semantic_scale_learning_rate,
+    }
+    return [{"params": params, "lr": rates[kind], "name": kind} for kind, params in groups.items() if params]
+
+
+def build_optimizer(groups: list[dict], args: argparse.Namespace) -> torch.optim.Optimizer:
+    kwargs = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    try:
+        if args.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(groups, **kwargs)
+        if args.use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **kwargs)
+    except ImportError as error:
+        raise ImportError(f"This optimizer needs a package that is not installed: `pip install {error.name}`.") from error
+    return torch.optim.AdamW(groups, **kwargs)
+
+
+# -- Save and resume --------------------------------------------------------------------------------------------------
+
+
+def save_weights(model: SemanticFillModel, folder: Path, args: argparse.Namespace) -> None:
+    """LoRA and module as inference loads them, in the float32 they are trained in."""
+    FluxFillSemanticPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(model.transformer),
+        semantic_attention=model.semantic_attention,
+        semantic_mode=args.semantic_mode,
+        fusion_alpha=args.fusion_alpha,
+        **_collate_lora_metadata({"transformer": model.transformer}),
+    )
+
+
+def split_tensors(tree, prefix: str, tensors: dict[str, torch.Tensor]):
+    """A nested state as JSON, its tensors moved to `tensors` and named in their places. Nothing is ever pickled."""
+    if isinstance(tree, torch.Tensor):
+        tensors[prefix] = tree.detach().cpu().contiguous().clone()
+        return {"__tensor__": prefix}
+    if isinstance(tree, dict):
+        return {"__dict__": [[k, split_tensors(v, f"{prefix}.{k}", tensors)] for k, v in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        return [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(tree)]
+    return tree
+
+
+def join_tensors(tree, tensors: dict[str, torch.Tensor]):
+    if isinstance(tree, dict) and "__tensor__" in tree:
+        return tensors[tree["__tensor__"]]
+    if isinstance(tree, dict):
+        return {k: join_tensors(v, tensors) for k, v in tree["__dict__"]}
+    return [join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(model: SemanticFillModel, state: dict, args: argparse.Namespace) -> Path:
+    """Writes a whole checkpoint beside its place and renames it; only then do the oldest ones go."""
+    folder = Path(args.output_dir, f"{CHECKPOINT_PREFIX}-{state['step']}")
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    save_weights(model, beside, args)
+    tensors = {}
+    described = split_tensors(state, "state", tensors)
+    safetensors.torch.save_file(tensors, beside / "training_state.safetensors")
+    (beside / "training_state.json").write_text(json.dumps(described))
+    files = sorted(path for path in beside.rglob("*") if path.is_file())
+    manifest = {path.relative_to(beside).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
+    (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for path in (*files, beside / "manifest.json"):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+    if args.checkpoints_total_limit is not None:
+        for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
+            shutil.rmtree(old)
+            logger.info(f"Removed {old}")
+    logger.info(f"Saved {folder}")
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints from the oldest to the newest."""
+    found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}-*") if path.name.rsplit("-")[-1].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-")[-1]))
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or `None`."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, (size, digest) in manifest.items():
+            if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from: `latest` is the newest undamaged one, a path is taken or refused."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint != "latest":
+        path = Path(args.resume_from_checkpoint)
+        path = path if path.is_dir() else Path(args.output_dir, path.name)
+        damage = checkpoint_damage(path)
+        if damage:
+            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no whole checkpoint: {damage}.")
+        return path
+    for path in reversed(list_checkpoints(Path(args.output_dir))):
+        damage = checkpoint_damage(path)
+        if damage is None:
+            return path
+        logger.warning(f"Skipping the damaged checkpoint {path}: {damage}")
+    logger.info(f"No checkpoint in {args.output_dir}: starting from step 0")
+    return None
+
+
+def load_checkpoint(folder: Path, model: SemanticFillModel) -> dict:
+    """Puts the weights in place and returns the training state."""
+    load_lora(model.transformer, folder)
+    if model.semantic_attention is not None:
+        path = folder / SEMANTIC_SUBFOLDER / "diffusion_pytorch_model.safetensors"
+        model.semantic_attention.load_state_dict(safetensors.torch.load_file(path))
+    tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
+    return join_tensors(json.loads((folder / "training_state.json").read_text()), tensors)
+
+
+# -- Validate, publish ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def paint_samples(
+    model: SemanticFillModel, encoder: Encoder, step: int, accelerator: Accelerator, args: argparse.Namespace
+) -> PIL.Image.Image:
+    """A picture of visible | map | painted | target rows, drawn with the pipeline and the live weights."""
+    source = encoder.pipeline
+    components = {k: v for k, v in source.components.items() if k not in ("transformer", "semantic_attention")}
+    if args.cache_latents:
+        components |= {"text_encoder": None, "text_encoder_2": None}
+    pipeline = FluxFillSemanticPipeline(
+        **components,
+        transformer=model.transformer,
+        semantic_attention=model.semantic_attention,
+        semantic_mode=args.semantic_mode,
+        fusion_alpha=args.fusion_alpha,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    vae_device = source.vae.device
+    source.vae.to(accelerator.device)
+    model.eval()
+    rows = []
+    try:
+        for index in range(min(args.num_validation_images, len(encoder.dataset))):
+            views, caption = encoder.dataset.views(index), encoder.dataset.caption(index)
+            if args.cache_latents:
+                prompt = safetensors.torch.load_file(encoder.prompt_file(caption))
+                prompt = {name: tensor[None].to(accelerator.device) for name, tensor in prompt.items()}
+            else:
+                prompt = encoder.encode_prompts([caption])
+            with accelerator.autocast():
+                painted = pipeline(
+                    image=views["visible"],
+                    semantic_image=views["semantic"] if args.semantic_mode != "none" else None,
+                    num_inference_steps=args.validation_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
+                    max_sequence_length=args.max_sequence_length,
+                    generator=torch.Generator().manual_seed(args.seed),
+                    output_type="pt",
+                    **prompt,
+                ).images[0]
+            rows += [views["visible"], views["semantic"], painted.float().cpu(), views["target"]]
+    finally:
+        model.train()
+        source.vae.to(vae_device)
+    pictures = pipeline.view_processor.postprocess(torch.stack(rows))
+    grid = make_image_grid(pictures, rows=len(pictures) // 4, cols=4)
+    folder = Path(args.output_dir, "samples")
+    folder.mkdir(exist_ok=True)
+    grid.save(folder / f"step-{step:06d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": wandb.Image(grid)}, step=step)
+    return grid
+
+
+def single_file_pipeline() -> str:
+    """
+    The pipeline and its module as the source of one file, so that `custom_pipeline="user/repo"` works whatever the
+    repository is called: the dynamic loader breaks relative imports where the name holds a dot.
+    """
+    import pipeline_flux_fill_semantic
+    import semantic_attention
+
+    module = Path(semantic_attention.__file__).read_text()
+    pipeline = Path(pipeline_flux_fill_semantic.__file__).read_text()
+    (branch,) = (
+        node
+        for node in ast.parse(pipeline).body
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "__package__"
+    )
+    lines = pipeline.splitlines(keepends=True)
+    return "".join((*lines[: branch.lineno - 1], module, "\n\n", *lines[branch.end_lineno :]))
+
+
+def save_model_card(args: argparse.Namespace, steps: int, loss: float, samples: list[Path]) -> None:
+    repo = args.hub_model_id or Path(args.output_dir).resolve().name
+    guided = "semantic_image=semantic_map, " if args.semantic_mode != "none" else ""
+    widgets = "\n\n".join(f"![{path.stem}](samples/{path.name})" for path in samples[-1:])
+    options = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(args).items() if value is not None)
+    description = f"""
+# Semantic fill: {repo}
+
+A LoRA{" and a semantic cross-attention module" if SEMANTIC_MODES[args.semantic_mode].attends else ""} for
+[{args.pretrained_model_name_or_path}](https://huggingface.co/{args.pretrained_model_name_or_path}) that paint a second
+view of a scene beside the first, in the mode `{args.semantic_mode}`. Trained for {steps} steps; the last step's loss was
+{loss:.4f}.
+
+{widgets}
+
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    "{args.pretrained_model_name_or_path}", custom_pipeline="{repo}", trust_remote_code=True, dtype=torch.bfloat16
+).to("cuda")
+pipe.load_lora_weights("{repo}")
+painted = pipe(
+    prompt="{args.instance_prompt or "..."}", image=visible, {guided}max_sequence_length={args.max_sequence_length}
+).images[0]
+```
+
+`trust_remote_code=True` runs `pipeline.py` of this repository (sha256
+`{hashlib.sha256(single_file_pipeline().encode()).hexdigest()}`).
+
+## Training
+
+{options}
+
+Versions: torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}, peft
+{peft.__version__}.
+
+## Limits
+
+The map steers only what it was trained to steer, at sizes near the training resolution of {args.width}x{args.resolution}
+pixels a view. The licence of the base model holds for what is made with it.
+"""
+    card = load_or_create_model_card(
+        repo_id_or_path=repo,
+        from_training=True,
+        license="other",
+        base_model=args.pretrained_model_name_or_path,
+        prompt=args.instance_prompt,
+        model_description=description,
+        inference=True,
+    )
+    tags = ["text-to-image", "image-to-image", "diffusers-training", "diffusers", "lora", "flux", "semantic-fill"]
+    populate_model_card(card, tags=tags).save(Path(args.output_dir, "README.md"))
+
+
+def public_config(args: argparse.Namespace) -> dict:
+    """The arguments as trackers and cards may show them: never a token."""
+    return {name: value for name, value in vars(args).items() if "token" not in name}
+
+
+def push_to_hub(repo_id: str, args: argparse.Namespace) -> None:
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message="Semantic fill training",
+            ignore_patterns=["checkpoint-*/**", ".checkpoint-*/**", "cache/**", f"{args.logging_dir}/**", ".lock"],
+            token=args.hub_token,
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"Training is done and saved in {args.output_dir}, but the upload to {repo_id} failed: {error}. Upload it"
+            f" with `hf upload {repo_id} {args.output_dir}`."
+        ) from error
+
+
+# -- Run --------------------------------------------------------------------------------------------------------------
+
+
+def log_scales(model: SemanticFillModel, level: int, digits: int) -> dict[str, float]:
+    if model.semantic_attention is None:
+        return {}
+    scales = model.semantic_attention.scales()
+    for layer, scale in enumerate(scales):
+        logger.log(level, f"Layer {layer} scale: {scale:.{digits}f}")
+    return {f"scale/layer_{layer}": scale for layer, scale in enumerate(scales)}
+
+
+def announce(model: SemanticFillModel, args: argparse.Namespace) -> None:
+    logger.info(f"Semantic mode: {args.semantic_mode}")
+    module = model.semantic_attention
+    if module is not None:
+        config = module.config
+        logger.info(f"Using Cross-Attention with {config.num_layers} layers, {config.num_heads} heads")
+        count = sum(parameter.numel() for parameter in module.parameters())
+        logger.info(f"Added {count} semantic cross-attention parameters to optimizer")
+
+
+def setup(args: argparse.Namespace) -> Accelerator:
+    """Accelerator, logging, seed and output folder."""
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"The training runs on one process or with DDP, but accelerate is configured for"
+            f" {accelerator.distributed_type.value}. Run `accelerate config` or pass `--config_file`."
+        )
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S")
+    logging.getLogger(__name__).setLevel(args.log_level.upper())
+    for library in (datasets, transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+    set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    # Its backward crashes at FLUX's shapes in torch 2.11; flash attention takes over.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return accelerator
+
+
+def train(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    step_fn: Step,
+    dataset: TriptychDataset,
+    first_step: int,
+    samples_seen: int,
+    args: argparse.Namespace,
+) -> float:
+    """Optimizer steps from `first_step` to `args.max_train_steps`; returns the last step's loss."""
+    bare = accelerator.unwrap_model(model)
+    sampler = RunSampler(len(dataset), args, accelerator.process_index, accelerator.num_processes, samples_seen)
+    loader = torch.utils.data.DataLoader(
+        SampleReader(step_fn.encoder), batch_sampler=sampler, collate_fn=list, num_workers=args.dataloader_num_workers
+    )
+    samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    bad_steps, loss = 0, float("nan")
+    bar = tqdm(
+        total=args.max_train_steps,
+        initial=first_step,
+        desc="Steps",
+        disable=not accelerator.is_local_main_process,
+    )
+    with StopSignals() as stop:
+        batches = iter(loader)
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            _shape_log["enabled"] = step <= first_step + 2 and logger.isEnabledFor(logging.DEBUG)
+            losses, rows = [], []
+            for micro_step in range(args.gradient_accumulation_steps):
+                samples = next(batches)
+                rows += [sample["draws"].index for sample in samples]
+                # Dropout too is a function of the place in the run, so a resumed run repeats it.
+                torch.manual_seed(seed_of(args.seed, "dropout", step, micro_step, accelerator.process_index))
+                with accelerator.accumulate(model):
+                    micro_loss = step_fn(model, samples)
+                    accelerator.backward(micro_loss)
+                    losses.append(micro_loss.detach())
+            if _shape_log["enabled"]:
+                log_scales(bare, logging.DEBUG, digits=6)
+            loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+            gradient_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+            # A gradient scaler looks for overflow itself and lowers its scale.
+            if math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None):
+                optimizer.step()
+                lr_scheduler.step()
+                bad_steps = 0
+            else:
+                bad_steps += 1
+                logger.warning(f"Step {step} skipped: loss {loss}, gradient norm {gradient_norm}, rows {rows}")
+            optimizer.zero_grad()
+            samples_seen += samples_a_step
+
+            rates = lr_scheduler.get_last_lr()
+            scales = {} if bare.semantic_attention is None else bare.semantic_attention.scales()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", lr=rates[0], **({"scale": f"{scales[0]:.4f}"} if scales else {}))
+            logs = {"loss": loss, "lr": rates[0], "gradient_norm": gradient_norm}
+            accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
+            if step % 100 == 0:
+                logger.info(f"[Step {step}] Loss: {loss:.4f}")
+                log_scales(bare, logging.INFO, digits=3)
+
+            too_bad = bad_steps >= args.max_bad_steps
+            stopped = stop.received(accelerator)
+            if (step % args.checkpointing_steps == 0 or stopped) and not bad_steps and accelerator.is_main_process:
+                state = {"step": step, "samples_seen": samples_seen, "optimizer": optimizer.state_dict()}
+                state["lr_scheduler"] = lr_scheduler.state_dict()
+                if accelerator.scaler is not None:
+                    state["scaler"] = accelerator.scaler.state_dict()
+                save_checkpoint(bare, state, args)
+            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+                paint_samples(bare, step_fn.encoder, step, accelerator, args)
+            accelerator.wait_for_everyone()
+            if too_bad:
+                raise RuntimeError(
+                    f"{bad_steps} steps in a row had a loss or gradient that is not finite, the last on rows {rows}."
+                    " Nothing of them was applied; the last checkpoint is good. Lower --learning_rate, or look at these"
+                    " rows."
+                )
+            if stopped:
+                logger.info(f"Stopped by {stopped} at step {step}. Go on with --resume_from_checkpoint latest.")
+                raise SystemExit(128 + stopped)
+    bar.close()
+    return loss
+
+
+class StopSignals:
+    """Turns SIGTERM and Ctrl-C into a stop after the current step. A second one ends the run at once."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame):
+        self.number = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *exc):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def received(self, accelerator: Accelerator) -> int:
+        """The signal that any process got: all of them have to stop after the same step."""
+        if accelerator.num_processes == 1:
+            return self.number
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = setup(args)
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes.get(accelerator.mixed_precision, torch.float32)
+
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            lock = filelock.FileLock(Path(args.output_dir, ".lock"))
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                raise ValueError(f"--output_dir {args.output_dir} is in use by another run.") from None
+        repo_id = None
+        if args.push_to_hub and accelerator.is_main_process:
+            # Before training, so that a missing token or right costs nothing.
+            repo_id = create_repo(
+                args.hub_model_id or Path(args.output_dir).resolve().name,
+                private=args.hub_private_repo,
+                exist_ok=True,
+                token=args.hub_token,
+            ).repo_id
+            args.hub_model_id = repo_id
+
+        # Read
+        with accelerator.main_process_first():
+            dataset = TriptychDataset(load_rows(args), args)
+        checkpoint = find_checkpoint(args)
+
+        # Encode, with the encoders alone on the accelerator
+        pipeline = load_encoders(args, accelerator.device, dtype)
+        encoder = Encoder(pipeline, dataset, args)
+        if args.cache_latents:
+            encoder.fill_cache(accelerator)
+            pipeline.vae.to("cpu")
+            pipeline.text_encoder = pipeline.text_encoder_2 = None
+            free_memory()
+
+        # Model, optimizer, schedule
+        set_seed(args.seed)
+        model = build_model(args, accelerator.device, dtype)
+        state = load_checkpoint(checkpoint, model) if checkpoint else {"step": 0, "samples_seen": 0}
+        optimizer = build_optimizer(parameter_groups(model, args), args)
+        announce(model, args)
+        samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        if args.max_train_steps is None:
+            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step)
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        if checkpoint:
+            optimizer.load_state_dict(state["optimizer"])
+            lr_scheduler.load_state_dict(state["lr_scheduler"])
+            logger.info(f"Resuming from {checkpoint} at step {state['step']}")
+        tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
+        step_fn = Step(
+            encoder=encoder,
+            args=args,
+            device=accelerator.device,
+            dtype=dtype,
+            shift=timestep_shift_factor(args, pipeline.scheduler, tokens),
+            guidance_embeds=model.transformer.config.guidance_embeds,
+        )
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if "scaler" in state and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        if accelerator.is_main_process:
+            config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_config(args).items()}
+            accelerator.init_trackers("semantic-fill", config=config)
+        logger.info(
+            f"{len(dataset)} samples, {samples_a_step} a step, {args.max_train_steps} steps, timestep shift"
+            f" {step_fn.shift:.3f}, {tokens} image tokens"
+        )
+
+        loss = train(
+            accelerator,
+            model,
+            optimizer,
+            lr_scheduler,
+            step_fn,
+            dataset,
+            state["step"],
+            state["samples_seen"],
+            args,
+        )
+
+        if accelerator.is_main_process:
+            bare = accelerator.unwrap_model(model)
+            save_weights(bare, Path(args.output_dir), args)
+            Path(args.output_dir, "pipeline.py").write_text(single_file_pipeline())
+            if args.validation_steps:
+                paint_samples(bare, encoder, args.max_train_steps, accelerator, args)
+            save_model_card(args, args.max_train_steps, loss, sorted(Path(args.output_dir, "samples").glob("*.png")))
+            if repo_id is not None:
+                push_to_hub(repo_id, args)
+        accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
