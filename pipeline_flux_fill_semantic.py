@@ -672,7 +672,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         metadata = {"format": "pt"}
         metadata[SEMANTIC_METADATA_KEY] = json.dumps({"semantic_mode": semantic_mode, "fusion_alpha": fusion_alpha})
         if adapter_metadata:
-            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_metadata, indent=2, sort_keys=True, default=list)
+            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_metadata, indent=2, sort_keys=True, default=sorted)
         super().save_lora_weights(
             save_directory,
             transformer_lora_layers=transformer_lora_layers,

@@ -48,9 +48,8 @@ from diffusers.training_utils import (
     free_memory,
 )
 from diffusers.utils import convert_unet_state_dict_to_peft, make_image_grid
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 
@@ -232,9 +231,18 @@ def check_args(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be within [0, 1] but is {getattr(args, name)}.")
     for name in (
-        "rank train_batch_size num_train_epochs gradient_accumulation_steps semantic_num_layers semantic_num_heads"
-        " semantic_head_dim checkpointing_steps max_bad_steps num_validation_images validation_inference_steps"
-    ).split():
+        "rank",
+        "train_batch_size",
+        "num_train_epochs",
+        "gradient_accumulation_steps",
+        "semantic_num_layers",
+        "semantic_num_heads",
+        "semantic_head_dim",
+        "checkpointing_steps",
+        "max_bad_steps",
+        "num_validation_images",
+        "validation_inference_steps",
+    ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
     for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "validation_steps", "lora_alpha"):
@@ -1117,17 +1125,18 @@ Versions: torch {torch.__version__}, diffusers {diffusers.__version__}, transfor
 The map steers only what it was trained to steer, at sizes near the training resolution of {args.width}x{args.resolution}
 pixels a view. The licence of the base model holds for what is made with it.
 """
-    card = load_or_create_model_card(
-        repo_id_or_path=repo,
-        from_training=True,
-        license="other",
+    tags = ["image-to-image", "diffusers-training", "diffusers", "lora", "flux", "semantic-fill"]
+    data = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
-        prompt=args.instance_prompt,
-        model_description=description,
-        inference=True,
+        datasets=args.dataset_name if args.dataset_name and not os.path.isdir(args.dataset_name) else None,
+        license="other",
+        license_name="flux-1-dev-non-commercial-license",
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=tags,
+        instance_prompt=args.instance_prompt,
     )
-    tags = ["text-to-image", "image-to-image", "diffusers-training", "diffusers", "lora", "flux", "semantic-fill"]
-    populate_model_card(card, tags=tags).save(Path(args.output_dir, "README.md"))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(Path(args.output_dir, "README.md"))
 
 
 def public_config(args: argparse.Namespace) -> dict:
@@ -1407,7 +1416,7 @@ def main(args: argparse.Namespace) -> None:
             bare = accelerator.unwrap_model(model)
             save_weights(bare, Path(args.output_dir), args)
             Path(args.output_dir, "pipeline.py").write_text(single_file_pipeline())
-            if args.validation_steps:
+            if args.validation_steps and args.max_train_steps % args.validation_steps:
                 paint_samples(bare, encoder, args.max_train_steps, accelerator, args)
             save_model_card(args, args.max_train_steps, loss, sorted(Path(args.output_dir, "samples").glob("*.png")))
             if repo_id is not None:
