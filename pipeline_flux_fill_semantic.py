@@ -1,9 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """FLUX.1 Fill as a paired image translator, guided by a semantic map.
 
-The visible view and the yet unknown target view stand side by side in one picture whose right half is masked (in-context
-editing, https://huggingface.co/papers/2504.20690). While denoising, a small cross-attention over the semantic map enhances
-the noisy tokens before each call of the transformer.
+The visible view and the yet unknown target view stand side by side in one picture whose right half is masked
+(in-context editing, https://huggingface.co/papers/2504.20690). While denoising, a small cross-attention over the
+semantic map enhances the noisy tokens before each call of the transformer.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ import PIL.Image
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import logging
+from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
 
 # As a dynamic module (`custom_pipeline=`) this file has a package, and the module stands beside it; installed, it has
 # none. `import ... as` escapes the dynamic loader's check for packages that are not installed.
@@ -71,8 +71,14 @@ SEMANTIC_MODES = {
 }
 
 
+def _semantic_mode(name: str) -> SemanticMode:
+    if name not in SEMANTIC_MODES:
+        raise ValueError(f"`semantic_mode` has to be one of {tuple(SEMANTIC_MODES)} but is {name!r}.")
+    return SEMANTIC_MODES[name]
+
+
 def lay_under_panels(tokens: torch.Tensor, rows: int, columns: int, num_panels: int) -> torch.Tensor:
-    """Repeats one panel's `(batch, rows * columns, channels)` tokens under each of `num_panels` panels side by side."""
+    """Repeats one panel's `(batch, rows * columns, channels)` tokens under each of `num_panels` panels in a row."""
     return tokens.unflatten(1, (rows, 1, columns)).expand(-1, -1, num_panels, -1, -1).flatten(1, 3)
 
 
@@ -120,8 +126,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             The cross-attention over the semantic map; loaded by `load_lora_weights` as well.
         semantic_mode (`str`, defaults to `"cross_attention"`):
             How the map enters, one of `"cross_attention"`, `"none"`, `"pixel_fusion"` (the visible view is blended
-            with the map) and `"in_context"` (the map is a third panel). `load_lora_weights` sets it to what the weights
-            were trained with.
+            with the map) and `"in_context"` (the map is a third panel). `load_lora_weights` sets it to what the
+            weights were trained with.
         fusion_alpha (`float`, defaults to 0.5):
             Share of the map in the blend of `"pixel_fusion"`, in [0, 1].
     """
@@ -154,13 +160,6 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         )
         self._set_semantic_attention(semantic_attention)
         self._set_semantic_mode(semantic_mode, fusion_alpha)
-        # Views stay in [0, 1] until the canvas is whole, which `image_processor` then normalises as it does any picture.
-        patch_size = self.vae_scale_factor * 2
-        self.view_processor = VaeImageProcessor(patch_size, do_normalize=False, do_convert_rgb=True)
-        # A semantic map holds labels: blending two of them would make a third.
-        self.semantic_processor = VaeImageProcessor(
-            patch_size, resample="nearest", do_normalize=False, do_convert_rgb=True
-        )
 
     def _set_semantic_attention(self, semantic_attention: SemanticAttentionModel | None) -> None:
         self.register_modules(semantic_attention=semantic_attention)
@@ -169,8 +168,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             self.register_to_config(semantic_attention=("semantic_attention", type(semantic_attention).__name__))
 
     def _set_semantic_mode(self, semantic_mode: str, fusion_alpha: float) -> None:
-        if semantic_mode not in SEMANTIC_MODES:
-            raise ValueError(f"`semantic_mode` has to be one of {tuple(SEMANTIC_MODES)} but is {semantic_mode!r}.")
+        _semantic_mode(semantic_mode)
         if not 0 <= fusion_alpha <= 1:
             raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {fusion_alpha}.")
         self.register_to_config(semantic_mode=semantic_mode, fusion_alpha=fusion_alpha)
@@ -202,8 +200,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 visible view as it is and `"in_context"` has a mid-grey third panel.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: the diptych `(batch, 3, height, panels * width)` in [0, 1] and the mask
-            `(1, 1, height, panels * width)`, 1 on the target panel and 0 elsewhere.
+            `tuple[torch.Tensor, torch.Tensor]`: the diptych `(batch, 3, height, panels * width)` in [0, 1] and the
+            mask `(1, 1, height, panels * width)`, 1 on the target panel and 0 elsewhere.
         """
         mode = SEMANTIC_MODES[self.config.semantic_mode]
         target = visible if target is None else target
@@ -320,7 +318,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             return args, kwargs
 
         with contextlib.ExitStack() as stack:
-            # `FluxFillPipeline` opens no cache context itself, without which FirstBlockCache and its kin refuse to run.
+            # `FluxFillPipeline` opens no cache context itself, which FirstBlockCache and its kin need.
             stack.enter_context(self.transformer.cache_context("cond"))
             if semantic_tokens is not None:
                 handle = self.transformer.register_forward_pre_hook(enhance, with_kwargs=True)
@@ -329,67 +327,52 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     # -- Paint -------------------------------------------------------------------------------------------------------
 
-    def _preprocess_view(
-        self,
-        name: str,
-        view: PipelineImageInput,
-        processor: VaeImageProcessor,
-        height: int | None,
-        width: int | None,
-    ) -> torch.Tensor:
-        """A picture argument as `(batch, 3, height, width)` in [0, 1], at its own size unless one is asked for."""
-        accepted = "a PIL image, a numpy array (batch, height, width, 3), a tensor (batch, 3, height, width), or a list"
-        first = view[0] if isinstance(view, (list, tuple)) and len(view) > 0 else view
-        if not isinstance(first, (PIL.Image.Image, np.ndarray, torch.Tensor)):
-            raise ValueError(f"`{name}` has to be {accepted} of them but is {type(first).__name__}.")
-        if isinstance(view, (list, tuple)):
-            view = list(view)
-            kinds = {"PIL" if isinstance(v, PIL.Image.Image) else type(v).__name__ for v in view}
-            shapes = {v.size if isinstance(v, PIL.Image.Image) else tuple(v.shape) for v in view}
-            if len(kinds) > 1 or len(shapes) > 1:
+    def _read_view(self, name: str, view: PipelineImageInput, size: tuple[int, int] | None, mode: str) -> torch.Tensor:
+        """A picture argument as `(batch, 3, height, width)` in [0, 1], resized where a `size` is asked for."""
+        accepted = "a PIL image, a numpy array (batch, height, width, 3) or a tensor (batch, 3, height, width)"
+        pictures = []
+        for item in view if isinstance(view, (list, tuple)) else [view]:
+            if isinstance(item, PIL.Image.Image):
+                item = VaeImageProcessor.pil_to_numpy(item.convert("RGB"))
+            if isinstance(item, np.ndarray):
+                item = torch.from_numpy(item).movedim(-1, -3) if item.ndim in (3, 4) else torch.from_numpy(item)
+            if not isinstance(item, torch.Tensor):
+                raise ValueError(f"`{name}` has to be {accepted}, or a list of them, but is {type(item).__name__}.")
+            if item.ndim not in (3, 4) or item.shape[-3] != 3 or item.numel() == 0:
                 raise ValueError(
-                    f"`{name}` has to hold pictures of one kind and size but holds {sorted(kinds)} of the sizes"
-                    f" {sorted(shapes)}."
+                    f"`{name}` has to be {accepted}, or a list of them, but has, channels first, the shape"
+                    f" {tuple(item.shape)}."
                 )
-        if not isinstance(first, PIL.Image.Image):
-            channels_at = -1 if isinstance(first, np.ndarray) else -3
-            if first.ndim not in (3, 4) or first.shape[channels_at] != 3:
-                raise ValueError(f"`{name}` has to be {accepted} of them but has the shape {tuple(first.shape)}.")
-            low, high = (min(float(v.min()) for v in view), max(float(v.max()) for v in view)) if isinstance(
-                view, list
-            ) else (float(view.min()), float(view.max()))
+            low, high = item.min().item(), item.max().item()
             # Written so that NaN fails as well.
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"`{name}` has to hold values within [0, 1] but holds [{low}, {high}].")
-            if isinstance(view, np.ndarray) and view.ndim == 3:
-                view = view[None]
-        pixels = processor.preprocess(view, height=height, width=width) if height else self._as_tensor(view, processor)
+            pictures.append(item if item.ndim == 4 else item[None])
+        sizes = [f"{picture.shape[-1]}x{picture.shape[-2]}" for picture in pictures]
+        if len(set(sizes)) != 1:
+            raise ValueError(f"`{name}` has to hold pictures of one size but holds {sizes}.")
+        pixels = torch.cat(pictures).to(torch.float32)
+        if size is not None and size != pixels.shape[-2:]:
+            pixels = F.interpolate(pixels, size, mode=mode, antialias=mode != "nearest-exact")
         if pixels.shape[-2] % self._patch_size or pixels.shape[-1] % self._patch_size:
             raise ValueError(
-                f"`{name}` is {pixels.shape[-1]}x{pixels.shape[-2]} pixels, but width and height have to be multiples of"
-                f" {self._patch_size}. Pass `height` and `width` to resize it."
+                f"`{name}` is {sizes[0]} pixels, but width and height have to be multiples of {self._patch_size}. Pass"
+                " `height` and `width` to resize it."
             )
-        return pixels.to(torch.float32)
-
-    @staticmethod
-    def _as_tensor(view, processor: VaeImageProcessor) -> torch.Tensor:
-        """The picture at its own size: `preprocess` would round it down to the next multiple without a word."""
-        first = view[0] if isinstance(view, list) else view
-        if isinstance(first, PIL.Image.Image):
-            return processor.preprocess(view, height=first.height, width=first.width)
-        height, width = first.shape[-2:] if isinstance(first, torch.Tensor) else first.shape[-3:-1]
-        return processor.preprocess(view, height=height, width=width)
+        return pixels
 
     def _check_semantic_inputs(self, image, semantic_image, mask_image, semantic_scale, height, width) -> None:
         mode = SEMANTIC_MODES[self.config.semantic_mode]
         if image is None:
-            raise ValueError("`image` has to be the visible view, or with `mask_image` the picture to fill, but is None.")
+            raise ValueError(
+                "`image` has to be the visible view, or with `mask_image` the picture to fill, but is None."
+            )
         if not isinstance(semantic_scale, (int, float)) or not np.isfinite(semantic_scale):
             raise ValueError(f"`semantic_scale` has to be a finite number but is {semantic_scale!r}.")
         if semantic_image is not None and mode.attends and semantic_scale != 0 and self.semantic_attention is None:
             raise ValueError(
-                "`semantic_image` was passed, but the pipeline has no `semantic_attention` to look it up with. Load one"
-                " with `load_lora_weights` or pass `semantic_attention=` when making the pipeline, or leave"
+                "`semantic_image` was passed, but the pipeline has no `semantic_attention` to look it up with. Load"
+                " one with `load_lora_weights` or pass `semantic_attention=` when making the pipeline, or leave"
                 " `semantic_image` out."
             )
         if semantic_image is not None and not (mode.attends or mode.map_on_canvas):
@@ -409,6 +392,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 raise ValueError(f"`{name}` has to be a positive multiple of {self._patch_size} but is {size}.")
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -447,7 +431,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 in [0, 1]. Its sides have to be multiples of 16 unless `height` and `width` are passed. With
                 `mask_image` the picture to fill.
             semantic_image (as `image`, *optional*):
-                The semantic map of the same scene, pixel for pixel. One map serves all pictures of a batch.
+                The semantic map of the same scene, pixel for pixel. One map serves all pictures of a batch. With
+                `height` and `width`, or `mask_image`, it is resized with them, keeping its colours.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 As in [`FluxFillPipeline`]: white is repainted.
             semantic_scale (`float`, defaults to 1.0):
@@ -488,42 +473,63 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
         # 1. Read
         translates = mask_image is None
+        size = None if height is None else (height, width)
         if translates:
-            visible = self._preprocess_view("image", image, self.view_processor, height, width)
+            visible = self._read_view("image", image, size, mode="bicubic").clamp(0, 1)
             height, width = visible.shape[-2:]
             num_images = visible.shape[0]
         else:
-            height = height or self.default_sample_size * self.vae_scale_factor
-            width = width or self.default_sample_size * self.vae_scale_factor
+            # `FluxFillPipeline` resizes the picture and its mask, so the map goes with them.
+            size = size or (self.default_sample_size * self.vae_scale_factor,) * 2
+            height, width = size
             num_images = _batch_size(image)
         semantic = None
         if semantic_image is not None:
-            semantic = self._preprocess_view(
-                "semantic_image", semantic_image, self.semantic_processor, *self._map_size(image, semantic_image, height, width)
-            )
+            # A map holds labels: blending two of them would make a third.
+            semantic = self._read_view("semantic_image", semantic_image, size, mode="nearest-exact")
             if semantic.shape[-2:] != (height, width):
                 raise ValueError(
                     f"`semantic_image` has to be as large as `image`, {width}x{height} pixels, but is"
                     f" {semantic.shape[-1]}x{semantic.shape[-2]}. Pass `height` and `width` to resize both."
                 )
-        prompt, batch_size = _match_batch(prompt, prompt_embeds, num_images, semantic)
-        if semantic is not None:
-            semantic = semantic.expand(batch_size, -1, -1, -1)
+        num_maps = 0 if semantic is None else semantic.shape[0]
+        if max(num_images, num_maps) > 1:
+            prompt, prompt_2 = (
+                [text] * max(num_images, num_maps) if isinstance(text, str) else text for text in (prompt, prompt_2)
+            )
+        batch_size = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+        for name, number in (("image", num_images), ("semantic_image", num_maps)):
+            if number > 1 and number != batch_size:
+                raise ValueError(
+                    f"`{name}` has to hold 1 picture or one for each of the {batch_size} prompts, but holds {number}."
+                )
+        panels, panel_index = (len(mode.panels), mode.panels.index("target")) if translates else (1, 0)
+        rows, columns = height // self._patch_size, width // self._patch_size
+        if latents is not None:
+            expected = (batch_size * num_images_per_prompt, rows * panels * columns, self.latent_channels * 4)
+            if tuple(latents.shape) != expected:
+                raise ValueError(
+                    f"`latents` has to have the shape {expected}, the packed canvas, but has {tuple(latents.shape)}."
+                )
 
         # 2. Encode
-        panels, panel_index = 1, 0
+        if semantic is not None:
+            semantic = semantic.expand(batch_size, -1, -1, -1)
         if translates:
-            panels, panel_index = len(mode.panels), mode.panels.index("target")
-            on_canvas = semantic if mode.map_on_canvas else None
-            if on_canvas is not None and on_canvas.shape[0] > num_images:
-                visible = visible.expand(batch_size, -1, -1, -1)
-            image, mask_image = self.prepare_diptych(visible, semantic=on_canvas)
-            if num_images_per_prompt > 1 and image.shape[0] > 1:
+            if semantic is not None and mode.map_on_canvas:
+                image, mask_image = self.prepare_diptych(visible.expand_as(semantic), semantic=semantic.to(visible))
+            else:
+                image, mask_image = self.prepare_diptych(visible)
+            if len(image) > 1:
                 # `FluxFillPipeline` would repeat the prompts one by one but the pictures batch by batch.
                 image = image.repeat_interleave(num_images_per_prompt, dim=0)
+        elif num_images > 1 and num_images_per_prompt > 1:
+            raise ValueError(
+                f"`num_images_per_prompt` has to be 1 with `mask_image` and several pictures, but is"
+                f" {num_images_per_prompt} with {num_images}. Repeat the prompts, pictures and masks instead."
+            )
         semantic_tokens, positions = None, None
         if semantic is not None and mode.attends and semantic_scale != 0:
-            rows, columns = height // self._patch_size, width // self._patch_size
             semantic_tokens = lay_under_panels(self.encode_semantic(semantic), rows, columns, panels)
             semantic_tokens = semantic_tokens.repeat_interleave(num_images_per_prompt, dim=0)
             semantic_tokens = semantic_tokens.to(self.semantic_attention.dtype)
@@ -557,16 +563,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
         # 4. Cut the target view out
         if translates and not return_diptych:
-            images = _cut_panel(images, panel_index, panels, rows=height // self._patch_size)
+            images = _cut_panel(images, panel_index, panels, rows)
         if not return_dict:
             return (images,)
         return FluxPipelineOutput(images=images)
-
-    @staticmethod
-    def _map_size(image, semantic_image, height: int, width: int) -> tuple[int | None, int | None]:
-        """The size to resize the map to: none where it already stands pixel for pixel on a picture that is not resized."""
-        image_size, map_size = (_picture_size(x) for x in (image, semantic_image))
-        return (height, width) if image_size == map_size or image_size is None else (None, None)
 
     # -- Load and save -----------------------------------------------------------------------------------------------
 
@@ -604,16 +604,18 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
         before = self.semantic_attention, self.config.semantic_mode, self.config.fusion_alpha
         module = None
-        if SEMANTIC_MODES[trained_with["semantic_mode"]].attends:
+        if _semantic_mode(trained_with["semantic_mode"]).attends:
             module_folder = "/".join(filter(None, (subfolder, SEMANTIC_SUBFOLDER)))
             if _resolve_file(source, module_folder, "config.json", hub_kwargs) is None:
                 raise ValueError(
                     "`pretrained_model_name_or_path_or_dict` has to hold the module in"
-                    f" `{module_folder}/config.json` beside the LoRA, but {source!r} has no such file. A LoRA without a"
-                    " module loads with `FluxFillPipeline.load_lora_weights`."
+                    f" `{module_folder}/config.json` beside the LoRA, but {source!r} has no such file. A LoRA without"
+                    " a module loads with `FluxFillPipeline.load_lora_weights`."
                 )
             module = SemanticAttentionModel.from_pretrained(source, subfolder=module_folder, **hub_kwargs)
             module.to(device=self._execution_device, dtype=self.transformer.dtype)
+        if self.semantic_attention is not None and module is not None:
+            logger.warning("The pipeline's `semantic_attention` is replaced by that of the LoRA being loaded.")
         # In place before the LoRA, whose loading takes offloading hooks off all components and sets them again.
         self._set_semantic_attention(module)
         self._set_semantic_mode(trained_with["semantic_mode"], trained_with["fusion_alpha"])
@@ -625,8 +627,17 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             raise
 
     def unload_lora_weights(self, reset_to_overwritten_params: bool = False) -> None:
-        r"""Removes the LoRA **and** the semantic attention module. See [`~loaders.FluxLoraLoaderMixin`]."""
+        r"""
+        Removes the LoRA **and** the semantic attention module. A LoRA that was fused stays in the transformer's
+        weights, and the module stays with it.
+
+        Args:
+            reset_to_overwritten_params (`bool`, defaults to `False`):
+                As in [`~loaders.FluxLoraLoaderMixin.unload_lora_weights`].
+        """
         super().unload_lora_weights(reset_to_overwritten_params)
+        if self.num_fused_loras > 0:
+            return
         self._set_semantic_attention(None)
         self._set_semantic_mode("cross_attention", self.config.fusion_alpha)
 
@@ -661,10 +672,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             transformer_lora_adapter_metadata (`dict`, *optional*):
                 The LoRA's configuration, rank and alpha above all.
         """
-        if SEMANTIC_MODES[semantic_mode].attends != (semantic_attention is not None):
+        if _semantic_mode(semantic_mode).attends != (semantic_attention is not None):
             raise ValueError(
-                f'`semantic_attention` has to be given with `semantic_mode="cross_attention"` and with no other, but is'
-                f' {type(semantic_attention).__name__} with "{semantic_mode}".'
+                f'`semantic_attention` has to be given with `semantic_mode="cross_attention"` and with no other, but'
+                f' is {type(semantic_attention).__name__} with "{semantic_mode}".'
             )
         if not is_main_process:
             return
@@ -672,7 +683,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         metadata = {"format": "pt"}
         metadata[SEMANTIC_METADATA_KEY] = json.dumps({"semantic_mode": semantic_mode, "fusion_alpha": fusion_alpha})
         if adapter_metadata:
-            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_metadata, indent=2, sort_keys=True, default=sorted)
+            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(
+                adapter_metadata, indent=2, sort_keys=True, default=sorted
+            )
         super().save_lora_weights(
             save_directory,
             transformer_lora_layers=transformer_lora_layers,
@@ -694,53 +707,17 @@ def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[s
         return None
 
 
-def _picture_size(picture: PipelineImageInput) -> tuple[int, int] | None:
-    """(height, width) of a picture argument, or `None` where it is no picture."""
-    first = picture[0] if isinstance(picture, (list, tuple)) and len(picture) > 0 else picture
-    if isinstance(first, PIL.Image.Image):
-        return first.height, first.width
-    if isinstance(first, torch.Tensor) and first.ndim >= 2:
-        return tuple(first.shape[-2:])
-    if isinstance(first, np.ndarray) and first.ndim >= 3:
-        return tuple(first.shape[-3:-1])
-    return None
-
-
 def _batch_size(picture: PipelineImageInput) -> int:
     if isinstance(picture, (list, tuple)):
-        return len(picture)
+        return sum(_batch_size(item) for item in picture)
     return picture.shape[0] if isinstance(picture, (torch.Tensor, np.ndarray)) and picture.ndim == 4 else 1
 
 
-def _match_batch(
-    prompt: str | list[str] | None,
-    prompt_embeds: torch.Tensor | None,
-    num_images: int,
-    semantic: torch.Tensor | None,
-) -> tuple[str | list[str] | None, int]:
-    """The batch size that prompts, pictures and maps agree on, and one prompt a picture where one was given for all."""
-    if isinstance(prompt, str) and num_images > 1:
-        prompt = [prompt] * num_images
-    num_prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else prompt_embeds.shape[0]
-    if num_images not in (1, num_prompts):
-        raise ValueError(
-            f"`image` has to hold 1 picture or one for each of the {num_prompts} prompts, but holds {num_images}."
-        )
-    if semantic is not None and semantic.shape[0] not in (1, num_prompts):
-        raise ValueError(
-            f"`semantic_image` has to hold 1 map or one for each of the {num_prompts} prompts, but holds"
-            f" {semantic.shape[0]}."
-        )
-    return prompt, num_prompts
-
-
 def _cut_panel(images, index: int, panels: int, rows: int):
-    """One panel of the pictures: PIL, numpy (..., width, 3), tensor (..., width) or packed latents (batch, tokens, 64)."""
+    """One panel of PIL pictures, numpy (..., width, 3), tensor (..., width) or packed latents (batch, tokens, 64)."""
     if isinstance(images, list):
         return [
-            picture.crop(
-                (index * picture.width // panels, 0, (index + 1) * picture.width // panels, picture.height)
-            )
+            picture.crop((index * picture.width // panels, 0, (index + 1) * picture.width // panels, picture.height))
             for picture in images
         ]
     if isinstance(images, np.ndarray):

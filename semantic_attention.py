@@ -19,7 +19,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-
 SEMANTIC_POSITIONS = ("none", "rope")
 
 
@@ -136,8 +135,8 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
             ("num_heads", num_heads),
             ("head_dim", head_dim),
         ):
-            if number < 1:
-                raise ValueError(f"`{name}` has to be a positive integer but is {number}.")
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"`{name}` has to be a positive integer but is {number!r}.")
         if position not in SEMANTIC_POSITIONS:
             raise ValueError(f"`position` has to be one of {SEMANTIC_POSITIONS} but is {position!r}.")
         if position == "rope" and head_dim % 4 != 0:
@@ -247,13 +246,18 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         if chunk_size < 1:
             raise ValueError(f"`chunk_size` has to be a positive integer but is {chunk_size}.")
         rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
+        tokens = torch.arange(hidden_states.shape[1]) if tokens is None else torch.as_tensor(tokens)
+        if tokens.numel() > 0 and not 0 <= tokens.min() <= tokens.max() < hidden_states.shape[1]:
+            raise ValueError(
+                f"`tokens` has to hold indices within [0, {hidden_states.shape[1] - 1}], the image tokens, but holds"
+                f" [{tokens.min()}, {tokens.max()}]."
+            )
         layer = layer % len(self.layers)
         for before in self.layers[:layer]:
             hidden_states = before(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
         block = self.layers[layer]
         query, key = block.query_and_key(hidden_states, block.norm_semantic(semantic_tokens), rotary_emb)
-        if tokens is not None:
-            query = query[:, :, torch.as_tensor(tokens, device=query.device)]
+        query = query[:, :, tokens.to(query.device)]
         query, key = query.float() * block.head_dim**-0.5, key.float().transpose(-1, -2)
         for chunk in query.split(chunk_size, dim=2):
             yield (chunk @ key).softmax(dim=-1)

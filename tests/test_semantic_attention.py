@@ -1,0 +1,217 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import reference as ref
+import torch
+
+from pipeline_flux_fill_semantic import lay_under_panels, panel_positions
+from semantic_attention import SemanticAttentionModel
+
+SIZES = [(2, 3), (4, 2)]  # token rows and columns of one panel
+
+
+def trained_like(seed: int = 0, **config) -> SemanticAttentionModel:
+    """A module whose every parameter is away from where it starts."""
+    torch.manual_seed(seed)
+    model = SemanticAttentionModel(**config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def reference_layers(model: SemanticAttentionModel) -> list[dict]:
+    return [
+        {
+            "norm_x_weight": layer.norm_image.weight,
+            "norm_x_bias": layer.norm_image.bias,
+            "norm_s_weight": layer.norm_semantic.weight,
+            "norm_s_bias": layer.norm_semantic.bias,
+            "q_weight": layer.to_q.weight,
+            "k_weight": layer.to_k.weight,
+            "v_weight": layer.to_v.weight,
+            "out_weight": layer.to_out.weight,
+            "scale": layer.scale,
+        }
+        for layer in model.layers
+    ]
+
+
+def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x_t = torch.randn(2, rows * 2 * columns, 64, generator=generator, dtype=dtype)
+    tokens = torch.randn(2, rows * columns, 64, generator=generator, dtype=dtype)
+    return x_t, lay_under_panels(tokens, rows, columns, 2), panel_positions(rows, columns, 2)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({}, 33088),
+        ({"head_dim": 8}, 4 * 64 * 64 + 2 * 128 + 64),
+        ({"num_layers": 3}, 3 * 33088),
+        ({"position": "rope"}, 33088),
+    ],
+)
+def test_number_of_parameters(config, expected):
+    assert SemanticAttentionModel(**config).num_parameters() == expected
+
+
+def test_scale_starts_at_exactly_zero():
+    model = SemanticAttentionModel(num_layers=2)
+    assert model.scales() == [0.0, 0.0]
+    x_t, semantic_tokens, _ = inputs(2, 3)
+    assert torch.equal(model(x_t, semantic_tokens), x_t)
+
+
+def test_scales_are_mean_absolute_gates():
+    model = SemanticAttentionModel(num_layers=2)
+    torch.nn.init.constant_(model.layers[1].scale[:32], -0.5)
+    assert model.scales() == [0.0, 0.25]
+
+
+@pytest.mark.parametrize("rows, columns", SIZES)
+def test_layout_equals_reference(rows, columns):
+    tokens = torch.randn(2, rows * columns, 64)
+    expected = ref.lay_under_both_panels(tokens, rows, columns)
+    assert torch.equal(lay_under_panels(tokens, rows, columns, 2), expected)
+    assert torch.equal(panel_positions(rows, columns, 2), ref.panel_positions(rows, columns).float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows, columns", SIZES)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("semantic_scale", [1.0, -0.7])
+def test_output_equals_reference_in_float64(rows, columns, num_layers, semantic_scale):
+    model = trained_like(num_layers=num_layers).double()
+    x_t, semantic_tokens, _ = inputs(rows, columns, torch.float64)
+    enhanced = model(x_t, semantic_tokens, semantic_scale=semantic_scale)
+    expected = ref.enhance(x_t, semantic_tokens, reference_layers(model), strength=semantic_scale)
+    torch.testing.assert_close(enhanced, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows, columns", SIZES)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_rotary_positions_equal_reference(rows, columns, num_layers, head_dim):
+    model = trained_like(num_layers=num_layers, head_dim=head_dim, position="rope")
+    x_t, semantic_tokens, positions = inputs(rows, columns)
+    enhanced = model(x_t, semantic_tokens, positions)
+    layers = [{name: w.double() for name, w in layer.items()} for layer in reference_layers(model)]
+    expected = ref.enhance(x_t.double(), semantic_tokens.double(), layers, positions=positions.double())
+    torch.testing.assert_close(enhanced.double(), expected, rtol=1e-5, atol=1e-5)
+    without = ref.enhance(x_t.double(), semantic_tokens.double(), layers)
+    assert (without - expected).abs().max() > 1e-3  # so that the comparison would see missing positions
+
+
+@torch.no_grad()
+def test_output_keeps_the_dtype_of_the_latents():
+    model = trained_like().to(torch.bfloat16)
+    x_t, semantic_tokens, _ = inputs(2, 3, torch.bfloat16)
+    assert model(x_t, semantic_tokens).dtype == torch.bfloat16
+
+
+def gradients(model: SemanticAttentionModel, rows: int = 2, columns: int = 3) -> set[str]:
+    """Names of the parameters with a gradient other than zero."""
+    x_t, semantic_tokens, positions = inputs(rows, columns)
+    model(x_t, semantic_tokens, positions).square().mean().backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_only_the_scale_has_a_gradient_at_first(position):
+    assert gradients(SemanticAttentionModel(num_layers=2, position=position)) == {"layers.0.scale", "layers.1.scale"}
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_every_parameter_has_a_gradient_once_the_scale_has_moved(position):
+    model = trained_like(num_layers=2, position=position)
+    assert gradients(model) == {name for name, _ in model.named_parameters()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_attention_maps_equal_the_explicit_softmax(position, layer):
+    rows, columns = 2, 3
+    model = trained_like(num_layers=2, position=position)
+    x_t, semantic_tokens, positions = inputs(rows, columns)
+    chunks = list(model.attention_maps(x_t, semantic_tokens, positions, layer=layer, chunk_size=5))
+    assert [chunk.shape[2] for chunk in chunks] == [5, 5, 2]
+    maps = torch.cat(chunks, dim=2)
+    assert maps.shape == (2, 8, 12, 12)
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 8, 12))
+
+    layers = reference_layers(model)
+    kwargs = {"positions": positions} if position == "rope" else {}
+    x = ref.enhance(x_t, semantic_tokens, layers[: layer % 2], **kwargs)
+    w = layers[layer]
+    q = (ref.layer_norm(x, w["norm_x_weight"], w["norm_x_bias"], 1e-5) @ w["q_weight"].T).unflatten(-1, (8, 16))
+    k = ref.layer_norm(semantic_tokens, w["norm_s_weight"], w["norm_s_bias"], 1e-5) @ w["k_weight"].T
+    k = k.unflatten(-1, (8, 16))
+    if position == "rope":
+        q, k = ref.rotate(q, positions), ref.rotate(k, positions)
+    expected = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) / 4, dim=-1)
+    torch.testing.assert_close(maps, expected)
+
+    some = torch.cat(list(model.attention_maps(x_t, semantic_tokens, positions, layer=layer, tokens=[7, 1])), dim=2)
+    torch.testing.assert_close(some, maps[:, :, [7, 1]])
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_save_and_load(tmp_path, position):
+    model = trained_like(num_layers=2, num_heads=4, head_dim=8, position=position)
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    loaded = SemanticAttentionModel.from_pretrained(tmp_path)
+    expected = {"in_channels": 64, "num_layers": 2, "num_heads": 4, "head_dim": 8, "position": position}
+    assert {name: loaded.config[name] for name in expected} == expected
+    assert model.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config, named, came",
+    [
+        ({"num_layers": 0}, "num_layers", "0"),
+        ({"num_heads": -1}, "num_heads", "-1"),
+        ({"head_dim": 0}, "head_dim", "0"),
+        ({"in_channels": 0}, "in_channels", "0"),
+        ({"head_dim": 1.5}, "head_dim", "1.5"),
+        ({"position": "learnt"}, "position", "learnt"),
+        ({"position": "rope", "head_dim": 6}, "head_dim", "6"),
+    ],
+)
+def test_wrong_configurations(config, named, came):
+    with pytest.raises(ValueError, match=f"`{named}` has to be .*{came}"):
+        SemanticAttentionModel(**config)
+
+
+@pytest.mark.parametrize(
+    "changes, named, came",
+    [
+        ({"hidden_states": torch.zeros(2, 12, 63)}, "hidden_states", "63"),
+        ({"hidden_states": torch.zeros(12, 64)}, "hidden_states", "12, 64"),
+        ({"semantic_tokens": torch.zeros(2, 12, 16)}, "semantic_tokens", "16"),
+        ({"semantic_tokens": torch.zeros(3, 12, 64)}, "semantic_tokens", "3"),
+        ({"positions": None}, "positions", "None"),
+        ({"positions": torch.zeros(12, 3)}, "positions", "12, 3"),
+        ({"semantic_tokens": torch.zeros(2, 6, 64)}, "positions", "6 semantic tokens"),
+    ],
+)
+def test_wrong_inputs(changes, named, came):
+    x_t, semantic_tokens, positions = inputs(2, 3)
+    kwargs = {"hidden_states": x_t, "semantic_tokens": semantic_tokens, "positions": positions} | changes
+    model = SemanticAttentionModel(position="rope")
+    for call in (model, lambda **kwargs: list(model.attention_maps(**kwargs))):
+        with pytest.raises(ValueError, match=f"`{named}` has to .*{came}"):
+            call(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrong, came", [({"layer": 1}, "1"), ({"layer": -2}, "-2"), ({"chunk_size": 0}, "0"), ({"tokens": [12]}, "12")]
+)
+def test_wrong_attention_maps(wrong, came):
+    x_t, semantic_tokens, _ = inputs(2, 3)
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` has to .*{came}"):
+        list(SemanticAttentionModel().attention_maps(x_t, semantic_tokens, **wrong))
