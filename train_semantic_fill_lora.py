@@ -38,6 +38,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from diffusers.training_utils import (
@@ -799,7 +800,7 @@ def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         revision=args.revision,
         variant=args.variant,
         cache_dir=args.cache_dir,
-        torch_dtype=dtype,
+        dtype=dtype,
     )
     transformer.requires_grad_(False).to(device)
     if args.gradient_checkpointing:
@@ -817,7 +818,7 @@ def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
     semantic_attention = None
     if SEMANTIC_MODES[args.semantic_mode].attends:
         if args.semantic_weights:
-            semantic_attention = SemanticAttentionModel.from_pretrained(args.semantic_weights)
+            semantic_attention = SemanticAttentionModel.from_pretrained(args.semantic_weights, dtype=torch.float32)
         else:
             semantic_attention = SemanticAttentionModel(
                 in_channels=transformer.out_channels,
@@ -827,7 +828,7 @@ def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
                 position=args.semantic_position,
             )
         # Loaded models come in evaluation mode, made ones in training mode.
-        semantic_attention.to(device=device, dtype=torch.float32).requires_grad_(True).train()
+        semantic_attention.to(device).requires_grad_(True).train()
     if args.lora_weights:
         load_lora(transformer, args.lora_weights)
     model = SemanticFillModel(transformer.train(), semantic_attention)
@@ -1046,7 +1047,7 @@ def paint_samples(
     finally:
         model.train()
         source.vae.to(vae_device)
-    pictures = pipeline.view_processor.postprocess(torch.stack(rows))
+    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(rows)))
     grid = make_image_grid(pictures, rows=len(pictures) // 4, cols=4)
     folder = Path(args.output_dir, "samples")
     folder.mkdir(exist_ok=True)
