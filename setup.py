@@ -1,0 +1,25 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+from pathlib import Path
+
+from setuptools import setup
+
+
+HERE = Path(__file__).parent
+
+setup(
+    name="semantic-fill",
+    version="0.1.0",
+    description="Paired image translation with FLUX.1 Fill, guided by a semantic map",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    py_modules=["semantic_attention", "pipeline_flux_fill_semantic", "train_semantic_fill_lora"],
+    install_requires=(HERE / "requirements.txt").read_text().split(),
+    extras_require={
+        "demo": ["basemap-data", "matplotlib", "scikit-image"],
+        "test": ["pytest", "pytest-xdist", "prodigyopt"],
+        "quantization": ["bitsandbytes", "torchao"],
+        "tracking": ["wandb"],
+    },
+)
