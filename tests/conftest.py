@@ -15,14 +15,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np  # noqa: E402
 import PIL.Image  # noqa: E402
 import pytest  # noqa: E402
+from diffusers import FluxFillPipeline  # noqa: E402
 from small_flux_fill import build_pipeline  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory) -> str:
-    """A tiny FLUX Fill as a normal diffusers folder."""
+def base() -> FluxFillPipeline:
+    """A tiny FLUX Fill. Shared by all tests: change copies only."""
+    pipeline = build_pipeline("test", seed=0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def base_folder(base, tmp_path_factory) -> str:
+    """The tiny FLUX Fill as a normal diffusers folder."""
     folder = tmp_path_factory.mktemp("base")
-    build_pipeline("test", seed=0).save_pretrained(folder)
+    base.save_pretrained(folder)
     return str(folder)
 
 
