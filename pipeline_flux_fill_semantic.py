@@ -30,6 +30,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+
 # As a dynamic module (`custom_pipeline=`) this file has a package, and the module stands beside it; installed, it has
 # none. `import ... as` escapes the dynamic loader's check for packages that are not installed.
 if __package__:
@@ -162,6 +163,14 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         self._set_semantic_mode(semantic_mode, fusion_alpha)
 
     def _set_semantic_attention(self, semantic_attention: SemanticAttentionModel | None) -> None:
+        channels = self.latent_channels * 4
+        if semantic_attention is not None:
+            config = getattr(semantic_attention, "config", None)
+            if getattr(config, "in_channels", None) != channels:
+                raise ValueError(
+                    f"`semantic_attention` has to be a `SemanticAttentionModel` with `in_channels={channels}`, the"
+                    f" channels of a token, but is {type(semantic_attention).__name__} with {config}."
+                )
         self.register_modules(semantic_attention=semantic_attention)
         if semantic_attention is not None:
             # Not the name of the dynamic module that this code may run as.
@@ -351,7 +360,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         sizes = [f"{picture.shape[-1]}x{picture.shape[-2]}" for picture in pictures]
         if len(set(sizes)) != 1:
             raise ValueError(f"`{name}` has to hold pictures of one size but holds {sizes}.")
-        pixels = torch.cat(pictures).to(torch.float32)
+        # Contiguous, because convolutions round differently on channels-last pictures.
+        pixels = torch.cat(pictures).to(torch.float32).contiguous()
         if size is not None and size != pixels.shape[-2:]:
             pixels = F.interpolate(pixels, size, mode=mode, antialias=mode != "nearest-exact")
         if pixels.shape[-2] % self._patch_size or pixels.shape[-1] % self._patch_size:
@@ -361,7 +371,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             )
         return pixels
 
-    def _check_semantic_inputs(self, image, semantic_image, mask_image, semantic_scale, height, width) -> None:
+    def _check_semantic_inputs(
+        self, image, semantic_image, mask_image, semantic_scale, height, width, num_images_per_prompt, output_type
+    ) -> None:
         mode = SEMANTIC_MODES[self.config.semantic_mode]
         if image is None:
             raise ValueError(
@@ -385,6 +397,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 f'`mask_image` was passed, but `semantic_mode="{self.config.semantic_mode}"` makes its own mask. It is'
                 ' accepted with the modes "cross_attention" and "none".'
             )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` has to be "pil", "np", "pt" or "latent" but is {output_type!r}.')
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` has to be a positive integer but is {num_images_per_prompt!r}.")
         if (height is None) != (width is None):
             raise ValueError(f"`height` and `width` have to be passed together but are {height} and {width}.")
         for name, size in (("height", height), ("width", width)):
@@ -469,7 +485,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `ValueError`: where an argument does not fit the pipeline or another argument.
         """
         mode = SEMANTIC_MODES[self.config.semantic_mode]
-        self._check_semantic_inputs(image, semantic_image, mask_image, semantic_scale, height, width)
+        self._check_semantic_inputs(
+            image, semantic_image, mask_image, semantic_scale, height, width, num_images_per_prompt, output_type
+        )
 
         # 1. Read
         translates = mask_image is None

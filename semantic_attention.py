@@ -19,6 +19,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
+
 SEMANTIC_POSITIONS = ("none", "rope")
 
 

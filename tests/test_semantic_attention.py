@@ -6,6 +6,7 @@ import torch
 from pipeline_flux_fill_semantic import lay_under_panels, panel_positions
 from semantic_attention import SemanticAttentionModel
 
+
 SIZES = [(2, 3), (4, 2)]  # token rows and columns of one panel
 
 
