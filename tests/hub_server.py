@@ -1,9 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """A local stand-in for the Hugging Face Hub on 127.0.0.1, for tests.
 
-It speaks the part of the Hub's HTTP interface that `huggingface_hub`, `diffusers` and `datasets` use to create a repo, push
-a folder, look a repo up and download it. Everything lives in memory and every file is a regular one (no LFS, no Xet). Run
-the clients in processes of their own, as `HF_ENDPOINT` is read when `huggingface_hub` is imported:
+It speaks the part of the Hub's HTTP interface that `huggingface_hub`, `diffusers` and `datasets` use to create a
+repo, push a folder, look a repo up and download it. Everything lives in memory and every file is a regular one (no
+LFS, no Xet). Run the clients in processes of their own, as `HF_ENDPOINT` is read when `huggingface_hub` is imported:
 
     with HubServer() as hub:
         subprocess.run([sys.executable, "client.py"], env=hub.environment(tmp_path, token=hub.token))
@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
 
 TIME = datetime(2026, 1, 1, tzinfo=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
@@ -80,7 +81,8 @@ class Request:
 
 @dataclass
 class Fault:
-    """What to do instead of an answer: a status, or `"cut"` to break the connection half-way. `times` is what is left."""
+    """What to do instead of an answer: a status, or `"cut"` to break the connection half-way. `times` is what is
+    left."""
 
     method: str
     path: str
@@ -160,7 +162,8 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: str | Path, token: str | None = None) -> dict[str, str]:
-        """The environment of a client process: this endpoint, a home of its own and `token`, or nobody's without one."""
+        """The environment of a client process: this endpoint, a home of its own and `token`, or nobody's without
+        one."""
         kept = {
             name: value
             for name, value in environ.items()
@@ -170,7 +173,8 @@ class HubServer:
         return kept | ({} if token is None else {"HF_TOKEN": token})
 
     def fail(self, method: str, path: str, action: int | str, times: int = 1) -> None:
-        """Answers the next `times` requests of this method whose path matches the regex with a status or a cut connection.
+        """Answers the next `times` requests of this method whose path matches the regex with a status or a cut
+        connection.
 
         `"cut"` reads half of the request's body and resets the connection; where the request has none it sends half of
         the answer's and closes it.
@@ -197,7 +201,7 @@ class HubServer:
                     return fault.action
         return None
 
-    # The interface. Each returns what the answer's JSON body says or raises a `HubError`. -------------------------------
+    # The interface. Each returns what the answer's JSON body says or raises a `HubError`.
 
     def repo(self, repo_type: str, repo_id: str, signed_in: bool) -> Repo:
         repo = self.repos.get((repo_type, repo_id))

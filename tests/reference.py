@@ -1,19 +1,20 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """An independent reading of the method in plain torch, against which the project's tensors are compared.
 
-Imports torch and math only: nothing of the project and nothing of diffusers' pipelines. A frozen model (VAE, transformer)
-is applied through the object that the caller passes. Written for clarity, in the order in which the data travels; every
-function keeps the dtype that it is given, so all of it can run in float64.
+Imports torch and math only: nothing of the project and nothing of diffusers' pipelines. A frozen model (VAE,
+transformer) is applied through the object that the caller passes. Written for clarity, in the order in which the
+data travels; every function keeps the dtype that it is given, so all of it can run in float64.
 
-Letters in the shapes: B batch, H and W the height and width of one panel in pixels, h = H / 16 and w = W / 16 the token rows
-and columns of one panel, L = h * 2w the tokens of a diptych.
+Letters in the shapes: B batch, H and W the height and width of one panel in pixels, h = H / 16 and w = W / 16 the
+token rows and columns of one panel, L = h * 2w the tokens of a diptych.
 """
 
 import math
 
 import torch
 
-# Read ------------------------------------------------------------------------------------------------------------------
+
+# Read ---------------------------------------------------------------------------------------------------------------
 
 
 def cut_triptych(triptych: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +40,7 @@ def make_mask(diptych: torch.Tensor) -> torch.Tensor:
     return (column >= width // 2).to(diptych.dtype).expand(batch, 1, height, width).clone()
 
 
-# Encode ----------------------------------------------------------------------------------------------------------------
+# Encode -------------------------------------------------------------------------------------------------------------
 
 
 def encode_image(vae, image: torch.Tensor) -> torch.Tensor:
@@ -51,8 +52,8 @@ def encode_image(vae, image: torch.Tensor) -> torch.Tensor:
 def pack(latent: torch.Tensor) -> torch.Tensor:
     """[B, C, 2h, 2w] -> [B, h*w, 4C].
 
-    The token at (row, column) holds the 2x2 block of positions below it, row by row in the grid. Its channels run over the
-    latent's channels first, then the block's upper left, upper right, lower left and lower right position.
+    The token at (row, column) holds the 2x2 block of positions below it, row by row in the grid. Its channels run
+    over the latent's channels first, then the block's upper left, upper right, lower left and lower right position.
     """
     corners = [latent[:, :, dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)]  # 4 x [B, C, h, w]
     by_channel = torch.stack(corners, dim=2).flatten(1, 2)  # [B, 4C, h, w], corner fastest
@@ -70,13 +71,15 @@ def unpack(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def mask_tokens(mask: torch.Tensor) -> torch.Tensor:
-    """[B, 1, H, W] of pixels -> [B, h*w, 256]: each 8x8 block of pixels unfolded into 64 channels, row by row, then packed."""
+    """[B, 1, H, W] of pixels -> [B, h*w, 256]: each 8x8 block of pixels unfolded into 64 channels, row by row, then
+    packed."""
     pixels = [mask[:, 0, y::8, x::8] for y in range(8) for x in range(8)]  # 64 x [B, H/8, W/8]
     return pack(torch.stack(pixels, dim=1))
 
 
 def condition(vae, diptych: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """x_cond, [B, L, 320]: 64 channels of the visible half's latent (the hidden half is 0, mid-grey), 256 of the mask."""
+    """x_cond, [B, L, 320]: 64 channels of the visible half's latent (the hidden half is 0, mid-grey), 256 of the
+    mask."""
     return torch.cat([pack(encode_image(vae, diptych * (1 - mask))), mask_tokens(mask)], dim=2)
 
 
@@ -86,7 +89,8 @@ def image_ids(rows: int, columns: int) -> torch.Tensor:
 
 
 def lay_under_both_panels(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """One panel's [B, rows*columns, C] -> the diptych's [B, rows*2*columns, C]: each place gets its own panel's token."""
+    """One panel's [B, rows*columns, C] -> the diptych's [B, rows*2*columns, C]: each place gets its own panel's
+    token."""
     index = [row * columns + column % columns for row in range(rows) for column in range(2 * columns)]
     return tokens[:, index]
 
@@ -97,11 +101,12 @@ def encode_semantic(vae, semantic: torch.Tensor) -> torch.Tensor:
     return lay_under_both_panels(pack(latent), latent.shape[2] // 2, latent.shape[3] // 2)
 
 
-# Noise -----------------------------------------------------------------------------------------------------------------
+# Noise --------------------------------------------------------------------------------------------------------------
 
 
 def shift_timestep(t: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """FLUX's shift of t in (0, 1) for an image of `num_tokens` tokens: mu goes from 0.5 at 256 to 1.15 at 4096 tokens."""
+    """FLUX's shift of t in (0, 1) for an image of `num_tokens` tokens: mu goes from 0.5 at 256 to 1.15 at 4096
+    tokens."""
     mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
     return math.exp(mu) * t / (1 + (math.exp(mu) - 1) * t)
 
@@ -111,7 +116,7 @@ def add_noise(x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor) -> torch.Te
     return (1 - t)[:, None, None] * x_0 + t[:, None, None] * x_1
 
 
-# Attend ----------------------------------------------------------------------------------------------------------------
+# Attend -------------------------------------------------------------------------------------------------------------
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -163,7 +168,8 @@ def cross_attention(
     """x + strength * scale * Out(softmax(Q(LN(x)) K(LN(s))^T / sqrt(head_dim)) V(LN(s))).
 
     x and s are [B, L, 64]; the norms' weights and biases and `scale` [64]; q, k and v [heads * head_dim, 64]; out
-    [64, heads * head_dim]; `positions` [L, 2] turns queries and keys, `None` leaves them. All projections are bias-free.
+    [64, heads * head_dim]; `positions` [L, 2] turns queries and keys, `None` leaves them. All projections are
+    bias-free.
     """
     batch, length, _ = x.shape
     head_dim = q_weight.shape[0] // heads
@@ -188,7 +194,7 @@ def enhance(x_t: torch.Tensor, semantic_tokens: torch.Tensor, layers: list[dict]
     return x_t
 
 
-# Predict and compare ---------------------------------------------------------------------------------------------------
+# Predict and compare ------------------------------------------------------------------------------------------------
 
 
 def predict(
@@ -201,7 +207,8 @@ def predict(
     img_ids: torch.Tensor,
     guidance: float | None = None,
 ) -> torch.Tensor:
-    """The transformer's velocity [B, L, 64] for x [B, L, 64] (enhanced or not), x_cond [B, L, 320] and t [B] in (0, 1)."""
+    """The transformer's velocity [B, L, 64] for x [B, L, 64] (enhanced or not), x_cond [B, L, 320] and t [B] in (0,
+    1)."""
     return transformer(
         hidden_states=torch.cat([x, x_cond], dim=2),
         timestep=t,
@@ -227,7 +234,7 @@ def loss(
     return error.mean()
 
 
-# Inference -------------------------------------------------------------------------------------------------------------
+# Inference ----------------------------------------------------------------------------------------------------------
 
 
 def inference_sigmas(num_inference_steps: int, num_tokens: int) -> torch.Tensor:
@@ -237,7 +244,8 @@ def inference_sigmas(num_inference_steps: int, num_tokens: int) -> torch.Tensor:
 
 
 def sample(x: torch.Tensor, sigmas: torch.Tensor, enhance_latents, predict_velocity) -> torch.Tensor:
-    """Euler's method from noise x [B, L, 64] along falling `sigmas`: the step is taken on x, never on the enhanced one.
+    """Euler's method from noise x [B, L, 64] along falling `sigmas`: the step is taken on x, never on the enhanced
+    one.
 
     `enhance_latents(x)` gives x_t_enhanced; `predict_velocity(x_t_enhanced, t)` the velocity for t [B].
     """

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 from hub_server import HubServer, blob_id
 
+
 README = b"---\nlicense: apache-2.0\ntags:\n- flux\npipeline_tag: image-to-image\n---\n# Title\n"
 
 
@@ -19,7 +20,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, tmp_path):
-    """Runs Python code in a fresh process against the hub; returns what it printed, or its traceback if it may fail."""
+    """Runs code in a fresh process against the hub; returns what it printed, or, if it must fail, its error."""
 
     def run(code: str, token: str | None = hub.token, check: bool = True, home: str = "home") -> str:
         done = subprocess.run(
@@ -71,8 +72,8 @@ def test_upload_look_up_and_download(hub, client, folder):
         api = HfApi()
         info = api.model_info("user/new.repo")
         assert info.sha == "{head}" and info.card_data["license"] == "apache-2.0", info
-        assert [f.rfilename for f in info.siblings] == [".gitattributes", "README.md", "empty", "sub/weights.safetensors"]
-        assert sorted(api.list_repo_files("user/new.repo")) == [f.rfilename for f in info.siblings]
+        names = [".gitattributes", "README.md", "empty", "sub/weights.safetensors"]
+        assert sorted(api.list_repo_files("user/new.repo")) == [f.rfilename for f in info.siblings] == names
         assert [(e.path, hasattr(e, "size")) for e in api.list_repo_tree("user/new.repo")][-1] == ("sub", False)
         assert [b.target_commit for b in api.list_repo_refs("user/new.repo").branches] == ["{head}"]
         paths = api.get_paths_info("user/new.repo", ["sub", "empty", "none"])
@@ -215,7 +216,8 @@ def test_diffusers_load_from_it(hub, client):
         unet = UNet2DModel(8, 1, 1, block_out_channels=(4, 4), down_block_types=("DownBlock2D",) * 2,
                            up_block_types=("UpBlock2D",) * 2, norm_num_groups=2, add_attention=False)
         DDPMPipeline(unet, DDPMScheduler()).push_to_hub("base")
-        pipe = DiffusionPipeline.from_pretrained("user/base", custom_pipeline="user/dotted.repo", trust_remote_code=True)
+        custom = {"custom_pipeline": "user/dotted.repo", "trust_remote_code": True}
+        pipe = DiffusionPipeline.from_pretrained("user/base", **custom)
         assert type(pipe).__name__ == "Mine" and pipe.greeting == "hello"
         pairs = zip(unet.state_dict().values(), pipe.unet.state_dict().values())
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -233,7 +235,8 @@ def test_lora_loads_from_it(hub, client):
         lora = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(4, 2)}
         from safetensors.torch import save
         HfApi().create_repo("user/lora")
-        HfApi().upload_file(path_or_fileobj=save(lora), path_in_repo="pytorch_lora_weights.safetensors", repo_id="user/lora")
+        name = "pytorch_lora_weights.safetensors"
+        HfApi().upload_file(path_or_fileobj=save(lora), path_in_repo=name, repo_id="user/lora")
         loaded = FluxPipeline.lora_state_dict("user/lora")
         assert loaded.keys() == lora.keys() and all(torch.equal(loaded[key], lora[key]) for key in lora)
         """

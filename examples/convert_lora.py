@@ -1,0 +1,195 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Converts a FLUX LoRA from diffusers' key names to the kohya layout that ComfyUI and others read, and back.
+
+    python examples/convert_lora.py output_dir/pytorch_lora_weights.safetensors lora_comfyui.safetensors
+    python examples/convert_lora.py lora_comfyui.safetensors pytorch_lora_weights.safetensors
+
+The direction is read off the keys. The kohya layout names the layers of the original FLUX code, where one layer does
+what several do in diffusers: `img_attn.qkv` is `to_q`, `to_k` and `to_v`; `linear1` of a single block is those and
+`proj_mlp`. The LoRAs of n such parts become one LoRA of n times the rank: the downs stacked, the ups on a block
+diagonal. That is exact, and diffusers' own reader, which is the way back here, takes it apart into the same n LoRAs.
+A part without a LoRA gets a zero one.
+
+The semantic cross-attention module is no part of a LoRA file and is not converted: other tools paint without the map.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+
+
+PREFIX = "transformer."
+
+# Original layer -> its parts in diffusers, with the rows (outputs) of each part in units of the model's width.
+DOUBLE_BLOCK = {
+    "img_attn_qkv": {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1},
+    "img_attn_proj": {"attn.to_out.0": 1},
+    "img_mlp_0": {"ff.net.0.proj": 4},
+    "img_mlp_2": {"ff.net.2": 1},
+    "img_mod_lin": {"norm1.linear": 6},
+    "txt_attn_qkv": {"attn.add_q_proj": 1, "attn.add_k_proj": 1, "attn.add_v_proj": 1},
+    "txt_attn_proj": {"attn.to_add_out": 1},
+    "txt_mlp_0": {"ff_context.net.0.proj": 4},
+    "txt_mlp_2": {"ff_context.net.2": 1},
+    "txt_mod_lin": {"norm1_context.linear": 6},
+}
+SINGLE_BLOCK = {
+    "linear1": {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": 4},
+    "linear2": {"proj_out": 1},
+    "modulation_lin": {"norm.linear": 3},
+}
+BLOCKS = {
+    "transformer_blocks": ("lora_unet_double_blocks", DOUBLE_BLOCK),
+    "single_transformer_blocks": ("lora_unet_single_blocks", SINGLE_BLOCK),
+}
+
+
+def layer_alphas(modules: dict[str, tuple[torch.Tensor, torch.Tensor]], metadata: dict | None) -> dict[str, float]:
+    """The alpha of every module, from the LoRA config in a diffusers file's metadata; the rank where there is none."""
+    config = {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items()}
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {}
+    for module, (down, _) in modules.items():
+        pattern = get_pattern_key(patterns, module)
+        alphas[module] = float(patterns.get(pattern, config.get("lora_alpha", down.shape[0])))
+        if config.get("use_rslora"):  # scaled by alpha / sqrt(rank); the kohya layout knows alpha / rank only
+            alphas[module] *= down.shape[0] ** 0.5
+    return alphas
+
+
+def read_modules(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The (down, up) weights of every module of a LoRA in diffusers' key names.
+
+    Raises:
+        ValueError: If a key is no LoRA weight of the FLUX transformer, or one of a pair is missing.
+    """
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key, weight in state_dict.items():
+        match = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise ValueError(f"`state_dict` has to hold `transformer.*.lora_A/B.weight` keys only, got {key!r}.")
+        modules.setdefault(match[1], {})[match[2]] = weight
+    for module, pair in modules.items():
+        if len(pair) < 2:
+            raise ValueError(
+                f"`state_dict` has to hold lora_A and lora_B of every module, got one only of {module!r}."
+            )
+    return {module: (pair["A"], pair["B"]) for module, pair in modules.items()}
+
+
+def fuse(
+    parts: list[tuple[torch.Tensor, torch.Tensor, float] | None], rows: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """One LoRA for parts stacked by rows: (down [n * rank, in], up [sum of rows, n * rank], alpha).
+
+    `None` is a part without a LoRA. Parts of a lower rank are padded with zeros. If their alpha / rank differ, the
+    quotient goes into the downs, in float32.
+    """
+    present = [part for part in parts if part is not None]
+    rank = max(down.shape[0] for down, _, _ in present)
+    scales = {alpha / down.shape[0] for down, _, alpha in present}
+    dtype = present[0][0].dtype if len(scales) == 1 else torch.float32
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    down = torch.zeros(rank * len(parts), present[0][0].shape[1], dtype=dtype)
+    up = torch.zeros(sum(rows), rank * len(parts), dtype=dtype)
+    for index, part in enumerate(parts):
+        if part is None:
+            continue
+        part_down, part_up, alpha = part
+        start, own = sum(rows[:index]), part_down.shape[0]
+        columns = slice(rank * index, rank * index + own)
+        down[columns] = part_down.to(dtype) * (alpha / own / scale)
+        up[start : start + rows[index], columns] = part_up.to(dtype)
+    return down, up, scale * down.shape[0]
+
+
+def to_kohya(state_dict: dict[str, torch.Tensor], metadata: dict | None = None) -> dict[str, torch.Tensor]:
+    """A diffusers FLUX LoRA in the kohya layout.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            `transformer.<module>.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank].
+        metadata (`dict`, *optional*):
+            The LoRA config that diffusers keeps in the file's metadata (`transformer.lora_alpha` and so on). Without
+            it, alpha is the rank.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `lora_unet_<layer>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+
+    Raises:
+        ValueError: If a key cannot be expressed in the kohya layout; nothing is left out silently.
+    """
+    modules = read_modules(state_dict)
+    alphas = layer_alphas(modules, metadata)
+    converted, done = {}, set()
+    for module in modules:
+        match = re.fullmatch(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)", module)
+        prefix, layers = BLOCKS[match[1]] if match else (None, {})
+        layer = next((layer for layer, parts in layers.items() if match[3] in parts), None)
+        if layer is None:
+            raise ValueError(
+                f"`state_dict` may hold LoRAs on the linear layers of the FLUX blocks only, got one on {module!r}."
+            )
+        name = f"{prefix}_{match[2]}_{layer}"
+        if name in done:
+            continue
+        done.add(name)
+        parts = {f"{match[1]}.{match[2]}.{part}": width for part, width in layers[layer].items()}
+        # The model's width, from any part that is there.
+        width = next(modules[part][1].shape[0] // units for part, units in parts.items() if part in modules)
+        down, up, alpha = fuse(
+            [(*modules[part], alphas[part]) if part in modules else None for part in parts],
+            [units * width for units in parts.values()],
+        )
+        converted[f"{name}.lora_down.weight"] = down.contiguous()
+        converted[f"{name}.lora_up.weight"] = up.contiguous()
+        converted[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return converted
+
+
+def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A kohya FLUX LoRA in diffusers' key names, alpha multiplied in, by diffusers' own reader."""
+    converted = _convert_kohya_flux_lora_to_diffusers(dict(state_dict))
+    # Chunks of one stacked tensor share memory, which safetensors does not save.
+    return {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in converted.items()}
+
+
+def convert_file(source: Path, target: Path) -> str:
+    """Converts the file `source` into `target`; returns the name of the layout that was written."""
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if any(key.endswith(".lora_down.weight") for key in state_dict):
+        safetensors.torch.save_file(to_diffusers(state_dict), target, metadata={"format": "pt"})
+        return "diffusers"
+    config = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "null"))
+    safetensors.torch.save_file(to_kohya(state_dict, config), target, metadata={"format": "pt"})
+    return "kohya"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="LoRA as .safetensors, in either layout.")
+    parser.add_argument("target", type=Path, help="Where to write the other layout.")
+    args = parser.parse_args()
+    if not args.source.is_file():
+        parser.error(f"source has to be a .safetensors file, got {args.source}")
+    if args.target.exists() and args.target.samefile(args.source):
+        parser.error("target has to be another file than source")
+    try:
+        layout = convert_file(args.source, args.target)
+    except (ValueError, safetensors.SafetensorError) as error:
+        parser.error(f"{args.source}: {error}")
+    print(f"Wrote {args.target} in the {layout} layout")
+
+
+if __name__ == "__main__":
+    main()
