@@ -1,0 +1,285 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The whole idea on real pictures, on a laptop: grey hillshade -> satellite colours, guided by a land-water map.
+
+Cuts triptychs, trains a LoRA without and a LoRA with the semantic module on Eurasia, Africa and Oceania, paints the
+Americas, and leaves a page, a grid and the figures in the output folder.
+"""
+
+import argparse
+import base64
+import functools
+import html
+import io
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import earth
+import matplotlib
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from small_flux_fill import build_pipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm.auto import tqdm
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINED_BASE = ROOT / "examples" / "base"
+MAX_SEQUENCE_LENGTH = 32
+# Trained modes, and what is painted with each: name -> (mode or None for the plain base, which map, semantic_scale).
+MODES = ("none", "cross_attention")
+PAINTINGS = {
+    "plain base": (None, None, 1.0),
+    "LoRA without map": ("none", None, 1.0),
+    "LoRA + module": ("cross_attention", "right", 1.0),
+    "with a wrong map": ("cross_attention", "wrong", 1.0),
+    "with scale 0": ("cross_attention", "right", 0.0),
+}
+GRID = ("visible", "map", "plain base", "LoRA without map", "LoRA + module", "with a wrong map", "target")
+
+
+def training_command(mode: str, base: str, args: argparse.Namespace) -> list[str]:
+    output_dir = args.output_dir / mode
+    command = f"""
+        {shlex.quote(str(Path(sys.executable).parent / "accelerate"))} launch --num_processes 1 --cpu
+        --mixed_precision no {shlex.quote(str(ROOT / "train_semantic_fill_lora.py"))}
+        --pretrained_model_name_or_path {shlex.quote(base)} --train_data_dir {shlex.quote(str(args.output_dir / "train"))}
+        --resolution {args.resolution} --max_sequence_length {MAX_SEQUENCE_LENGTH} --semantic_mode {mode}
+        --output_dir {shlex.quote(str(output_dir))} --cache_root {shlex.quote(str(args.output_dir / "cache"))}
+        --max_train_steps {args.steps} --train_batch_size {args.batch_size} --rank {args.rank}
+        --learning_rate {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps 10 --seed {args.seed}
+        --checkpointing_steps {args.steps} --loss_region target
+    """
+    if mode == "cross_attention":
+        command += f"""
+            --semantic_learning_rate {args.semantic_learning_rate}
+            --semantic_scale_learning_rate {args.semantic_scale_learning_rate}
+            --semantic_position {args.semantic_position}
+        """
+    return shlex.split(command)
+
+
+def read_views(folder: Path, size: int) -> list[dict[str, PIL.Image.Image]]:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    pictures = [PIL.Image.open(folder / row["file_name"]) for row in rows]
+    names = ("visible", "target", "map")
+    return [{n: p.crop((i * size, 0, i * size + size, size)) for i, n in enumerate(names)} for p in pictures]
+
+
+def paint(pipeline, views: list[dict], which_map: str | None, scale: float, args: argparse.Namespace) -> list:
+    maps = [view["map"] for view in views]
+    if which_map == "wrong":
+        maps = maps[1:] + maps[:1]
+    pictures = []
+    for start in range(0, len(views), args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        pictures += pipeline(
+            prompt=earth.PROMPT,
+            image=[view["visible"] for view in views[batch]],
+            semantic_image=None if which_map is None else maps[batch],
+            semantic_scale=scale,
+            num_inference_steps=args.num_inference_steps,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            generator=[torch.Generator().manual_seed(args.seed + i) for i in range(*batch.indices(len(views)))],
+        ).images
+    return pictures
+
+
+def water(picture: PIL.Image.Image) -> np.ndarray:
+    """Where a satellite picture shows water: its blue is above its red."""
+    pixels = np.asarray(picture, np.int16)
+    return pixels[..., 2] > pixels[..., 0]
+
+
+def figures(painted: list, views: list[dict]) -> dict[str, float]:
+    """Means over the pictures: PSNR in dB, SSIM, and IoU of the water that painting and target show."""
+    psnr, ssim, iou = [], [], []
+    for picture, view in zip(painted, views):
+        ours, target = np.asarray(picture), np.asarray(view["target"])
+        psnr.append(peak_signal_noise_ratio(target, ours))
+        ssim.append(structural_similarity(target, ours, channel_axis=2))
+        a, b = water(picture), water(view["target"])
+        iou.append((a & b).sum() / max(1, (a | b).sum()))
+    return {"PSNR": float(np.mean(psnr)), "SSIM": float(np.mean(ssim)), "water IoU": float(np.mean(iou))}
+
+
+def data_url(picture: PIL.Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def as_picture(figure) -> PIL.Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return PIL.Image.open(buffer).convert("RGB")
+
+
+def draw_grid(columns: dict[str, list], rows: int) -> PIL.Image.Image:
+    figure, axes = plt.subplots(rows, len(GRID), figsize=(1.3 * len(GRID), 1.33 * rows))
+    for column, name in enumerate(GRID):
+        for row in range(rows):
+            axes[row, column].imshow(columns[name][row])
+            axes[row, column].axis("off")
+        axes[0, column].set_title(name, fontsize=7)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04)
+    return as_picture(figure)
+
+
+def draw_curves(args: argparse.Namespace) -> PIL.Image.Image:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    for mode in MODES:
+        events = EventAccumulator(str(args.output_dir / mode / "logs" / "semantic-fill")).Reload()
+        loss = [event.value for event in events.Scalars("loss")]
+        window = max(1, len(loss) // 20)
+        left.plot(np.convolve(loss, np.ones(window) / window, "valid"), label=mode)
+        if "scale/layer_0" in events.Tags()["scalars"]:
+            right.plot([event.value for event in events.Scalars("scale/layer_0")])
+    left.set(xlabel="step", ylabel="loss", title="Loss, running mean")
+    left.legend()
+    right.set(xlabel="step", ylabel="mean |scale|", title="Scale of the module")
+    return as_picture(figure)
+
+
+@torch.no_grad()
+def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> PIL.Image.Image:
+    """Where in the map a token of the target panel looks, half-way through denoising."""
+    size, side = args.resolution, args.resolution // 16
+    token_row, token_column = side // 2, side // 2
+    module, seen = pipeline.semantic_attention, {}
+    call = functools.partial(paint, pipeline, [view], "right", 1.0, args)
+    handle = module.register_forward_pre_hook(lambda m, inputs: seen.setdefault(len(seen), inputs))
+    try:
+        (painted,) = call()
+    finally:
+        handle.remove()
+    x_t, tokens, positions = seen[len(seen) // 2][:3]
+    index = token_row * 2 * side + side + token_column
+    maps = torch.cat(list(module.attention_maps(x_t, tokens, positions, tokens=[index])), dim=2)
+    # The map lies under both panels: the weights of its two copies belong together.
+    weights = maps[0].mean(0).view(side, 2, side).sum(1)
+    heat = weights.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+    for axis, picture, title in zip(axes, (painted, view["map"], view["map"]), ("painted", "map", "attention")):
+        axis.imshow(picture)
+        axis.set_title(title)
+        axis.axis("off")
+    axes[0].plot((token_column + 0.5) * 16, (token_row + 0.5) * 16, "r+", markersize=14)
+    axes[2].imshow(heat, cmap="magma", alpha=0.7, extent=(0, size, size, 0))
+    return as_picture(figure)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Semantic fill: the Earth</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }}
+img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 13px }}
+table {{ border-collapse: collapse }} td, th {{ padding: .25em .9em; border-bottom: 1px solid #ccc; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }}
+</style></head><body>
+<h1>Semantic fill: hillshade to satellite</h1>
+<p>Trained on Eurasia, Africa and Oceania, painted on the Americas. The hillshade does not tell land from water; the
+semantic map does.</p>
+<h2>Held-out pictures</h2><img alt="grid of paintings" src="{grid}">
+<h2>Figures on {count} held-out pictures</h2>{table}
+<p>Water is where blue is above red.</p>
+<h2>Training</h2><img alt="loss and scale" src="{curves}">
+<h2>Where the module looks</h2>
+<p>The cross marks a token of the painting, half-way through denoising; the heat is its attention over the map, mean over
+heads.</p><img alt="attention over the map" src="{attention}">
+<h2>Commands</h2><pre>{commands}</pre>
+</body></html>
+"""
+
+
+def parse_args(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--base", type=Path, help="FLUX Fill to start from. Default: examples/base, or random weights.")
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--num_train", type=int, default=256)
+    parser.add_argument("--num_test", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--semantic_learning_rate", type=float, default=3e-3)
+    parser.add_argument("--semantic_scale_learning_rate", type=float, default=3e-2)
+    parser.add_argument("--semantic_position", default="rope")
+    parser.add_argument("--num_inference_steps", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(args)
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start = time.monotonic()
+    args.output_dir = args.output_dir.resolve()
+    for split, count in (("train", args.num_train), ("test", args.num_test)):
+        earth.write_split(args.output_dir / split, split, count, args.resolution, args.seed)
+    base = args.base or (TRAINED_BASE if TRAINED_BASE.is_dir() else args.output_dir / "base")
+    if not base.is_dir():
+        logger.info("No trained base: painting will be noise, made with random weights")
+        build_pipeline("demo", args.seed).save_pretrained(base)
+
+    commands = {mode: training_command(mode, str(base), args) for mode in MODES}
+    for command in commands.values():
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    pipeline = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline=str(ROOT), trust_remote_code=True, dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    views = read_views(args.output_dir / "test", args.resolution)
+    columns = {name: [view[name] for view in views] for name in ("visible", "map", "target")}
+    loaded = None
+    for name, (mode, which_map, scale) in tqdm(PAINTINGS.items(), desc="Painting"):
+        if mode != loaded:
+            pipeline.unload_lora_weights()
+            pipeline.load_lora_weights(args.output_dir / mode)
+            loaded = mode
+        columns[name] = paint(pipeline, views, which_map, scale, args)
+
+    metrics = {name: figures(columns[name], views) for name in PAINTINGS}
+    grid, curves = draw_grid(columns, rows=min(8, len(views))), draw_curves(args)
+    attention = draw_attention(pipeline, views[0], args)
+    grid.save(args.output_dir / "grid.png")
+    attention.save(args.output_dir / "attention.png")
+    header = "".join(f"<th>{name}</th>" for name in ("", *metrics["plain base"]))
+    table = f"<table><tr>{header}</tr>" + "".join(
+        f"<tr><td>{name}</td>" + "".join(f"<td>{value:.3f}</td>" for value in row.values()) + "</tr>"
+        for name, row in metrics.items()
+    )
+    page = PAGE.format(
+        grid=data_url(grid),
+        curves=data_url(curves),
+        attention=data_url(attention),
+        table=table + "</table>",
+        count=len(views),
+        commands=html.escape("\n\n".join(shlex.join(command) for command in commands.values())),
+    )
+    (args.output_dir / "index.html").write_text(page)
+    minutes = (time.monotonic() - start) / 60
+    (args.output_dir / "metrics.json").write_text(json.dumps({"figures": metrics, "minutes": minutes}, indent=2))
+    for name, row in metrics.items():
+        logger.info(f"{name:20s} " + "  ".join(f"{key} {value:6.3f}" for key, value in row.items()))
+    logger.info(f"Done in {minutes:.1f} minutes: see {args.output_dir / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
