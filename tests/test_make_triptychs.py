@@ -1,0 +1,282 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Triptychs out of three folders, palette maps and COCO panoptic files, all of them real files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import make_triptychs
+import numpy as np
+import PIL.Image
+import pytest
+from datasets import load_dataset
+
+
+RED, BLUE = (200, 30, 30), (20, 40, 220)
+
+
+def noise(seed: int, width: int = 96, height: int = 64) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def labels(width: int = 96, height: int = 64) -> np.ndarray:
+    """Label 3 on the left half, 7 on the right."""
+    return np.where(np.arange(width) < width // 2, 3, 7)[None].repeat(height, 0).astype(np.uint8)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Folders of two samples, `a` and `sub/b`, with flat two-coloured maps."""
+    for index, name in enumerate(("a", "sub/b")):
+        for folder, picture, ending in (
+            ("visible", noise(index), "jpg"),
+            ("target", noise(index + 10), "png"),
+            ("semantic", make_triptychs.colour_labels(labels(), {3: RED, 7: BLUE}), "png"),
+        ):
+            path = tmp_path / folder / f"{name}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    return tmp_path
+
+
+def run(data: Path, *extra: str) -> int:
+    folders = [f"--{view}_dir={data / view}" for view in ("visible", "target", "semantic")]
+    return make_triptychs.main([*folders, f"--output_dir={data / 'out'}", "--resolution=32", *extra])
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def panels(data: Path, name: str) -> list[np.ndarray]:
+    return np.split(np.asarray(PIL.Image.open(data / "out" / name)), 3, axis=1)
+
+
+def test_three_folders(data):
+    command = [sys.executable, make_triptychs.__file__, "--prompt=a map", "--resolution=32", "--output_dir=out"]
+    command += [f"--{view}_dir={view}" for view in ("visible", "target", "semantic")]
+    done = subprocess.run(command, cwd=data, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines() == ["2 triptychs in out"]
+    assert read_lines(data / "out" / "metadata.jsonl") == [
+        {"file_name": "a.png", "text": "a map"},
+        {"file_name": "sub/b.png", "text": "a map"},
+    ]
+    assert (data / "out" / "skipped.jsonl").read_text() == ""
+    visible, target, semantic = panels(data, "sub/b.png")
+    assert visible.shape == target.shape == semantic.shape == (32, 32, 3)
+    # The centre 64 x 64 of 96 x 64, halved.
+    expected = PIL.Image.open(data / "target" / "sub" / "b.png").resize((32, 32), 1, box=(16, 0, 80, 64))
+    assert np.array_equal(target, np.asarray(expected))
+    assert np.array_equal(semantic[:, :16], np.broadcast_to(RED, (32, 16, 3)))
+    assert np.array_equal(semantic[:, 16:], np.broadcast_to(BLUE, (32, 16, 3)))
+
+
+def test_the_output_loads_as_an_image_folder(data):
+    assert run(data, "--prompt=x", "--width=48") == 0
+    rows = load_dataset("imagefolder", data_dir=str(data / "out"), split="train", cache_dir=str(data / "cache"))
+    assert sorted(rows.column_names) == ["image", "text"] and len(rows) == 2
+    assert rows[0]["image"].size == (144, 32)
+
+
+@pytest.mark.parametrize("mode", ["own palette", "P", "L", "I;16"])
+def test_label_maps(data, mode):
+    arguments = ["--prompt=x"]
+    for name in ("a", "sub/b"):
+        array = labels().astype(np.uint16) if mode == "I;16" else labels()
+        picture = PIL.Image.fromarray(array)
+        if mode in ("own palette", "P"):
+            picture = picture.convert("P")
+            picture.putpalette([0, 0, 0] * 3 + [*RED] + [0, 0, 0] * 3 + [*BLUE])
+        picture.save(data / "semantic" / f"{name}.png")
+    if mode != "own palette":
+        arguments.append(f"--palette={data / 'palette.json'}")
+        (data / "palette.json").write_text(json.dumps({"3": list(RED), "7": "#1428dc"}))
+    assert run(data, *arguments) == 0
+    semantic = panels(data, "a.png")[2]
+    assert np.array_equal(np.unique(semantic.reshape(-1, 3), axis=0), sorted([RED, BLUE]))
+    assert (semantic[:, :16] == RED).all()
+
+
+def write_panoptic(data: Path, colour: bool = True) -> Path:
+    """Segments 66051 (category 3) and 9 (category 7), with a stripe of nothing; PNGs named by image id."""
+    annotations, images = [], []
+    for image_id, name in enumerate(("a", "sub/b")):
+        (data / "semantic" / f"{name}.png").unlink()
+        ids = np.where(labels() == 3, 66051, 9)
+        ids[:, -20:] = 0
+        png = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=2).astype(np.uint8)
+        PIL.Image.fromarray(png).save(data / "semantic" / f"{image_id:04d}.png")
+        info = [{"id": 66051, "category_id": 3}, {"id": 9, "category_id": 7}]
+        annotations.append({"image_id": image_id, "file_name": f"{image_id:04d}.png", "segments_info": info})
+        images.append({"id": image_id, "file_name": f"{name}.jpg"})
+    categories = [{"id": 3, "name": "sky", "color": list(RED)}, {"id": 7, "name": "sea", "color": list(BLUE)}]
+    if not colour:
+        categories = [{"id": category["id"]} for category in categories]
+    path = data / "panoptic.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+@pytest.mark.parametrize("colours", ["file", "palette", "voc"])
+def test_coco_panoptic(data, colours):
+    arguments = ["--prompt=x", f"--panoptic_json={write_panoptic(data, colour=colours == 'file')}"]
+    expected = {"file": (RED, BLUE), "palette": ((1, 2, 3), (4, 5, 6)), "voc": ((128, 128, 0), (128, 128, 128))}[
+        colours
+    ]
+    if colours == "palette":
+        (data / "palette.json").write_text('{"3": [1, 2, 3], "7": [4, 5, 6]}')
+        arguments.append(f"--palette={data / 'palette.json'}")
+    assert run(data, *arguments) == 0
+    semantic = panels(data, "sub/b.png")[2]
+    assert (semantic[:, :16] == expected[0]).all() and (semantic[:, 16:29] == expected[1]).all()
+    assert (semantic[:, 31] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["txt", "json", "jsonl", "csv"])
+def test_captions(data, form):
+    if form == "txt":
+        path = data / "captions"
+        (path / "sub").mkdir(parents=True)
+        (path / "a.txt").write_text("first, “quoted”\n", encoding="utf-8")
+        (path / "sub" / "b.txt").write_text("second\n")
+    else:
+        path = data / f"captions.{form}"
+        text = {
+            "json": json.dumps({"a": "first, “quoted”", "sub/b.jpg": "second"}),
+            "jsonl": '{"file_name": "a.jpg", "text": "first, “quoted”"}\n\n{"file_name": "sub/b", "text": "second"}',
+            "csv": 'file_name,text\na.jpg,"first, “quoted”"\nsub/b.jpg,second\n',
+        }[form]
+        path.write_text(text, encoding="utf-8")
+    assert run(data, f"--captions={path}") == 0
+    rows = read_lines(data / "out" / "metadata.jsonl")
+    assert [row["text"] for row in rows] == ["first, “quoted”", "second"]
+
+
+def test_prompt_stands_in_for_a_missing_caption(data):
+    (data / "captions.json").write_text('{"a": "mine", "sub/b": "  "}')
+    assert run(data, f"--captions={data / 'captions.json'}", "--prompt=theirs") == 0
+    assert [row["text"] for row in read_lines(data / "out" / "metadata.jsonl")] == ["mine", "theirs"]
+
+
+def damage(data: Path, case: str) -> list[str]:
+    """Spoils the sample `a` in one way; returns the arguments that go with it."""
+    visible, target, semantic = data / "visible" / "a.jpg", data / "target" / "a.png", data / "semantic" / "a.png"
+    if case == "no target picture":
+        target.unlink()
+    elif case == "no visible picture":
+        visible.unlink()
+    elif case == "no semantic picture":
+        semantic.unlink()
+    elif case == "several target pictures of one name":
+        noise(3).save(target.with_suffix(".jpg"))
+    elif case == "visible picture cannot be read":
+        visible.write_bytes(visible.read_bytes()[:200])
+    elif case == "target picture is animated":
+        target.unlink()
+        noise(1).save(target.with_suffix(".webp"), save_all=True, append_images=[noise(2)])
+    elif case == "target picture has no 8 bits a channel":
+        PIL.Image.fromarray(labels().astype(np.uint16) * 5000).save(target)
+    elif case == "views of different shapes":
+        noise(1, width=64).save(target)
+    elif case == "smaller than the panel":
+        for path in (visible, target, semantic):
+            noise(1, 30, 20).save(path)
+    elif case == "no caption":
+        (data / "captions.json").write_text('{"sub/b": "text"}')
+        return [f"--captions={data / 'captions.json'}"]
+    elif case.startswith("semantic picture holds colours") or case == "labels without a colour":
+        (data / "palette.json").write_text("[0, 0, 0, [9, 9, 9], 0, 0, 0, [8, 8, 8]]".replace("0,", '"black",'))
+        PIL.Image.fromarray(labels()).save(data / "semantic" / "sub" / "b.png")
+        if case == "labels without a colour":
+            PIL.Image.fromarray(labels() + 1).save(semantic)
+        return ["--prompt=x", f"--palette={data / 'palette.json'}"]
+    elif case in ("no annotation", "segments without an annotation"):
+        path = write_panoptic(data)
+        content = json.loads(path.read_text())
+        if case == "no annotation":
+            del content["annotations"][0]
+        else:
+            content["annotations"][0]["segments_info"].pop()
+        path.write_text(json.dumps(content))
+        return ["--prompt=x", f"--panoptic_json={path}"]
+    return ["--prompt=x"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no target picture",
+        "no visible picture",
+        "no semantic picture",
+        "several target pictures of one name",
+        "visible picture cannot be read",
+        "target picture is animated",
+        "target picture has no 8 bits a channel",
+        "views of different shapes",
+        "smaller than the panel",
+        "no caption",
+        "semantic picture holds colours, not labels",
+        "labels without a colour",
+        "no annotation",
+        "segments without an annotation",
+    ],
+)
+def test_what_does_not_match_is_left_out_and_named(data, case, capsys):
+    assert run(data, *damage(data, case)) == 0
+    assert [row["file_name"] for row in read_lines(data / "out" / "metadata.jsonl")] == ["sub/b.png"]
+    (row,) = read_lines(data / "out" / "skipped.jsonl")
+    assert (row["name"], row["reason"]) == ("a", case) and row["detail"].startswith(case)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("1 triptychs") and printed[1].startswith("1 left out") and printed[2] == f"  1 {case}"
+    assert not (data / "out" / "a.png").exists()
+
+
+def test_small_pictures_can_be_enlarged(data):
+    assert run(data, *damage(data, "smaller than the panel"), "--upscale") == 0
+    assert len(read_lines(data / "out" / "metadata.jsonl")) == 2
+
+
+def test_transparent_places_are_grey(data):
+    clear = noise(5).convert("RGBA")
+    clear.putalpha(0)
+    clear.save(data / "target" / "a.png")
+    assert run(data, "--prompt=x") == 0
+    assert (panels(data, "a.png")[1] == 128).all()
+
+
+def test_nothing_left_is_a_failure(data, capsys):
+    for path in (data / "target").rglob("*.png"):
+        path.unlink()
+    assert run(data, "--prompt=x") == 1
+    assert capsys.readouterr().out.splitlines()[0].startswith("0 triptychs")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--captions and --prompt"),
+        (["--prompt= "], "--prompt"),
+        (["--prompt=x", "--resolution=100"], "--resolution has to be a positive multiple of 16, got 100"),
+        (["--prompt=x", "--width=-16"], "--width"),
+        (["--prompt=x", "--palette=none.json"], "--palette has to be a file, got none.json"),
+        (["--prompt=x", "--visible_dir=nowhere"], "--visible_dir has to be a folder, got nowhere"),
+        (["--prompt=x", "--output_dir={data}/visible"], "--output_dir has to be empty or new"),
+        (["--captions=none"], "--captions"),
+        (["--captions={data}/visible/a.jpg"], "a.jpg has to be a folder of .txt files"),
+        (["--captions={data}/wrong.json"], "wrong.json has to hold a JSON object of names and captions"),
+        (["--captions={data}/wrong.csv"], "wrong.csv has to have the columns"),
+        (["--captions={data}/wrong.jsonl"], "wrong.jsonl cannot be read"),
+        (["--prompt=x", "--palette={data}/wrong.json"], "wrong.json has to map label numbers"),
+        (["--prompt=x", "--palette={data}/wrong.csv"], "wrong.csv is no JSON"),
+        (["--prompt=x", "--panoptic_json={data}/wrong.json"], "has to be a COCO panoptic annotation file"),
+    ],
+)
+def test_wrong_arguments_are_refused(data, arguments, message, capsys):
+    (data / "wrong.json").write_text('{"a": [1, 2]}')
+    (data / "wrong.csv").write_text("name,caption\na,b\n")
+    (data / "wrong.jsonl").write_text("{file_name")
+    with pytest.raises(SystemExit, match="2"):
+        run(data, *(argument.format(data=data) for argument in arguments))
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not (data / "out").exists()
