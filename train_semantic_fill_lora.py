@@ -258,8 +258,7 @@ def check_args(args: argparse.Namespace) -> None:
             valid = False
         if not valid:
             raise ValueError(
-                "--timestep_shift has to be `resolution`, `none` or a positive number but is"
-                f" {args.timestep_shift!r}."
+                f"--timestep_shift has to be `resolution`, `none` or a positive number but is {args.timestep_shift!r}."
             )
     if not SEMANTIC_MODES[args.semantic_mode].attends and args.semantic_weights:
         raise ValueError(f"--semantic_weights needs --semantic_mode cross_attention, not {args.semantic_mode}.")
@@ -268,9 +267,13 @@ def check_args(args: argparse.Namespace) -> None:
     if args.optimizer != "adamw" and args.use_8bit_adam:
         raise ValueError(f"--use_8bit_adam needs --optimizer adamw, not {args.optimizer}.")
     if args.resume_from_checkpoint and (args.lora_weights or args.semantic_weights):
-        raise ValueError("--resume_from_checkpoint already holds weights: leave --lora_weights/--semantic_weights out.")
+        raise ValueError(
+            "--resume_from_checkpoint already holds weights: leave --lora_weights/--semantic_weights out."
+        )
     if args.push_to_hub and args.hub_token and args.report_to == "wandb":
-        raise ValueError("--hub_token with --report_to wandb could leak the token. Log in with `hf auth login` instead.")
+        raise ValueError(
+            "--hub_token with --report_to wandb could leak the token. Log in with `hf auth login` instead."
+        )
     args.lora_alpha = args.lora_alpha or args.rank
     if args.semantic_learning_rate is None:
         args.semantic_learning_rate = args.learning_rate
@@ -540,7 +543,9 @@ class Encoder:
         encoded = []
         for sample in samples:
             views = {name: view[None] for name, view in sample["views"].items()}
-            encoded.append(self.encode_views(views, sample["draws"].drop_map) | self.encode_prompts([sample["prompt"]]))
+            encoded.append(
+                self.encode_views(views, sample["draws"].drop_map) | self.encode_prompts([sample["prompt"]])
+            )
         return {name: torch.cat([e[name] for e in encoded]).to(device) for name in encoded[0]}
 
 
@@ -882,7 +887,9 @@ def build_optimizer(groups: list[dict], args: argparse.Namespace) -> torch.optim
 
             return AdamW8bit(groups, **kwargs)
     except ImportError as error:
-        raise ImportError(f"This optimizer needs a package that is not installed: `pip install {error.name}`.") from error
+        raise ImportError(
+            f"This optimizer needs a package that is not installed: `pip install {error.name}`."
+        ) from error
     return torch.optim.AdamW(groups, **kwargs)
 
 
@@ -979,7 +986,9 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         path = path if path.is_dir() else Path(args.output_dir, path.name)
         damage = checkpoint_damage(path)
         if damage:
-            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no whole checkpoint: {damage}.")
+            raise ValueError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is no whole checkpoint: {damage}."
+            )
         return path
     for path in reversed(list_checkpoints(Path(args.output_dir))):
         damage = checkpoint_damage(path)
@@ -1394,7 +1403,9 @@ def main(args: argparse.Namespace) -> None:
         if "scaler" in state and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         if accelerator.is_main_process:
-            config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_config(args).items()}
+            config = {
+                k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_config(args).items()
+            }
             accelerator.init_trackers("semantic-fill", config=config)
         logger.info(
             f"{len(dataset)} samples, {samples_a_step} a step, {args.max_train_steps} steps, timestep shift"

@@ -210,7 +210,9 @@ heads.</p><img alt="attention over the map" src="{attention}">
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--base", type=Path, help="FLUX Fill to start from. Default: examples/base, or random weights.")
+    parser.add_argument(
+        "--base", type=Path, help="FLUX Fill to start from. Default: examples/base, or random weights."
+    )
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--num_train", type=int, default=256)
     parser.add_argument("--num_test", type=int, default=64)

@@ -50,7 +50,9 @@ def grey_hillshade(relief: PIL.Image.Image) -> PIL.Image.Image:
     Neither the colour nor the brightness of a place then tells water from land; the step at a coast may.
     """
     luminance = relief.convert("L")
-    detail = np.asarray(luminance, np.float32) - np.asarray(luminance.filter(PIL.ImageFilter.GaussianBlur(8)), np.float32)
+    detail = np.asarray(luminance, np.float32) - np.asarray(
+        luminance.filter(PIL.ImageFilter.GaussianBlur(8)), np.float32
+    )
     spread = PIL.Image.fromarray(np.abs(detail).clip(0, 255).astype(np.uint8)).filter(PIL.ImageFilter.GaussianBlur(16))
     evened = 128 + 32 * detail / (np.asarray(spread, np.float32) + 4)
     return PIL.Image.fromarray(evened.clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -54,7 +54,9 @@ class Crops:
 
     def draw(self, count: int) -> torch.Tensor:
         """`(count, views, 3, size, size)` in [0, 1], half of them mirrored."""
-        level, (left, top, right, bottom) = self.levels[int(torch.randint(len(self.levels), (), generator=self.generator))]
+        level, (left, top, right, bottom) = self.levels[
+            int(torch.randint(len(self.levels), (), generator=self.generator))
+        ]
         x = torch.randint(left, right - self.size, (count, 1), generator=self.generator)
         y = torch.randint(top, bottom - self.size, (count, 1), generator=self.generator)
         steps = torch.arange(self.size)
@@ -132,7 +134,11 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
     transformer.train().requires_grad_(True)
     average = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=1e-2, fused=args.device == "cuda"
+        transformer.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=1e-2,
+        fused=args.device == "cuda",
     )
     pairs = list(itertools.product(range(len(VIEWS)), repeat=2))
     prompts = [f"{VIEWS[a]} to {VIEWS[b]}" for a, b in pairs] + [""]
@@ -254,7 +260,9 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_batch_size", type=int, default=96)
     parser.add_argument("--vae_learning_rate", type=float, default=1e-3)
     parser.add_argument("--transformer_steps", type=int, default=40000)
-    parser.add_argument("--transformer_minutes", type=float, default=5.0, help="Ends the transformer's training earlier.")
+    parser.add_argument(
+        "--transformer_minutes", type=float, default=5.0, help="Ends the transformer's training earlier."
+    )
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     return parser.parse_args(args)

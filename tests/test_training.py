@@ -11,10 +11,11 @@ import pytest
 import reference
 import safetensors.torch
 import torch
-import train_semantic_fill_lora as trainer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import draw_triptych, write_triptychs
 from diffusers import FluxFillPipeline
+
+import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 
 
@@ -79,7 +80,10 @@ def test_step_equals_reference(base_folder, tmp_path, height, width, position, r
     vae, encode_moments = step.encoder.pipeline.vae, step.encoder.pipeline.encode_moments
 
     def without_spread(diptych, mask):
-        return tuple(torch.cat([m.chunk(2, 1)[0], torch.full_like(m.chunk(2, 1)[1], -30)], 1) for m in encode_moments(diptych, mask))
+        return tuple(
+            torch.cat([m.chunk(2, 1)[0], torch.full_like(m.chunk(2, 1)[1], -30)], 1)
+            for m in encode_moments(diptych, mask)
+        )
 
     step.encoder.pipeline.encode_moments = without_spread
     seen = {}
@@ -95,7 +99,9 @@ def test_step_equals_reference(base_folder, tmp_path, height, width, position, r
     handle.remove()
 
     triptychs = [PIL.Image.open(data / f"{s['draws'].index:03d}.png") for s in samples]
-    pixels = torch.stack([torch.tensor(list(t.convert("RGB").tobytes())).view(height, 3 * width, 3) for t in triptychs])
+    pixels = torch.stack(
+        [torch.tensor(list(t.convert("RGB").tobytes())).view(height, 3 * width, 3) for t in triptychs]
+    )
     visible, target, semantic = reference.cut_triptych(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
     diptych = reference.make_diptych(visible, target)
     mask = reference.make_mask(diptych)
@@ -320,9 +326,11 @@ def test_what_a_run_says(base_folder, triptych_folder, tmp_path, caplog):
     with caplog.at_level(logging.DEBUG, logger="train_semantic_fill_lora"):
         run(base_folder, tmp_path, "--max_train_steps", 100, "--log_level", "debug", data=triptych_folder)
     messages = [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
-    assert messages.index("Semantic mode: cross_attention") < messages.index(
-        "Using Cross-Attention with 1 layers, 8 heads"
-    ) < messages.index("Added 33088 semantic cross-attention parameters to optimizer")
+    assert (
+        messages.index("Semantic mode: cross_attention")
+        < messages.index("Using Cross-Attention with 1 layers, 8 heads")
+        < messages.index("Added 33088 semantic cross-attention parameters to optimizer")
+    )
     for name in ("visible_img", "target_img", "semantic_img", "diptych", "x_0", "x_cond", "semantic_tokens", "x_t"):
         assert sum(m.startswith(f"{name}: (2, ") for m in messages) == 2, name
     assert "Layer 0 scale: 0.000000" in messages and "hidden_states: (2, 8, 384)" in messages

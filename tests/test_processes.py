@@ -1,0 +1,120 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Runs as users start them: launched processes, signals, and the way over the Hub."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, write_triptychs
+from hub_server import HubServer
+
+
+FILES = ("pytorch_lora_weights.safetensors", "semantic_attention/diffusion_pytorch_model.safetensors")
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def command(base_folder, data, output_dir, *more, config="one_gpu", processes=1):
+    launch = [*LAUNCH, "--config_file", str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", str(processes)]
+    options = f"--mixed_precision no --pretrained_model_name_or_path {base_folder} --train_data_dir {data}"
+    options += f" --output_dir {output_dir} --resolution 32 --rank 4 --max_sequence_length 16 --report_to none"
+    return [*launch, str(ROOT / "train_semantic_fill_lora.py"), *options.split(), *map(str, more)]
+
+
+def environment(tmp_path, **more):
+    return os.environ | ON_CPU | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)} | more
+
+
+def test_two_processes_equal_one(base_folder, triptych_folder, tmp_path):
+    shapes = {"one": (1, 4, "one_gpu"), "two": (2, 2, "ddp")}
+    for name, (processes, batch, config) in shapes.items():
+        more = ["--max_train_steps", 5, "--train_batch_size", batch, "--lora_alpha", 4]
+        run = command(base_folder, triptych_folder, tmp_path / name, *more, config=config, processes=processes)
+        done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "4 a step" in done.stderr
+    for file in FILES:
+        one, two = (safetensors.torch.load_file(tmp_path / name / file) for name in shapes)
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-4)
+
+
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(base_folder, triptych_folder, tmp_path):
+    script, out = ROOT / "train_semantic_fill_lora.py", tmp_path / "out"
+    options = command(base_folder, triptych_folder, out, "--max_train_steps", 100000, "--train_batch_size", 1)
+    run = [sys.executable, *options[options.index(str(script)) :]]
+    with subprocess.Popen(run, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        log = ""
+        for line in process.stderr:
+            log += line
+            if "[Step 100]" in line:
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM, log[-3000:]
+    assert "Go on with --resume_from_checkpoint latest" in log
+    (checkpoint,) = out.glob("checkpoint-*")
+    step = int(checkpoint.name.rsplit("-")[-1])
+    run[run.index("--max_train_steps") + 1] = str(step + 1)
+    done = subprocess.run([*run, "--resume_from_checkpoint", "latest"], env=environment(tmp_path), capture_output=True)
+    assert done.returncode == 0 and (out / FILES[0]).is_file()
+
+
+PAINT = """
+import sys, torch
+from diffusers import DiffusionPipeline
+base, source, code, output = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=code, trust_remote_code=True, dtype=torch.float32)
+pipe.load_lora_weights(source)
+views = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+picture = pipe(prompt="x", image=views[0], semantic_image=views[1], num_inference_steps=2, max_sequence_length=16,
+    generator=torch.Generator().manual_seed(0), output_type="pt").images
+torch.save(picture, output)
+"""
+
+
+@pytest.mark.parametrize("repo", ["user/fill", "user/fill-v1.5"])
+def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path, repo):
+    out = tmp_path / "out"
+    more = ["--max_train_steps", 2, "--train_batch_size", 1, "--semantic_scale_learning_rate", 1, "--push_to_hub"]
+    more += ["--hub_model_id", repo]
+    with HubServer(token="hf_planted_secret") as hub:
+        env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=hub.token)
+        env.pop("HF_HUB_OFFLINE", None)
+        run = command(base_folder, triptych_folder, out, *more)
+        done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {*FILES, "README.md", "pipeline.py", "semantic_attention/config.json"} <= set(hub.files(repo))
+        assert not any(name.startswith(("checkpoint", "cache", "logs", ".lock")) for name in hub.files(repo))
+        for path in out.rglob("*"):
+            assert path.is_dir() or b"hf_planted_secret" not in path.read_bytes()
+        assert "hf_planted_secret" not in done.stderr + done.stdout
+
+        pictures = []
+        for source, code in ((str(out), str(out)), (repo, repo)):
+            env = hub.environment(tmp_path / f"painter{len(pictures)}", token=None)
+            env = {**os.environ, **ON_CPU, **env}
+            env.pop("HF_HUB_OFFLINE", None)
+            env.pop("PYTHONPATH", None)
+            paint = [sys.executable, "-c", PAINT, base_folder, source, code, str(tmp_path / "picture.pt")]
+            done = subprocess.run(paint, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
+            pictures.append(torch.load(tmp_path / "picture.pt"))
+        assert torch.equal(*pictures)
+
+
+def test_a_failed_upload_keeps_the_result(base_folder, tmp_path):
+    data, out = write_triptychs(tmp_path / "data", 2), tmp_path / "out"
+    with HubServer(token="hf_planted_secret") as hub:
+        hub.fail("POST", r"/commit/", 403, times=20)
+        env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=hub.token)
+        env.pop("HF_HUB_OFFLINE", None)
+        more = ["--max_train_steps", 1, "--push_to_hub", "--hub_model_id", "user/fill"]
+        run = command(base_folder, data, out, *more)
+        done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "Training is done and saved in" in done.stderr and "hf upload user/fill" in done.stderr
+    assert all(Path(out, file).is_file() for file in FILES)
