@@ -176,6 +176,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help="Rate of the module's gates, which start at zero. Default: ten times --semantic_learning_rate.",
     )
+    add("--prodigy_use_bias_correction", action=boolean, default=True)
+    add("--prodigy_safeguard_warmup", action=boolean, default=True)
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-4)
@@ -278,7 +280,14 @@ def check_args(args: argparse.Namespace) -> None:
     if args.semantic_learning_rate is None:
         args.semantic_learning_rate = args.learning_rate
     if args.semantic_scale_learning_rate is None:
-        args.semantic_scale_learning_rate = 10 * args.semantic_learning_rate
+        # Prodigy finds the step size itself and knows one rate only.
+        factor = 1 if args.optimizer == "prodigy" else 10
+        args.semantic_scale_learning_rate = factor * args.semantic_learning_rate
+    rates = {args.learning_rate, args.semantic_learning_rate, args.semantic_scale_learning_rate}
+    if args.optimizer == "prodigy" and len(rates) > 1:
+        raise ValueError(
+            f"--optimizer prodigy takes one learning rate for all weights, but three are set: {sorted(rates)}."
+        )
 
 
 # -- Read -------------------------------------------------------------------------------------------------------------
@@ -881,7 +890,13 @@ def build_optimizer(groups: list[dict], args: argparse.Namespace) -> torch.optim
         if args.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            return Prodigy(groups, **kwargs)
+            return Prodigy(
+                groups,
+                lr=args.learning_rate,
+                use_bias_correction=args.prodigy_use_bias_correction,
+                safeguard_warmup=args.prodigy_safeguard_warmup,
+                **kwargs,
+            )
         if args.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit
 

@@ -261,6 +261,14 @@ def test_resume_is_bit_identical(base_folder, triptych_folder, tmp_path, undistu
     assert any(weight.abs().max() > 0 for name, weight in weights_of(whole).items() if "lora_B" in name)
 
 
+def test_prodigy_resumes(base_folder, triptych_folder, tmp_path):
+    options = "--optimizer prodigy --learning_rate 1.0 --checkpointing_steps 2 --max_train_steps"
+    whole = run(base_folder, tmp_path / "whole", *options.split(), 4, data=triptych_folder)
+    out = run(base_folder, tmp_path / "out", *options.split(), 2, data=triptych_folder)
+    run(base_folder, out, *options.split(), 4, "--resume_from_checkpoint", "latest", data=triptych_folder)
+    assert_same_weights(whole, out)
+
+
 def test_damaged_checkpoint_is_skipped(base_folder, triptych_folder, tmp_path, undisturbed, caplog):
     whole, options = undisturbed
     first = options.replace("--max_train_steps 8", "--max_train_steps 4 --checkpointing_steps 2")
@@ -461,6 +469,7 @@ def test_every_sample_once_an_epoch_and_the_same_for_any_number_of_processes(bas
         ("--train_data_dir d --semantic_mode none --semantic_dropout 0.1", "--semantic_dropout has no meaning"),
         ("--train_data_dir d --semantic_mode none --semantic_weights w", "--semantic_weights needs"),
         ("--train_data_dir d --resume_from_checkpoint latest --lora_weights w", "--resume_from_checkpoint already"),
+        ("--train_data_dir d --optimizer prodigy --semantic_learning_rate 0.1", "takes one learning rate"),
         ("--train_data_dir d --max_sequence_length 513", "--max_sequence_length has to be within"),
     ],
 )
