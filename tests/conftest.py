@@ -58,3 +58,21 @@ def write_triptychs(folder: Path, count: int = 6, height: int = 32, width: int =
 @pytest.fixture(scope="session")
 def triptych_folder(tmp_path_factory) -> str:
     return str(write_triptychs(tmp_path_factory.mktemp("triptychs")))
+
+
+def reference_layers(model) -> list[dict]:
+    """The weights of a `SemanticAttentionModel` under the names of the independent reference."""
+    return [
+        {
+            "norm_x_weight": layer.norm_image.weight,
+            "norm_x_bias": layer.norm_image.bias,
+            "norm_s_weight": layer.norm_semantic.weight,
+            "norm_s_bias": layer.norm_semantic.bias,
+            "q_weight": layer.to_q.weight,
+            "k_weight": layer.to_k.weight,
+            "v_weight": layer.to_v.weight,
+            "out_weight": layer.to_out.weight,
+            "scale": layer.scale,
+        }
+        for layer in model.layers
+    ]

@@ -2,6 +2,7 @@
 import pytest
 import reference as ref
 import torch
+from conftest import reference_layers
 
 from pipeline_flux_fill_semantic import lay_under_panels, panel_positions
 from semantic_attention import SemanticAttentionModel
@@ -17,23 +18,6 @@ def trained_like(seed: int = 0, **config) -> SemanticAttentionModel:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
-
-
-def reference_layers(model: SemanticAttentionModel) -> list[dict]:
-    return [
-        {
-            "norm_x_weight": layer.norm_image.weight,
-            "norm_x_bias": layer.norm_image.bias,
-            "norm_s_weight": layer.norm_semantic.weight,
-            "norm_s_bias": layer.norm_semantic.bias,
-            "q_weight": layer.to_q.weight,
-            "k_weight": layer.to_k.weight,
-            "v_weight": layer.to_v.weight,
-            "out_weight": layer.to_out.weight,
-            "scale": layer.scale,
-        }
-        for layer in model.layers
-    ]
 
 
 def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32):

@@ -12,7 +12,7 @@ import reference
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import draw_triptych, write_triptychs
+from conftest import draw_triptych, reference_layers, write_triptychs
 from diffusers import FluxFillPipeline
 
 import train_semantic_fill_lora as trainer
@@ -119,20 +119,7 @@ def test_step_equals_reference(base_folder, tmp_path, height, width, position, r
     assert ((t > 0) & (t < 1)).all()
     x_1 = (seen["x_t"] - (1 - t)[:, None, None] * x_0) / t[:, None, None]
     assert 0.7 < x_1.std() < 1.3
-    layers = [
-        {
-            "norm_x_weight": layer.norm_image.weight,
-            "norm_x_bias": layer.norm_image.bias,
-            "norm_s_weight": layer.norm_semantic.weight,
-            "norm_s_bias": layer.norm_semantic.bias,
-            "q_weight": layer.to_q.weight,
-            "k_weight": layer.to_k.weight,
-            "v_weight": layer.to_v.weight,
-            "out_weight": layer.to_out.weight,
-            "scale": layer.scale,
-        }
-        for layer in model.semantic_attention.layers
-    ]
+    layers = reference_layers(model.semantic_attention)
     positions = reference.panel_positions(rows, columns) if position == "rope" else None
     with torch.no_grad():
         enhanced = reference.enhance(seen["x_t"], tokens, layers, positions=positions)
