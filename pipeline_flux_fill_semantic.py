@@ -630,8 +630,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     f" `{module_folder}/config.json` beside the LoRA, but {source!r} has no such file. A LoRA without"
                     " a module loads with `FluxFillPipeline.load_lora_weights`."
                 )
-            module = SemanticAttentionModel.from_pretrained(source, subfolder=module_folder, **hub_kwargs)
-            module.to(device=self._execution_device, dtype=self.transformer.dtype)
+            module = SemanticAttentionModel.from_pretrained(
+                source, subfolder=module_folder, dtype=self.transformer.dtype, **hub_kwargs
+            ).to(self._execution_device)
         if self.semantic_attention is not None and module is not None:
             logger.warning("The pipeline's `semantic_attention` is replaced by that of the LoRA being loaded.")
         # In place before the LoRA, whose loading takes offloading hooks off all components and sets them again.
