@@ -27,7 +27,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 
@@ -722,6 +722,9 @@ def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[s
         return path if os.path.isfile(path) else None
     try:
         return hf_hub_download(source, filename, subfolder=subfolder or None, **hub_kwargs)
+    except LocalEntryNotFoundError:
+        # A kind of `EntryNotFoundError`, but it says that the Hub was not reached, not that the file is missing.
+        raise
     except EntryNotFoundError:
         return None
 

@@ -1448,6 +1448,8 @@ def main(args: argparse.Namespace) -> None:
             save_model_card(args, args.max_train_steps, loss, sorted(Path(args.output_dir, "samples").glob("*.png")))
             if repo_id is not None:
                 push_to_hub(repo_id, args)
+        # The others have nothing left to do, but must not take the process group down while the first still saves.
+        accelerator.wait_for_everyone()
         accelerator.end_training()
 
 

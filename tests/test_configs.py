@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from conftest import assert_ended_well
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -47,22 +48,26 @@ def test_config_starts_processes_that_share_gradients(name, processes, tmp_path)
     script.write_text(
         "import torch\n"
         "from accelerate import Accelerator\n"
-        "accelerator = Accelerator(cpu=True)\n"
-        "model = accelerator.prepare(torch.nn.Linear(2, 1, bias=False))\n"
-        "accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())\n"
-        "(parameter,) = model.parameters()\n"
-        f"open(f'{tmp_path}/rank{{accelerator.process_index}}', 'w').write(str(parameter.grad.tolist()))\n"
-        "accelerator.end_training()\n"
+        "def main():\n"
+        "    accelerator = Accelerator(cpu=True)\n"
+        "    model = accelerator.prepare(torch.nn.Linear(2, 1, bias=False))\n"
+        "    accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())\n"
+        "    (parameter,) = model.parameters()\n"
+        f"    open(f'{tmp_path}/rank{{accelerator.process_index}}', 'w').write(str(parameter.grad.tolist()))\n"
+        "    accelerator.wait_for_everyone()\n"
+        "    accelerator.end_training()\n"
+        "main()\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     config = next(path for path in CONFIGS if path.stem == name)
-    subprocess.run(
+    done = subprocess.run(
         [*command, "--main_process_port", "0", "--config_file", str(config), str(script)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        check=True,
+        text=True,
         timeout=120,
     )
+    assert_ended_well(done, processes)
     mean = (1 + processes) / 2  # each rank's gradient is its index + 1
     assert sorted(path.name for path in tmp_path.glob("rank*")) == [f"rank{rank}" for rank in range(processes)]
     assert {path.read_text() for path in tmp_path.glob("rank*")} == {str([[mean, mean]])}

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from diffusers import FirstBlockCacheConfig, FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
 from test_semantic_attention import reference_layers, trained_like
 
@@ -854,3 +855,8 @@ def test_several_masked_pictures_and_images_per_prompt(base):
     masks = picture(3, batch=2)[:, :1]
     with pytest.raises(ValueError, match="`num_images_per_prompt` has to be 1 .* 2 "):
         paint(make_pipe(base), picture(1, batch=2), mask_image=masks, height=32, width=48, num_images_per_prompt=2)
+
+
+def test_a_hub_out_of_reach_is_not_a_missing_module(base, tmp_path):
+    with pytest.raises(LocalEntryNotFoundError):
+        make_pipe(base).load_lora_weights("user/not-cached", cache_dir=str(tmp_path), local_files_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, write_triptychs
+from conftest import ROOT, assert_ended_well, write_triptychs
 from hub_server import HubServer
 
 
@@ -36,7 +36,7 @@ def test_two_processes_equal_one(base_folder, triptych_folder, tmp_path):
         more = ["--max_train_steps", 5, "--train_batch_size", batch, "--lora_alpha", 4]
         run = command(base_folder, triptych_folder, tmp_path / name, *more, config=config, processes=processes)
         done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert_ended_well(done, processes)
         assert "4 a step" in done.stderr
     for file in FILES:
         one, two = (safetensors.torch.load_file(tmp_path / name / file) for name in shapes)
