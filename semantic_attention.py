@@ -190,8 +190,8 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
             hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
                 Noisy image tokens, `x_t`.
             semantic_tokens (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
-                Tokens of the semantic map, each image token's own place first under it (see
-                [`FluxFillSemanticPipeline.encode_semantic`]).
+                Tokens of the semantic map, one for the place of each image token within its panel (see
+                `lay_under_panels` and [`FluxFillSemanticPipeline.encode_semantic`]).
             positions (`torch.Tensor` of shape `(tokens, 2)`, *optional*):
                 Row and column of each token within its panel. Needed with `position="rope"` only.
             semantic_scale (`float`, defaults to 1.0):

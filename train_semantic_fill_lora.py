@@ -48,7 +48,7 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
     free_memory,
 )
-from diffusers.utils import convert_unet_state_dict_to_peft, make_image_grid
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft, make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -377,7 +377,8 @@ class TriptychDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def data(self, index: int) -> list[bytes]:
-        return [picture_bytes(self.rows[index][column]) for column in self.columns]
+        row = self.rows[index]
+        return [picture_bytes(row[column]) for column in self.columns]
 
     def caption(self, index: int) -> str:
         caption = self.rows[index][self.caption_column] if self.caption_column else None
@@ -468,6 +469,7 @@ class Encoder:
         self.folder = Path(args.cache_root or Path(args.output_dir, "cache"))
         # The mask depends on the geometry alone.
         self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.width))[1]
+        self.picture_hashes = {}
         if args.cache_latents:
             self.latent_key = (fingerprint(pipeline.vae), args.resolution, args.width, self.mode, args.fusion_alpha)
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
@@ -499,8 +501,10 @@ class Encoder:
         return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
 
     def latent_file(self, index: int, flip: bool, drop_map: bool) -> Path:
-        pictures = [hashlib.sha256(data).hexdigest() for data in self.dataset.data(index)]
-        return self._file(*pictures, self.latent_key, flip, drop_map and self.mode.map_on_canvas)
+        # Once a run: steps find their file without reading the pictures again.
+        if index not in self.picture_hashes:
+            self.picture_hashes[index] = [hashlib.sha256(data).hexdigest() for data in self.dataset.data(index)]
+        return self._file(*self.picture_hashes[index], self.latent_key, flip, drop_map and self.mode.map_on_canvas)
 
     def prompt_file(self, prompt: str) -> Path:
         return self._file(prompt, self.prompt_key)
@@ -570,13 +574,17 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def flush_to_disk(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def write_atomically(path: Path, write) -> None:
     """Writes beside and renames: the file is there whole or not at all, also with two writers."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -684,6 +692,9 @@ class SemanticFillModel(torch.nn.Module):
         self.transformer = transformer
         self.semantic_attention = semantic_attention
 
+    def scales(self) -> list[float]:
+        return [] if self.semantic_attention is None else self.semantic_attention.scales()
+
     def attend(
         self,
         x_t: torch.Tensor,
@@ -763,6 +774,7 @@ class Step:
     def __post_init__(self):
         args, mode = self.args, SEMANTIC_MODES[self.args.semantic_mode]
         self.rows, self.columns, self.panels = args.resolution // 16, args.width // 16, len(mode.panels)
+        self.mask = self.encoder.mask.to(self.device)
         self.positions = panel_positions(self.rows, self.columns, self.panels, self.device)
         self.region = None
         if args.loss_region == "target":
@@ -776,7 +788,7 @@ class Step:
 
         encoded = self.encoder.encode_batch(samples, self.device)
         moments = (encoded["moments"], encoded["masked_moments"])
-        x_0, x_cond, img_ids = pipeline.encode_diptych(None, self.encoder.mask, moments, generators, self.dtype)
+        x_0, x_cond, img_ids = pipeline.encode_diptych(None, self.mask, moments, generators, self.dtype)
         x_1, t, x_t = draw_noise(x_0, generators, self.shift, self.args)
         guidance = torch.full_like(t, self.args.guidance_scale) if self.guidance_embeds else None
         semantic = {}
@@ -784,8 +796,8 @@ class Step:
             tokens = lay_under_panels(encoded["semantic"], self.rows, self.columns, self.panels).to(self.dtype)
             keep_map = torch.tensor([not d.drop_map for d in draws], device=self.device)
             semantic = {"semantic_tokens": tokens, "positions": self.positions, "keep_map": keep_map}
-        view = (len(draws), 3, self.args.resolution, self.args.width)
         if _shape_log["enabled"]:
+            view = (len(draws), 3, self.args.resolution, self.args.width)
             for name in PANELS:
                 logger.debug(f"{name}_img: {view}")
             logger.debug(f"diptych: {(*view[:3], self.panels * view[3])}")
@@ -962,8 +974,7 @@ def save_checkpoint(model: SemanticFillModel, state: dict, args: argparse.Namesp
     manifest = {path.relative_to(beside).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
     (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for path in (*files, beside / "manifest.json"):
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
     if args.checkpoints_total_limit is not None:
@@ -1018,7 +1029,7 @@ def load_checkpoint(folder: Path, model: SemanticFillModel) -> dict:
     """Puts the weights in place and returns the training state."""
     load_lora(model.transformer, folder)
     if model.semantic_attention is not None:
-        path = folder / SEMANTIC_SUBFOLDER / "diffusion_pytorch_model.safetensors"
+        path = folder / SEMANTIC_SUBFOLDER / SAFETENSORS_WEIGHTS_NAME
         model.semantic_attention.load_state_dict(safetensors.torch.load_file(path))
     tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
     return join_tensors(json.loads((folder / "training_state.json").read_text()), tensors)
@@ -1188,13 +1199,13 @@ def push_to_hub(repo_id: str, args: argparse.Namespace) -> None:
 # -- Run --------------------------------------------------------------------------------------------------------------
 
 
-def log_scales(model: SemanticFillModel, level: int, digits: int) -> dict[str, float]:
-    if model.semantic_attention is None:
-        return {}
-    scales = model.semantic_attention.scales()
+def log_scales(scales: list[float], level: int, digits: int) -> None:
     for layer, scale in enumerate(scales):
         logger.log(level, f"Layer {layer} scale: {scale:.{digits}f}")
-    return {f"scale/layer_{layer}": scale for layer, scale in enumerate(scales)}
+
+
+def samples_a_step(accelerator: Accelerator, args: argparse.Namespace) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def announce(model: SemanticFillModel, args: argparse.Namespace) -> None:
@@ -1252,7 +1263,6 @@ def train(
     loader = torch.utils.data.DataLoader(
         SampleReader(step_fn.encoder), batch_sampler=sampler, collate_fn=list, num_workers=args.dataloader_num_workers
     )
-    samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     bad_steps, loss = 0, float("nan")
     bar = tqdm(
@@ -1276,7 +1286,7 @@ def train(
                     accelerator.backward(micro_loss)
                     losses.append(micro_loss.detach())
             if _shape_log["enabled"]:
-                log_scales(bare, logging.DEBUG, digits=6)
+                log_scales(bare.scales(), logging.DEBUG, digits=6)
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             gradient_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
             # A gradient scaler looks for overflow itself and lowers its scale.
@@ -1288,17 +1298,17 @@ def train(
                 bad_steps += 1
                 logger.warning(f"Step {step} skipped: loss {loss}, gradient norm {gradient_norm}, rows {rows}")
             optimizer.zero_grad()
-            samples_seen += samples_a_step
+            samples_seen += samples_a_step(accelerator, args)
 
             rates = lr_scheduler.get_last_lr()
-            scales = {} if bare.semantic_attention is None else bare.semantic_attention.scales()
+            scales = bare.scales()
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", lr=rates[0], **({"scale": f"{scales[0]:.4f}"} if scales else {}))
             logs = {"loss": loss, "lr": rates[0], "gradient_norm": gradient_norm}
             accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
             if step % 100 == 0:
                 logger.info(f"[Step {step}] Loss: {loss:.4f}")
-                log_scales(bare, logging.INFO, digits=3)
+                log_scales(scales, logging.INFO, digits=3)
 
             too_bad = bad_steps >= args.max_bad_steps
             stopped = stop.received(accelerator)
@@ -1390,9 +1400,8 @@ def main(args: argparse.Namespace) -> None:
         state = load_checkpoint(checkpoint, model) if checkpoint else {"step": 0, "samples_seen": 0}
         optimizer = build_optimizer(parameter_groups(model, args), args)
         announce(model, args)
-        samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         if args.max_train_steps is None:
-            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step)
+            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer=optimizer,
@@ -1423,7 +1432,7 @@ def main(args: argparse.Namespace) -> None:
             }
             accelerator.init_trackers("semantic-fill", config=config)
         logger.info(
-            f"{len(dataset)} samples, {samples_a_step} a step, {args.max_train_steps} steps, timestep shift"
+            f"{len(dataset)} samples, {samples_a_step(accelerator, args)} a step, {args.max_train_steps} steps, timestep shift"
             f" {step_fn.shift:.3f}, {tokens} image tokens"
         )
 

@@ -7,7 +7,6 @@ Americas, and leaves a page, a grid and the figures in the output folder.
 
 import argparse
 import base64
-import functools
 import html
 import io
 import json
@@ -162,10 +161,9 @@ def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> PIL.Image.
     size, side = args.resolution, args.resolution // 16
     token_row, token_column = side // 2, side // 2
     module, seen = pipeline.semantic_attention, {}
-    call = functools.partial(paint, pipeline, [view], "right", 1.0, args)
     handle = module.register_forward_pre_hook(lambda m, inputs: seen.setdefault(len(seen), inputs))
     try:
-        (painted,) = call()
+        (painted,) = paint(pipeline, [view], "right", 1.0, args)
     finally:
         handle.remove()
     x_t, tokens, positions = seen[len(seen) // 2][:3]

@@ -87,11 +87,17 @@ def load_earth() -> Earth:
     return Earth(satellite, relief, grey_hillshade(relief), draw_map())
 
 
-def draw_boxes(split: str, count: int, seed: int, size: int) -> list[tuple[int, int, int, int]]:
-    """Random square crops of a region, of one to two times `size` pixels, with both water and land in each."""
+def region_in_pixels(split: str) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a region on the grid."""
     west, east, south, north = REGIONS[split]
     left, right = ((lon + 180) * PIXELS_A_DEGREE for lon in (west, east))
     top, bottom = ((90 - lat) * PIXELS_A_DEGREE for lat in (north, south))
+    return left, top, right, bottom
+
+
+def draw_boxes(split: str, count: int, seed: int, size: int) -> list[tuple[int, int, int, int]]:
+    """Random square crops of a region, of one to two times `size` pixels, with both water and land in each."""
+    left, top, right, bottom = region_in_pixels(split)
     random = np.random.default_rng([seed, sorted(REGIONS).index(split)])
     is_ocean = (np.asarray(load_earth().map) == PALETTE["ocean"]).all(axis=2)
     boxes = []

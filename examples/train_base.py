@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
-from earth import GRID_HEIGHT, GRID_WIDTH, PIXELS_A_DEGREE, REGIONS, load_earth
+from earth import GRID_HEIGHT, GRID_WIDTH, load_earth, region_in_pixels
 from small_flux_fill import build_pipeline
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
@@ -38,9 +38,7 @@ class Crops:
     def __init__(self, split: str, size: int, device: torch.device, seed: int):
         self.size, self.device = size, device
         self.generator = torch.Generator().manual_seed(seed)
-        west, east, south, north = REGIONS[split]
-        box = [(west + 180) * PIXELS_A_DEGREE, (90 - north) * PIXELS_A_DEGREE]
-        box += [(east + 180) * PIXELS_A_DEGREE, (90 - south) * PIXELS_A_DEGREE]
+        box = region_in_pixels(split)
         earth = load_earth()
         # Scales of the grid instead of resampling every crop.
         self.levels = []
