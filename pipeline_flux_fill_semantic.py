@@ -314,16 +314,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     def _semantic_guidance(
         self, semantic_tokens: torch.Tensor | None, positions: torch.Tensor | None, semantic_scale: float
     ):
-        """Enhances the transformer's noisy tokens for the time of one call, also where that call ends in an error."""
+        """Enhances the transformer's input for the time of one call, also where that call ends in an error."""
 
         def enhance(transformer, args, kwargs):
-            channels = self.semantic_attention.config.in_channels
-            hidden_states = kwargs["hidden_states"]
-            x_t, x_cond = hidden_states[..., :channels], hidden_states[..., channels:]
-            enhanced = self.semantic_attention(
-                x_t.to(self.semantic_attention.dtype), semantic_tokens, positions, semantic_scale
+            kwargs["hidden_states"] = self.semantic_attention.enhance(
+                kwargs["hidden_states"], semantic_tokens, positions, semantic_scale
             )
-            kwargs["hidden_states"] = torch.cat((enhanced.to(x_t.dtype), x_cond), dim=-1)
             return args, kwargs
 
         with contextlib.ExitStack() as stack:

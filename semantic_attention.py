@@ -20,7 +20,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 
-SEMANTIC_POSITIONS = ("none", "rope")
+SEMANTIC_POSITIONS = ("none", "rope", "aligned")
+# Which of the transformer's input channels look the map up: the noisy latents x_t come first, then the picture channels
+# of x_cond.
+SEMANTIC_INJECTIONS = {"noise": 0, "condition": 1}
+# Wavelengths of 6 to 200 tokens: a panel of 1024 pixels is 64 tokens wide.
+ROPE_THETA = 100
 
 
 class SemanticCrossAttention(nn.Module):
@@ -34,22 +39,43 @@ class SemanticCrossAttention(nn.Module):
             Number of attention heads.
         head_dim (`int`, defaults to 16):
             Channels of one head. The inner width is `num_heads * head_dim`.
+        aligned (`bool`, defaults to `False`):
+            Whether each image token sees the semantic token of its own place alone. The softmax over one token is 1,
+            so there are no queries and keys, and no norm of the image tokens.
     """
 
-    def __init__(self, channels: int = 64, num_heads: int = 8, head_dim: int = 16):
+    def __init__(self, channels: int = 64, num_heads: int = 8, head_dim: int = 16, aligned: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.aligned = aligned
         inner_dim = num_heads * head_dim
 
-        self.norm_image = nn.LayerNorm(channels)
+        if not aligned:
+            self.norm_image = nn.LayerNorm(channels)
         self.norm_semantic = nn.LayerNorm(channels)
-        self.to_q = nn.Linear(channels, inner_dim, bias=False)
-        self.to_k = nn.Linear(channels, inner_dim, bias=False)
+        if not aligned:
+            self.to_q = nn.Linear(channels, inner_dim, bias=False)
+            self.to_k = nn.Linear(channels, inner_dim, bias=False)
         self.to_v = nn.Linear(channels, inner_dim, bias=False)
         self.to_out = nn.Linear(inner_dim, channels, bias=False)
         # Only the gate is zero. With `to_out` at zero as well, neither would ever receive a gradient.
         self.scale = nn.Parameter(torch.zeros(channels))
+
+    @torch.no_grad()
+    def start_at_own_place(self, strength: float = 6.0) -> None:
+        """
+        Gives queries and keys a constant part, which rotary embedding turns into a preference for near tokens: noise
+        and map have no contents in common that would lead attention there.
+
+        A norm's output sums to zero over its channels, so a bias of ones is orthogonal to it: projections whose rows
+        sum to `strength` add that constant and nothing else, and values whose rows sum to zero do not see it.
+        """
+        for norm in (self.norm_image, self.norm_semantic):
+            nn.init.ones_(norm.bias)
+        for projection, constant in ((self.to_q, strength), (self.to_k, strength), (self.to_v, 0.0)):
+            weight = projection.weight
+            weight += constant / weight.shape[1] - weight.mean(dim=1, keepdim=True)
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -88,14 +114,17 @@ class SemanticCrossAttention(nn.Module):
             `torch.Tensor` of shape `(batch, image_tokens, channels)` in the dtype of `hidden_states`.
         """
         normed_semantic_tokens = self.norm_semantic(semantic_tokens)
-        query, key = self.query_and_key(hidden_states, normed_semantic_tokens, rotary_emb)
-        value = self._heads(self.to_v(normed_semantic_tokens))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        update = self.to_out(attended.transpose(1, 2).flatten(-2))
+        value = self.to_v(normed_semantic_tokens)
+        if self.aligned:
+            update = self.to_out(value)
+        else:
+            query, key = self.query_and_key(hidden_states, normed_semantic_tokens, rotary_emb)
+            attended = F.scaled_dot_product_attention(query, key, self._heads(value))
+            update = self.to_out(attended.transpose(1, 2).flatten(-2))
         return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, aligned={self.aligned}"
 
 
 class SemanticAttentionModel(ModelMixin, ConfigMixin):
@@ -114,7 +143,12 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         position (`str`, defaults to `"none"`):
             `"none"` compares contents only. `"rope"` rotates queries and keys by their row and their column within
             the panel (2-D rotary embedding, https://huggingface.co/papers/2104.09864, half of each head for either
-            axis), which needs a `head_dim` that is a multiple of 4.
+            axis), which needs a `head_dim` that is a multiple of 4, and starts with each token looking at its own
+            place. `"aligned"` looks at the own place only: a layer has 16576 parameters.
+        injection (`str`, defaults to `"noise"`):
+            What [`~SemanticAttentionModel.enhance`] lets look the map up: `"noise"`, the noisy latents x_t, or
+            `"condition"`, the picture channels of x_cond, which are empty where the model paints and the same at each
+            timestep.
     """
 
     _repeated_blocks = ["SemanticCrossAttention"]
@@ -128,6 +162,7 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         num_heads: int = 8,
         head_dim: int = 16,
         position: str = "none",
+        injection: str = "noise",
     ):
         super().__init__()
         for name, number in (
@@ -138,17 +173,26 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         ):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"`{name}` has to be a positive integer but is {number!r}.")
-        if position not in SEMANTIC_POSITIONS:
-            raise ValueError(f"`position` has to be one of {SEMANTIC_POSITIONS} but is {position!r}.")
+        for name, choice, choices in (
+            ("position", position, SEMANTIC_POSITIONS),
+            ("injection", injection, tuple(SEMANTIC_INJECTIONS)),
+        ):
+            if choice not in choices:
+                raise ValueError(f"`{name}` has to be one of {choices} but is {choice!r}.")
         if position == "rope" and head_dim % 4 != 0:
             raise ValueError(
                 f'`head_dim` has to be a multiple of 4 with `position="rope"`, which gives half of a head to rows and'
                 f" half to columns, but is {head_dim}."
             )
-        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=(head_dim // 2,) * 2) if position == "rope" else None
+        self.pos_embed = None
         self.layers = nn.ModuleList(
-            SemanticCrossAttention(in_channels, num_heads, head_dim) for _ in range(num_layers)
+            SemanticCrossAttention(in_channels, num_heads, head_dim, aligned=position == "aligned")
+            for _ in range(num_layers)
         )
+        if position == "rope":
+            self.pos_embed = FluxPosEmbed(theta=ROPE_THETA, axes_dim=(head_dim // 2,) * 2)
+            for layer in self.layers:
+                layer.start_at_own_place()
 
     def _rotary_emb(
         self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor, positions: torch.Tensor | None
@@ -164,9 +208,14 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
                 f"`semantic_tokens` has to have the batch size of `hidden_states`, {hidden_states.shape[0]}, but has"
                 f" {semantic_tokens.shape[0]}."
             )
+        tokens = hidden_states.shape[1]
+        if self.config.position == "aligned" and semantic_tokens.shape[1] != tokens:
+            raise ValueError(
+                f'With `position="aligned"`, `semantic_tokens` has to hold one token for each of the {tokens} image'
+                f" tokens but holds {semantic_tokens.shape[1]}."
+            )
         if self.pos_embed is None:
             return None
-        tokens = hidden_states.shape[1]
         if positions is None or tuple(positions.shape) != (tokens, 2) or semantic_tokens.shape[1] != tokens:
             got = None if positions is None else tuple(positions.shape)
             raise ValueError(
@@ -205,6 +254,31 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         for layer in self.layers:
             hidden_states = layer(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
         return hidden_states
+
+    def enhance(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        semantic_scale: float = 1.0,
+    ) -> torch.Tensor:
+        r"""
+        Enhances that part of the transformer's input which `injection` names.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, 6 * in_channels)`):
+                The transformer's input, `x_t` and `x_cond` side by side, in any floating dtype.
+            semantic_tokens, positions, semantic_scale:
+                As in `forward`.
+
+        Returns:
+            `torch.Tensor`: `hidden_states` with `in_channels` of its channels enhanced, in its own dtype.
+        """
+        channels = self.config.in_channels
+        start = SEMANTIC_INJECTIONS[self.config.injection] * channels
+        before, part, after = hidden_states.tensor_split((start, start + channels), dim=-1)
+        enhanced = self(part.to(self.dtype), semantic_tokens, positions, semantic_scale)
+        return torch.cat((before, enhanced.to(hidden_states.dtype), after), dim=-1)
 
     def scales(self) -> list[float]:
         r"""The mean absolute gate of each layer. All are exactly 0 before training."""
@@ -257,6 +331,11 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         for before in self.layers[:layer]:
             hidden_states = before(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
         block = self.layers[layer]
+        if block.aligned:
+            for chunk in tokens.to(hidden_states.device).split(chunk_size):
+                own_place = F.one_hot(chunk, semantic_tokens.shape[1]).float()
+                yield own_place.expand(len(hidden_states), block.num_heads, -1, -1)
+            return
         query, key = block.query_and_key(hidden_states, block.norm_semantic(semantic_tokens), rotary_emb)
         query = query[:, :, tokens.to(query.device)]
         query, key = query.float() * block.head_dim**-0.5, key.float().transpose(-1, -2)

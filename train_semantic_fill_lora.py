@@ -61,7 +61,7 @@ from pipeline_flux_fill_semantic import (
     lay_under_panels,
     panel_positions,
 )
-from semantic_attention import SEMANTIC_POSITIONS, SemanticAttentionModel
+from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
 
 
 logger = get_logger(__name__)
@@ -125,7 +125,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--semantic_num_layers", type=int, default=1)
     add("--semantic_num_heads", type=int, default=8)
     add("--semantic_head_dim", type=int, default=16)
-    add("--semantic_position", default="none", choices=SEMANTIC_POSITIONS, help="Positions in the cross-attention.")
+    add("--semantic_position", default="none", choices=SEMANTIC_POSITIONS, help="How the cross-attention finds places.")
+    add(
+        "--semantic_injection",
+        default="noise",
+        choices=tuple(SEMANTIC_INJECTIONS),
+        help="What looks the map up: the noisy latents, or the condition's picture channels.",
+    )
     add("--semantic_dropout", type=float, default=0.0, help="Share of samples trained without their map.")
     add("--semantic_weights", help="Folder of a trained module to start from.")
 
@@ -697,14 +703,14 @@ class SemanticFillModel(torch.nn.Module):
 
     def attend(
         self,
-        x_t: torch.Tensor,
+        hidden_states: torch.Tensor,
         semantic_tokens: torch.Tensor,
         positions: torch.Tensor,
         keep_map: torch.Tensor,
     ) -> torch.Tensor:
-        """x_t `(batch, tokens, 64)` -> x_t_enhanced; samples whose map was dropped stay as they are."""
-        enhanced = self.semantic_attention(x_t, semantic_tokens, positions)
-        return torch.where(keep_map[:, None, None], enhanced, x_t)
+        """Enhances the transformer's input `(batch, tokens, 384)`; samples whose map was dropped stay as they are."""
+        enhanced = self.semantic_attention.enhance(hidden_states, semantic_tokens, positions)
+        return torch.where(keep_map[:, None, None], enhanced, hidden_states)
 
     def forward(
         self,
@@ -720,11 +726,10 @@ class SemanticFillModel(torch.nn.Module):
         keep_map: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The predicted velocity `(batch, tokens, 64)`."""
-        x_t_enhanced = x_t
+        hidden_states = torch.cat((x_t, x_cond), dim=-1)
         if self.semantic_attention is not None:
-            x_t_enhanced = self.attend(x_t, semantic_tokens, positions, keep_map)
-        hidden_states = torch.cat((x_t_enhanced, x_cond), dim=-1)
-        log_shapes(x_t=x_t, x_t_enhanced=x_t_enhanced, hidden_states=hidden_states)
+            hidden_states = self.attend(hidden_states, semantic_tokens, positions, keep_map)
+        log_shapes(x_t=x_t, x_t_enhanced=hidden_states[..., : x_t.shape[-1]], hidden_states=hidden_states)
         return self.transformer(
             hidden_states=hidden_states,
             timestep=t,
@@ -852,6 +857,7 @@ def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
                 num_heads=args.semantic_num_heads,
                 head_dim=args.semantic_head_dim,
                 position=args.semantic_position,
+                injection=args.semantic_injection,
             )
         # Loaded models come in evaluation mode, made ones in training mode.
         semantic_attention.to(device).requires_grad_(True).train()

@@ -133,13 +133,13 @@ def panel_positions(rows: int, columns: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """2-D RoPE on [B, L, heads, head_dim]: the first half of the channels turns by the row, the second by the column.
 
-    Within a half of size d, the pair (x[2i], x[2i + 1]) turns by position * 10000 ** (-2i / d).
+    Within a half of size d, the pair (x[2i], x[2i + 1]) turns by position * 100 ** (-2i / d).
     """
     half = x.shape[-1] // 2
     turned = x.clone()
     for axis in (0, 1):
         for i in range(half // 2):
-            angle = positions[:, axis].to(x.dtype) * 10000.0 ** (-2 * i / half)
+            angle = positions[:, axis].to(x.dtype) * 100.0 ** (-2 * i / half)
             cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
             even, odd = x[..., axis * half + 2 * i], x[..., axis * half + 2 * i + 1]
             turned[..., axis * half + 2 * i] = even * cos - odd * sin

@@ -5,7 +5,7 @@ import torch
 from conftest import reference_layers
 
 from pipeline_flux_fill_semantic import lay_under_panels, panel_positions
-from semantic_attention import SemanticAttentionModel
+from semantic_attention import SEMANTIC_POSITIONS, SemanticAttentionModel
 
 
 SIZES = [(2, 3), (4, 2)]  # token rows and columns of one panel
@@ -34,6 +34,7 @@ def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32):
         ({"head_dim": 8}, 4 * 64 * 64 + 2 * 128 + 64),
         ({"num_layers": 3}, 3 * 33088),
         ({"position": "rope"}, 33088),
+        ({"position": "aligned"}, 2 * 64 * 128 + 128 + 64),
     ],
 )
 def test_number_of_parameters(config, expected):
@@ -89,6 +90,51 @@ def test_rotary_positions_equal_reference(rows, columns, num_layers, head_dim):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows, columns", [(8, 8), (32, 32)])
+def test_rotary_attention_starts_at_the_own_place(rows, columns):
+    torch.manual_seed(0)
+    model = SemanticAttentionModel(position="rope")
+    x_t, semantic_tokens, positions = inputs(rows, columns)
+    tokens = list(range(0, 2 * rows * columns, 2 * rows * columns // 16))
+    maps = torch.cat(list(model.attention_maps(x_t, semantic_tokens, positions, tokens=tokens)), dim=2)
+    own_place = (positions[tokens][:, None] == positions[None]).all(dim=2)
+    assert own_place.sum() == 2 * len(tokens)  # the map lies under both panels
+    assert (maps * own_place).sum(dim=-1).mean() > 0.8
+    contents_only = torch.cat(list(SemanticAttentionModel().attention_maps(x_t, semantic_tokens, tokens=tokens)), 2)
+    assert (contents_only * own_place).sum(dim=-1).mean() < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_aligned_attention_equals_reference(num_layers):
+    model = trained_like(num_layers=num_layers, position="aligned").double()
+    x_t, semantic_tokens, _ = inputs(2, 3, torch.float64)
+    expected = x_t
+    for layer in model.layers:
+        norm = layer.norm_semantic
+        normed = ref.layer_norm(semantic_tokens, norm.weight, norm.bias, norm.eps)
+        expected = expected + 0.5 * layer.scale * (normed @ layer.to_v.weight.T @ layer.to_out.weight.T)
+    torch.testing.assert_close(model(x_t, semantic_tokens, semantic_scale=0.5), expected, rtol=1e-12, atol=1e-12)
+    maps = torch.cat(list(model.attention_maps(x_t, semantic_tokens, tokens=[5, 2], chunk_size=1)), dim=2)
+    assert torch.equal(maps, torch.eye(12)[[5, 2]].expand(2, 8, 2, 12))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("injection, enhanced_channels", [("noise", slice(0, 64)), ("condition", slice(64, 128))])
+def test_injection_enhances_its_channels_alone(injection, enhanced_channels):
+    model = trained_like(injection=injection)
+    _, semantic_tokens, _ = inputs(2, 3)
+    hidden_states = torch.randn(2, 12, 384)
+    enhanced = model.enhance(hidden_states, semantic_tokens, semantic_scale=0.5)
+    expected = hidden_states.clone()
+    expected[..., enhanced_channels] = ref.enhance(
+        hidden_states[..., enhanced_channels], semantic_tokens, reference_layers(model), strength=0.5
+    )
+    torch.testing.assert_close(enhanced, expected)
+    assert model.enhance(hidden_states.bfloat16(), semantic_tokens).dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_output_keeps_the_dtype_of_the_latents():
     model = trained_like().to(torch.bfloat16)
     x_t, semantic_tokens, _ = inputs(2, 3, torch.bfloat16)
@@ -102,12 +148,12 @@ def gradients(model: SemanticAttentionModel, rows: int = 2, columns: int = 3) ->
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
 
 
-@pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize("position", SEMANTIC_POSITIONS)
 def test_only_the_scale_has_a_gradient_at_first(position):
     assert gradients(SemanticAttentionModel(num_layers=2, position=position)) == {"layers.0.scale", "layers.1.scale"}
 
 
-@pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize("position", SEMANTIC_POSITIONS)
 def test_every_parameter_has_a_gradient_once_the_scale_has_moved(position):
     model = trained_like(num_layers=2, position=position)
     assert gradients(model) == {name for name, _ in model.named_parameters()}
@@ -142,15 +188,15 @@ def test_attention_maps_equal_the_explicit_softmax(position, layer):
     torch.testing.assert_close(some, maps[:, :, [7, 1]])
 
 
-@pytest.mark.parametrize("position", ["none", "rope"])
-def test_save_and_load(tmp_path, position):
-    model = trained_like(num_layers=2, num_heads=4, head_dim=8, position=position)
+@pytest.mark.parametrize("position, injection", [("none", "noise"), ("rope", "condition"), ("aligned", "condition")])
+def test_save_and_load(tmp_path, position, injection):
+    config = {"num_layers": 2, "num_heads": 4, "head_dim": 8, "position": position, "injection": injection}
+    model = trained_like(**config)
     model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
     loaded = SemanticAttentionModel.from_pretrained(tmp_path)
-    expected = {"in_channels": 64, "num_layers": 2, "num_heads": 4, "head_dim": 8, "position": position}
-    assert {name: loaded.config[name] for name in expected} == expected
+    assert {name: loaded.config[name] for name in config} == config
     assert model.state_dict().keys() == loaded.state_dict().keys()
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -164,6 +210,7 @@ def test_save_and_load(tmp_path, position):
         ({"in_channels": 0}, "in_channels", "0"),
         ({"head_dim": 1.5}, "head_dim", "1.5"),
         ({"position": "learnt"}, "position", "learnt"),
+        ({"injection": "text"}, "injection", "text"),
         ({"position": "rope", "head_dim": 6}, "head_dim", "6"),
     ],
 )
