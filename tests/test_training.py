@@ -40,9 +40,9 @@ def run(*args, **kwargs) -> Path:
     return Path(parsed.output_dir)
 
 
-def build(args):
+def build(args, dtype=torch.float32):
     """Model, step function and samples of a run, without its loop."""
-    device, dtype = torch.device("cpu"), torch.float32
+    device = torch.device("cpu")
     dataset = trainer.TriptychDataset(trainer.load_rows(args), args)
     pipeline = trainer.load_encoders(args, device, dtype)
     encoder = trainer.Encoder(pipeline, dataset, args)

@@ -1,0 +1,425 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""What makes training fast or small: precisions of the base, LoRA layers, checkpointing, prompt length, --fast."""
+
+import collections
+import copy
+import json
+
+import peft.tuners.lora
+import pytest
+import safetensors
+import torch
+import torch.nn as nn
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+from test_training import LORA_FILE, arguments, build, run, weights_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import base_precision
+import training_speed
+from base_precision import LORA_LAYERS, PRECISIONS, FrozenLinear, FrozenLinearConfig, quantise_blocks
+from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, FluxFillSemanticPipeline
+from training_speed import Plan, choose_plan
+
+
+QUANTISED = [name for name, cls in PRECISIONS.items() if cls is not None]
+# Relative error of one product with normally distributed factors: half a step of the format, averaged.
+ERRORS = {"fp8": 0.05, "int8": 0.02, "nf4": 0.12}
+
+
+def relative_error(got, expected):
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def quantised_linear(precision, linear):
+    frozen = PRECISIONS[precision](linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    frozen.quantise(linear.weight.detach())
+    frozen.bias = linear.bias
+    return frozen
+
+
+# -- Precisions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_product_and_gradient(precision):
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 128).bfloat16()
+    frozen = quantised_linear(precision, linear)
+    x = torch.randn(3, 20, 256, dtype=torch.bfloat16, requires_grad=True)
+    out, expected = frozen(x), linear(x)
+    grad = torch.randn_like(out)
+    assert out.dtype == torch.bfloat16 and out.shape == expected.shape
+    assert relative_error(out, expected) < ERRORS[precision]
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (out, expected)]
+    assert relative_error(*gradients) < ERRORS[precision]
+    assert frozen.weight.nbytes == linear.weight.numel() * frozen.bits // 8
+    assert not any(parameter.requires_grad for parameter in frozen.parameters() if parameter is not frozen.bias)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_each_row_has_its_scale(precision):
+    torch.manual_seed(0)
+    sizes = torch.logspace(-4, 4, 32)
+    linear = nn.Linear(64, 32, bias=False).bfloat16()
+    x = (torch.randn(32, 64) * sizes[:, None]).bfloat16().requires_grad_()
+    grad = (torch.randn(32, 32) * sizes[:, None]).bfloat16()
+
+    def errors(dim):
+        out, expected = quantised_linear(precision, linear)(x), linear(x)
+        pairs = (out, expected), (torch.autograd.grad(y, x, grad)[0] for y in (out, expected))
+        return [((got - want).float().norm(dim=dim) / want.float().norm(dim=dim)).max() for got, want in pairs]
+
+    # One scale for all would lose the small ones.
+    assert max(errors(dim=1)) < 2 * ERRORS[precision]
+    linear.weight.data *= sizes.bfloat16()[:, None]
+    x, grad = torch.randn_like(x).requires_grad_(), torch.randn_like(grad) / sizes.bfloat16()
+    assert errors(dim=0)[0] < 2 * ERRORS[precision] and errors(dim=1)[1] < 2 * ERRORS[precision]
+
+
+def test_fp8_multiplies_in_fp8(monkeypatch):
+    products = []
+    scaled_mm = torch._scaled_mm
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda a, b, *args, **kw: products.append((a, b)) or scaled_mm(a, b, *args, **kw)
+    )
+    frozen = quantised_linear("fp8", nn.Linear(64, 32).bfloat16())
+    frozen(torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert [(a.dtype, b.dtype) for a, b in products] == [(torch.float8_e4m3fn,) * 2] * 2
+    # In another dtype, or where the hardware has no such product, the weight is restored instead.
+    frozen(torch.randn(4, 64, requires_grad=True)).sum().backward()
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_loading_quantises_each_layer_as_it_comes(base, base_folder, precision, monkeypatch):
+    cls, order = PRECISIONS[precision], []
+    quantise = cls.quantise
+
+    def watched(self, weight):
+        order.append((weight.shape, sum(m.weight.device.type == "meta" for m in watched.model if m is not self)))
+        quantise(self, weight)
+
+    replace = base_precision._replace_linears
+    watched.model = []
+    monkeypatch.setattr(
+        base_precision,
+        "_replace_linears",
+        lambda *args: [watched.model.append(frozen) or (old, frozen) for old, frozen in replace(*args)],
+    )
+    monkeypatch.setattr(cls, "quantise", watched)
+    loaded = FluxTransformer2DModel.from_pretrained(
+        base_folder,
+        subfolder="transformer",
+        dtype=torch.bfloat16,
+        quantization_config=FrozenLinearConfig.of(precision, "cpu"),
+    )
+    layers = [module for module in loaded.modules() if isinstance(module, FrozenLinear)]
+    # While the first was quantised, no other weight had arrived; while the last was, all had.
+    assert [waiting for _, waiting in order] == list(range(len(layers) - 1, -1, -1))
+    in_blocks = [m for name in base_precision.BLOCKS for m in getattr(loaded, name).modules()]
+    assert all(isinstance(module, FrozenLinear) for module in in_blocks if isinstance(module, nn.Linear))
+    assert not isinstance(loaded.x_embedder, FrozenLinear) and loaded.dtype == torch.bfloat16
+
+    in_place = copy.deepcopy(base.transformer).bfloat16()
+    quantise_blocks(in_place, precision)
+    expected, got = in_place.state_dict(), loaded.state_dict()
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_unknown_precision(base):
+    with pytest.raises(ValueError, match="`precision` has to be one of .* but is 'fp3'"):
+        quantise_blocks(base.transformer, "fp3")
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_loss_and_lora_gradients_stay_near(base_folder, triptych_folder, tmp_path, precision):
+    results = {}
+    for name in ("bf16", precision):
+        args = arguments(base_folder, tmp_path / name, "--base_precision", name, data=triptych_folder)
+        args.cache_latents = False
+        model, step, samples = build(args, torch.bfloat16)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = step(model, samples)
+        loss.backward()
+        gradients = [p.grad.flatten() for n, p in model.named_parameters() if "lora_" in n]
+        assert all(g.dtype == torch.float32 for g in gradients)
+        results[name] = loss.item(), torch.cat(gradients)
+    (loss, gradients), (expected_loss, expected_gradients) = results[precision], results["bf16"]
+    assert loss == pytest.approx(expected_loss, rel=0.01)
+    assert (
+        torch.cosine_similarity(gradients, expected_gradients, dim=0)
+        > {"fp8": 0.98, "int8": 0.99, "nf4": 0.93}[precision]
+    )
+
+
+def test_train_save_resume_with_a_quantised_base(base_folder, triptych_folder, tmp_path):
+    options = ["--base_precision", "nf4", "--checkpointing", "selective", "--use_8bit_adam", "--learning_rate", 1e-2]
+    out = run(
+        base_folder, tmp_path, *options, "--max_train_steps", 2, "--checkpointing_steps", 1, data=triptych_folder
+    )
+    saved = weights_of(out)
+    assert all(weight.dtype == torch.float32 for weight in saved.values())
+    assert any(weight.abs().max() > 1e-3 for name, weight in saved.items() if "lora_B" in name)
+    whole = weights_of(out / "checkpoint-1")
+    run(
+        base_folder,
+        tmp_path,
+        *options,
+        "--max_train_steps",
+        2,
+        "--resume_from_checkpoint",
+        "checkpoint-1",
+        data=triptych_folder,
+    )
+    again = weights_of(out)
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    assert not all(torch.equal(whole[name], again[name]) for name in saved)
+    pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
+    pipe.load_lora_weights(str(out))
+
+
+# -- LoRA layers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_pair():
+    """The same LoRA as PEFT's layer and as the trainer's."""
+    layers = []
+    for custom in (None, LORA_LAYERS):
+        torch.manual_seed(0)
+        model = nn.Sequential(collections.OrderedDict(proj=nn.Linear(32, 48)))
+        config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules=["proj"])
+        if custom:
+            config._register_custom_module(custom)
+        layers.append(peft.inject_adapter_in_model(config, model).proj)
+    assert type(layers[1]) is base_precision.MasterWeightLora
+    return layers
+
+
+def test_lora_layer_computes_what_peft_does(lora_pair):
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    results = []
+    for layer in lora_pair:
+        out = layer(x)
+        trained = [layer.lora_A.default.weight, layer.lora_B.default.weight]
+        results.append([out, *torch.autograd.grad((out**2).sum(), [x, *trained])])
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for layer in lora_pair:
+        layer.enable_adapters(False)
+    assert torch.equal(lora_pair[0](x), lora_pair[1](x))
+
+
+def test_lora_layer_computes_in_bf16_with_float32_weights(lora_pair):
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                seen.append({arg.dtype for arg in args if isinstance(arg, torch.Tensor)})
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        out = lora_pair[1](torch.randn(2, 5, 32))
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    # Base, down, up with its sum; and in backward what the two LoRA weights and the inner values need.
+    assert len(seen) == 6 and all(dtypes == {torch.bfloat16} for dtypes in seen)
+    assert lora_pair[1].lora_A.default.weight.grad.dtype == torch.float32
+
+
+# -- Checkpointing ------------------------------------------------------------------------------------------------------
+
+
+class CountProducts(TorchDispatchMode):
+    """Forward products over a sum longer than the LoRA's rank, and attentions."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.attentions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.attentions += "scaled_dot_product" in name and "backward" not in name
+        self.products += name in ("addmm", "mm") and args[-1].shape[-2] > 4
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_with(checkpointing, base_folder, data, out, backend=None):
+    args = arguments(base_folder, out, "--checkpointing", checkpointing, "--no-cache_latents", data=data)
+    model, step, samples = build(args)
+    if backend:
+        for blocks in base_precision.BLOCKS:
+            for block in getattr(model.transformer, blocks):
+                block.compile(backend=backend)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    loss = step(model, samples)
+    with CountProducts() as count:
+        loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, count
+
+
+def test_checkpointing_changes_what_is_computed_again_and_no_gradient(
+    base_folder, triptych_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training_speed, "SHORT_SUM", 4)
+    results = {
+        name: gradients_with(name, base_folder, triptych_folder, tmp_path) for name in training_speed.CHECKPOINTING
+    }
+    expected, without = results["none"]
+    for name, (gradients, _) in results.items():
+        assert all(torch.equal(gradients[n], expected[n]) for n in expected), name
+    # Two blocks: one attention each, 6 + 2 + 4 and 5 LoRA layers whose base products are long, and the modulations.
+    assert results["full"][1].attentions == 2 and results["full"][1].products - without.products >= 17
+    assert results["selective"][1].attentions == 0
+    assert results["selective"][1].products == without.products
+
+
+def test_selective_checkpointing_inside_compiled_blocks(base_folder, triptych_folder, tmp_path):
+    expected, _ = gradients_with("none", base_folder, triptych_folder, tmp_path)
+    got, _ = gradients_with("selective", base_folder, triptych_folder, tmp_path, backend="aot_eager")
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_is_full(base_folder):
+    args = arguments(base_folder, "out", "--gradient_checkpointing", "--train_data_dir", "d")
+    assert args.checkpointing == "full"
+    assert arguments(base_folder, "out", "--train_data_dir", "d").checkpointing == "none"
+
+
+def test_attention_backend_reaches_every_block(base_folder, triptych_folder, tmp_path):
+    args = arguments(
+        base_folder, tmp_path, "--attention_backend", "_native_math", "--no-cache_latents", data=triptych_folder
+    )
+    model = build(args)[0]
+    backends = {processor._attention_backend for processor in model.transformer.attn_processors.values()}
+    assert {backend.value for backend in backends} == {"_native_math"}
+
+
+# -- Prompt length ------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_as_long_as_the_longest_and_painting_uses_the_same(
+    base_folder, triptych_folder, tmp_path, monkeypatch
+):
+    out = run(base_folder, tmp_path, "--max_train_steps", 1, "--max_sequence_length", "auto", data=triptych_folder)
+    # "caption 0" is 9 letters, the mark before it, and the end: up to 16.
+    with safetensors.safe_open(out / LORA_FILE, "pt") as file:
+        assert json.loads(file.metadata()[SEMANTIC_METADATA_KEY])["max_sequence_length"] == 16
+    pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
+    pipe.set_progress_bar_config(disable=True)
+    lengths = []
+    encode = pipe._get_t5_prompt_embeds
+    monkeypatch.setattr(
+        pipe, "_get_t5_prompt_embeds", lambda **kw: lengths.append(kw["max_sequence_length"]) or encode(**kw)
+    )
+    image = torch.rand(1, 3, 32, 32)
+
+    def paint(**more):
+        pipe(
+            "x", image=image, semantic_image=image if more.pop("guided", True) else None, num_inference_steps=1, **more
+        )
+
+    paint(guided=False)
+    pipe.load_lora_weights(str(out))
+    paint()
+    paint(max_sequence_length=32)
+    pipe.unload_lora_weights()
+    paint(guided=False)
+    assert lengths == [512, 16, 32, 512]
+
+
+def test_longest_prompt(base):
+    import train_semantic_fill_lora as trainer
+
+    class Captions(list):
+        caption = list.__getitem__
+
+    for captions, expected in ((["a", "b" * 30], 32), (["b" * 31], 48), (["a" * 2000], 512)):
+        assert trainer.longest_prompt(base.tokenizer_2, Captions(captions)) == expected
+
+
+# -- The choice of --fast -----------------------------------------------------------------------------------------------
+
+
+FLUX_FILL = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 384,
+    "out_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "pooled_projection_dim": 768,
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU of so many free GiB, as far as the choice asks, and FLUX.1-Fill-dev's shape on disk."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(FLUX_FILL))
+
+    def choose(gibibytes, *options, capability=(9, 0), tokens=4 * 2560):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gibibytes * 2**30, 0))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        args = arguments(tmp_path, "out", "--rank", 16, "--fast", *options, "--train_data_dir", "d")
+        return choose_plan(args, tokens, torch.device("cuda", 0), torch.bfloat16)
+
+    return choose
+
+
+def test_fast_takes_what_fits(gpu):
+    assert gpu(139)[0] == Plan("fp8", "none", True)
+    assert gpu(78)[0] == Plan("fp8", "none", True)
+    assert gpu(22, tokens=2560)[0] == Plan("fp8", "full", True)
+    assert gpu(12, tokens=2560)[0] == Plan("nf4", "full", False)
+    plan, reason = gpu(4, tokens=2560)
+    assert plan == Plan("nf4", "full", False) and "nothing fits" in reason
+    # An older GPU multiplies no fp8.
+    plan, reason = gpu(139, capability=(8, 0))
+    assert plan == Plan("bf16", "none", True) and "no fp8 products" in reason
+
+
+def test_fast_leaves_what_was_passed(gpu):
+    assert gpu(139, "--base_precision", "nf4", "--checkpointing", "full", "--no-compile")[0] == Plan(
+        "nf4", "full", False
+    )
+    assert gpu(78, "--base_precision", "bf16")[0].base_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    "plan, tokens, gibibytes",
+    [
+        (Plan("bf16", "full", False), 4 * 2560, 28.8),
+        (Plan("bf16", "none", False), 4 * 2560, 83.2),
+        (Plan("bf16", "full", True), 4 * 2560, 27.7),
+        (Plan("bf16", "none", True), 4 * 2560, 71.9),
+        (Plan("bf16", "none", True), 4 * 2176, 64.6),
+        (Plan("bf16", "full", False), 2560, 24.5),
+    ],
+)
+def test_estimate_agrees_with_what_was_measured(gpu, tmp_path, plan, tokens, gibibytes):
+    args = arguments(tmp_path, "out", "--rank", 16, "--train_data_dir", "d")
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(FLUX_FILL)
+    estimate = training_speed.estimate_peak(plan, transformer, tokens, args) / 2**30
+    assert estimate == pytest.approx(gibibytes, rel=0.08)
+
+
+def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, caplog):
+    with caplog.at_level("INFO", "train_semantic_fill_lora"):
+        run(base_folder, tmp_path, "--fast", "--max_train_steps", 1, data=triptych_folder)
+    (message,) = [record.message for record in caplog.records if "--fast chose" in record.message]
+    assert "--base_precision bf16 --checkpointing none --no-compile: cpu gains nothing" in message

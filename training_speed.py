@@ -1,0 +1,181 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""How much of a step is kept for its backward pass, and the choice that `--fast` makes for a GPU."""
+
+import argparse
+import functools
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from base_precision import BLOCKS, PRECISIONS
+
+
+# -- Checkpointing -----------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default}
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+}
+# A product over so short a sum takes no longer than reading its result: a LoRA's second one.
+SHORT_SUM = 128
+
+
+def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """The policy of selective checkpointing: results of attention and of long matrix products are kept."""
+    second = 2 if op is aten.addmm.default else 1
+    keep = op in ATTENTION or (op in PRODUCTS and args[second].shape[-2] > SHORT_SUM)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_products(transformer: FluxTransformer2DModel, preserve_rng_state: bool) -> None:
+    """Selective checkpointing, inside each block, so that a compiled block holds it too."""
+    context = functools.partial(create_selective_checkpoint_contexts, keep_products)
+    for blocks in BLOCKS:
+        for block in getattr(transformer, blocks):
+            block.forward = functools.partial(
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=preserve_rng_state,
+                context_fn=context,
+            )
+
+
+def checkpoint_blocks(transformer: FluxTransformer2DModel, preserve_rng_state: bool) -> None:
+    """Full checkpointing, around each block, compiled or not."""
+
+    def around(block, *args):
+        return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    transformer.enable_gradient_checkpointing(around)
+
+
+CHECKPOINTING = {
+    "none": lambda transformer, preserve_rng_state: None,
+    "selective": checkpoint_products,
+    "full": checkpoint_blocks,
+}
+
+
+# -- The choice of --fast ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    base_precision: str
+    checkpointing: str
+    compile: bool
+
+    def __str__(self):
+        return (
+            f"--base_precision {self.base_precision} --checkpointing {self.checkpointing}"
+            f" --{'' if self.compile else 'no-'}compile"
+        )
+
+
+# Fastest first.
+PLANS = [
+    Plan(precision, checkpointing, compile=precision != "nf4")
+    for precision, checkpointing in (
+        ("fp8", "none"),
+        ("fp8", "selective"),
+        ("bf16", "none"),
+        ("bf16", "selective"),
+        ("fp8", "full"),
+        ("bf16", "full"),
+        ("int8", "full"),
+        ("nf4", "full"),
+    )
+]
+# Kept bytes for each token, block and channel of the transformer's width, as measured at FLUX's shape
+# (benchmarks/RESULTS.md), compiled and eager.
+KEPT_BYTES = {"none": (30, 37), "selective": (24, 25), "full": (2.1, 2.1)}
+# What the estimate leaves free: the CUDA context grows, and the allocator cannot use every gap.
+SPARE_SHARE, SPARE_BYTES = 0.06, 2**30
+
+
+def estimate_peak(plan: Plan, transformer: FluxTransformer2DModel, tokens: int, args: argparse.Namespace) -> float:
+    """
+    Bytes that a training step allocates at its peak.
+
+    Args:
+        plan (`Plan`):
+            How the step runs.
+        transformer (`FluxTransformer2DModel`):
+            For its sizes alone: may be on the meta device.
+        tokens (`int`):
+            Image and text tokens of a whole micro-batch.
+        args (`argparse.Namespace`):
+            `rank` and `use_8bit_adam` of the run.
+    """
+    blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
+    linears = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    frozen = sum(linear.weight.numel() for linear in linears)
+    rest = sum(parameter.numel() for parameter in transformer.parameters()) - frozen
+    precision = PRECISIONS[plan.base_precision]
+    # Modulation has no LoRA by default, but counting it is what a longer --lora_layers would need.
+    lora = args.rank * sum(linear.in_features + linear.out_features for linear in linears)
+    # Weight, gradient and the optimizer's two moments.
+    trained = lora * (4 + 4 + (2 if args.use_8bit_adam else 8))
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    kept = KEPT_BYTES[plan.checkpointing][0 if plan.compile else 1] * tokens * len(blocks) * width
+    # While a block is computed again, it keeps what it would without checkpointing.
+    again = KEPT_BYTES["none"][0 if plan.compile else 1] * tokens * width * 2 * (plan.checkpointing != "none")
+    # A scale for each row hardly counts; the quantised scales of nf4 are an eighth of a bit a weight.
+    bits = 16 if precision is None else precision.bits * 1.04
+    return frozen * bits / 8 + 2 * rest + trained + kept + again
+
+
+def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Plan, str]:
+    """
+    The fastest of `PLANS` that fits the free memory of the device, with what the run fixed itself taken as it is.
+
+    Args:
+        args (`argparse.Namespace`):
+            `base_precision`, `checkpointing` and `compile` are fixed where they are not `None`.
+        tokens (`int`):
+            Image and text tokens of a micro-batch.
+        device, dtype:
+            Where the run computes, and in which dtype.
+
+    Returns:
+        `tuple[Plan, str]`: the choice and its reason.
+    """
+
+    def fixed(plan: Plan) -> Plan:
+        given = {name: getattr(args, name) for name in vars(plan)}
+        return Plan(**(vars(plan) | {name: value for name, value in given.items() if value is not None}))
+
+    if device.type != "cuda":
+        return fixed(Plan("bf16", "none", compile=False)), f"{device.type} gains nothing from the others"
+    major, minor = torch.cuda.get_device_capability(device)
+    multiplies_fp8 = (major, minor) >= (8, 9) and dtype == torch.bfloat16
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    limit = free * (1 - SPARE_SHARE) - SPARE_BYTES
+    config = FluxTransformer2DModel.load_config(
+        args.pretrained_model_name_or_path,
+        subfolder="transformer",
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    with init_empty_weights():
+        transformer = FluxTransformer2DModel.from_config(config)
+    tried = []
+    for plan in dict.fromkeys(map(fixed, PLANS)):
+        if plan.base_precision == "fp8" and not multiplies_fp8 and args.base_precision is None:
+            continue
+        peak = estimate_peak(plan, transformer, tokens, args)
+        tried.append(f"{plan} about {peak / 2**30:.1f} GiB")
+        if peak <= limit:
+            break
+    products = "fp8 products" if multiplies_fp8 else f"no fp8 products (compute capability {major}.{minor}, {dtype})"
+    verdict = "" if peak <= limit else "; nothing fits, this needs least"
+    return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Looked at: {'; '.join(tried)}"
