@@ -3,6 +3,7 @@
 
 import argparse
 import functools
+import types
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +38,27 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 def checkpoint_products(transformer: FluxTransformer2DModel, preserve_rng_state: bool) -> None:
     """Selective checkpointing, inside each block, so that a compiled block holds it too."""
-    context = functools.partial(create_selective_checkpoint_contexts, keep_products)
-    for blocks in BLOCKS:
-        for block in getattr(transformer, blocks):
-            block.forward = functools.partial(
-                checkpoint,
-                block.forward,
+
+    # One method a class of blocks: as a closure over each block it would be compiled for each.
+    @functools.cache
+    def checkpointed(cls):
+        plain = cls.forward
+
+        def forward(self, *args, **kwargs):
+            return checkpoint(
+                functools.partial(plain, self),
+                *args,
                 use_reentrant=False,
                 preserve_rng_state=preserve_rng_state,
-                context_fn=context,
+                context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products),
+                **kwargs,
             )
+
+        return forward
+
+    for blocks in BLOCKS:
+        for block in getattr(transformer, blocks):
+            block.forward = types.MethodType(checkpointed(type(block)), block)
 
 
 def checkpoint_blocks(transformer: FluxTransformer2DModel, preserve_rng_state: bool) -> None:

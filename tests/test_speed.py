@@ -256,7 +256,7 @@ def gradients_with(checkpointing, base_folder, data, out, backend=None):
     if backend:
         for blocks in base_precision.BLOCKS:
             for block in getattr(model.transformer, blocks):
-                block.compile(backend=backend)
+                block.compile(backend=backend, fullgraph=True)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))

@@ -461,7 +461,7 @@ def test_every_sample_once_an_epoch_and_the_same_for_any_number_of_processes(bas
         ("--train_data_dir d --semantic_mode none --semantic_weights w", "--semantic_weights needs"),
         ("--train_data_dir d --resume_from_checkpoint latest --lora_weights w", "--resume_from_checkpoint already"),
         ("--train_data_dir d --optimizer prodigy --semantic_learning_rate 0.1", "takes one learning rate"),
-        ("--train_data_dir d --max_sequence_length 513", "--max_sequence_length has to be within"),
+        ("--train_data_dir d --max_sequence_length 513", "--max_sequence_length has to be `auto` or within"),
     ],
 )
 def test_contradicting_options_are_refused(options, message, capsys):
