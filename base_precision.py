@@ -178,7 +178,7 @@ PRECISIONS: dict[str, type[FrozenLinear] | None] = {
 }
 
 
-def _replace_linears(transformer: FluxTransformer2DModel, precision: str) -> list[tuple[nn.Linear, FrozenLinear]]:
+def replace_linears(transformer: FluxTransformer2DModel, precision: str) -> list[tuple[nn.Linear, FrozenLinear]]:
     """Puts empty layers of a precision in the place of the blocks' linear ones, and tells which stood where."""
     cls = PRECISIONS[precision]
     replaced = []
@@ -211,7 +211,7 @@ def quantise_blocks(transformer: FluxTransformer2DModel, precision: str) -> None
         raise ValueError(f"`precision` has to be one of {tuple(PRECISIONS)} but is {precision!r}.")
     if PRECISIONS[precision] is None:
         return
-    for linear, frozen in _replace_linears(transformer, precision):
+    for linear, frozen in replace_linears(transformer, precision):
         frozen.bias = linear.bias
         frozen.quantise(linear.weight.detach())
         frozen.train(linear.training).requires_grad_(False)
@@ -248,7 +248,7 @@ class FrozenLinearQuantizer(DiffusersQuantizer):
         return device_map or {"": self.quantization_config.device}
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        _replace_linears(model, self.quantization_config.precision)
+        replace_linears(model, self.quantization_config.precision)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         return model

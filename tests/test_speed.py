@@ -100,11 +100,11 @@ def test_loading_quantises_each_layer_as_it_comes(base, base_folder, precision, 
         order.append((weight.shape, sum(m.weight.device.type == "meta" for m in watched.model if m is not self)))
         quantise(self, weight)
 
-    replace = base_precision._replace_linears
+    replace = base_precision.replace_linears
     watched.model = []
     monkeypatch.setattr(
         base_precision,
-        "_replace_linears",
+        "replace_linears",
         lambda *args: [watched.model.append(frozen) or (old, frozen) for old, frozen in replace(*args)],
     )
     monkeypatch.setattr(cls, "quantise", watched)

@@ -1,0 +1,236 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""FLUX.1-Fill-dev in its true shape with random weights, made on the device: random weights time like real ones.
+
+`--shape test` of the benchmarks takes the tiny models of the tests instead, to try a benchmark without a GPU.
+"""
+
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from small_flux_fill import build_pipeline, build_tokenizers  # noqa: E402
+
+from base_precision import PRECISIONS, replace_linears  # noqa: E402
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline  # noqa: E402
+
+
+FLUX_FILL = {
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 384,
+    "out_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+}
+SCHEDULER = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+def random_weight(parameter: torch.Tensor, name: str, device, dtype) -> torch.Tensor:
+    """Small enough that activations stay finite through all blocks."""
+    weight = torch.empty(parameter.shape, device=device, dtype=dtype)
+    if parameter.ndim > 1:
+        return weight.normal_(std=0.02)
+    return weight.fill_(0.0 if name == "bias" else 1.0)
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Puts random weights in the place of those on the meta device."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                weight = random_weight(parameter, name, device, dtype)
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    return model.to(device).eval()
+
+
+def transformer_config(shape: str) -> dict:
+    return FLUX_FILL if shape == "flux" else dict(build_pipeline("test").transformer.config)
+
+
+def build_transformer(shape: str, precision: str, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """The frozen base, quantised layer by layer: like loading, it never holds the whole of it in bf16."""
+    with init_empty_weights():
+        transformer = FluxTransformer2DModel.from_config(transformer_config(shape))
+    if PRECISIONS[precision] is not None:
+        with torch.no_grad():
+            for linear, frozen in replace_linears(transformer, precision):
+                frozen.quantise(random_weight(linear.weight, "weight", device, dtype))
+    return materialise(transformer, device, dtype)
+
+
+def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:
+    """The pipeline without its transformer, as training loads it. Always the same weights, so that caches are found."""
+    torch.manual_seed(0)
+    if shape != "flux":
+        base = build_pipeline("test")
+        components = base.components | {"transformer": None}
+        pipeline = FluxFillSemanticPipeline(**components).to(dtype)
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            components[name].requires_grad_(False)
+        return pipeline.to(device)
+    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    ids = {name: getattr(clip_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    clip_config = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer), **{f"{name}_token_id": number for name, number in ids.items()}, **CLIP_L
+    )
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderKL(**VAE)
+        clip = CLIPTextModel(clip_config)
+        t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **T5_XXL))
+    return FluxFillSemanticPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=materialise(vae, device, dtype),
+        text_encoder=materialise(clip, device, dtype),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=materialise(t5, device, dtype),
+        tokenizer_2=t5_tokenizer,
+        transformer=None,
+    )
+
+
+def forward_flops(shape: str, image_tokens: int, text_tokens: int) -> float:
+    """Floating point operations of the transformer's forward for one sample."""
+    with init_empty_weights():
+        transformer = FluxTransformer2DModel.from_config(transformer_config(shape))
+    config = transformer.config
+    meta = {"device": "meta"}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        transformer(
+            hidden_states=torch.empty(1, image_tokens, config.in_channels, **meta),
+            timestep=torch.empty(1, **meta),
+            guidance=torch.empty(1, **meta),
+            pooled_projections=torch.empty(1, config.pooled_projection_dim, **meta),
+            encoder_hidden_states=torch.empty(1, text_tokens, config.joint_attention_dim, **meta),
+            txt_ids=torch.empty(text_tokens, 3, **meta),
+            img_ids=torch.empty(image_tokens, 3, **meta),
+        )
+    return counter.get_total_flops()
+
+
+def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """Floating point operations a second of one large square product: the floor is reckoned by it."""
+    if device.type != "cuda":
+        size = 512
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(20):
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        synchronise(device)
+        times.append((time.perf_counter() - start) / 5)
+    return 2 * size**3 / statistics.median(times[5:])
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
+
+
+def describe(device: torch.device) -> dict:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {"device": gpu, "command": " ".join(sys.argv)} | {name: version(name) for name in packages}
+
+
+class Report:
+    """Rows of a table, written as JSON after each of them, and printed at the end."""
+
+    def __init__(self, path: Path, about: dict):
+        self.path, self.about, self.rows, self.more = path, about, [], {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **row) -> None:
+        self.rows.append(row)
+        self.save()
+        print(f"[{time.strftime('%H:%M:%S')}] " + ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
+
+    def note(self, **facts) -> None:
+        self.more |= facts
+        self.save()
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps({"about": self.about, "rows": self.rows} | self.more, indent=1))
+
+    def table(self) -> str:
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        lines = [names, ["---"] * len(names)]
+        lines += [[shown(row.get(name, "")) for name in names] for row in self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shown(value) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -1,0 +1,380 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Training at FLUX.1-Fill-dev's true size: the diffusers recipe against this trainer, in one run, in turns.
+
+    python benchmarks/train_speed.py --minutes 5 --output train_speed.json
+
+The peer is what diffusers' FLUX LoRA scripts do: eager, gradient checkpointing, PEFT's LoRA layers in bf16, T5, CLIP
+and the VAE in every step. This trainer is run by its own `train`, with the options that a user would pass. Both get the
+same batch, rank, canvas and prompt length. Then each lever alone, and all but it, as far as the minutes reach.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import flux_shape
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from flux_shape import Report, build_encoders, build_transformer, describe, free, peak_gib, synchronise
+from peft import LoraConfig
+
+import train_semantic_fill_lora as trainer
+from base_precision import LORA_LAYERS
+from training_speed import choose_plan
+
+
+CAPTION = "a thermal photograph of a street at night, the warm parts bright"
+KINDS = {
+    "attention": ("flash", "fmha", "attention", "attn"),
+    "GEMM": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "_mm", "matmul"),
+    "quantisation": ("quant", "amax", "float8", "kgemm_4bit", "dequant"),
+    "copies": ("memcpy", "memset"),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("train_speed.json"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="No row is begun after so many.")
+    parser.add_argument("--shape", choices=["flux", "test"], default="flux")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 32 with --shape test.")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help="Timed steps of a round, after --warm_up.")
+    parser.add_argument("--warm_up", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="Turns of peer and trainer.")
+    parser.add_argument("--rows", default="speed,memory,levers", help="Which groups, in this order.")
+    args = parser.parse_args()
+    args.resolution = args.resolution or (512 if args.shape == "flux" else 32)
+    return args
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.start = args, time.perf_counter()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16
+        self.folder = tempfile.TemporaryDirectory()
+        config = Path(self.folder.name, "transformer", "config.json")
+        config.parent.mkdir()
+        shape = {"_class_name": "FluxTransformer2DModel"} | flux_shape.transformer_config(args.shape)
+        config.write_text(json.dumps(shape))
+        self.image_tokens = 2 * (args.resolution // 16) ** 2
+        self.report = Report(args.output, describe(self.device))
+        self.rows = [
+            {"image": {"bytes": picture(i, args.resolution), "path": None}, "text": CAPTION} for i in range(4)
+        ]
+        self.gemm_peak = flux_shape.gemm_peak(self.device, self.dtype)
+        self.flops, self.compiled = {}, None
+        self.report.note(gemm_tflops=self.gemm_peak / 1e12)
+
+    def floor(self, text_tokens: int) -> float:
+        """Seconds a sample: the base's products forward and, for the input's gradient, once more, at the bf16 peak."""
+        if text_tokens not in self.flops:
+            self.flops[text_tokens] = flux_shape.forward_flops(self.args.shape, self.image_tokens, text_tokens)
+        return 2 * self.flops[text_tokens] / self.gemm_peak
+
+    def time_left(self) -> float:
+        return self.args.minutes * 60 - (time.perf_counter() - self.start)
+
+    def row(self, name: str, measure, *args, **kwargs) -> dict | None:
+        """One row, whatever happens in it: a failure is a row too, and costs no other."""
+        if self.time_left() <= 0:
+            self.report.add(row=name, result="no time left")
+            return None
+        free(self.device)
+        start = time.perf_counter()
+        try:
+            result = measure(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            result = {"result": f"out of memory beyond {peak_gib(self.device):.1f} GiB"}
+        except Exception as error:
+            traceback.print_exc()
+            result = {"result": f"{type(error).__name__}: {str(error)[:200]}"}
+        self.report.add(row=name, **result, minutes=(time.perf_counter() - start) / 60)
+        return result
+
+    def figures(self, seconds: list[float], batch: int, text_tokens: int, **more) -> dict:
+        second = statistics.median(seconds)
+        spread = (max(seconds) - min(seconds)) / second
+        floor = self.floor(text_tokens) * batch / second
+        return {
+            "samples/s": batch / second,
+            "ms/step": 1e3 * second,
+            "spread": spread,
+            "peak GiB": peak_gib(self.device),
+            "of bf16 floor": floor,
+        } | more
+
+    # -- The peer -------------------------------------------------------------------------------------------------------
+
+    def peer(self, batch: int, encode: bool = True, profile: bool = False) -> dict:
+        args, device, dtype = self.args, self.device, self.dtype
+        pipeline = build_encoders(args.shape, device, dtype)
+        transformer = build_transformer(args.shape, "bf16", device, dtype)
+        transformer.requires_grad_(False).train().enable_gradient_checkpointing()
+        transformer.add_adapter(
+            LoraConfig(
+                r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=trainer.LORA_TARGETS
+            )
+        )
+        parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        accelerator = fresh_accelerator()
+        optimizer = torch.optim.AdamW(parameters)
+        transformer, optimizer = accelerator.prepare(transformer, optimizer)
+        config = accelerator.unwrap_model(transformer).config
+        pixels = torch.rand(batch, 3, args.resolution, 2 * args.resolution)
+        mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.resolution))[1].to(device)
+        encoded, encoding = None, []
+
+        def step():
+            nonlocal encoded
+            synchronise(device)
+            start = time.perf_counter()
+            if encode or encoded is None:
+                with torch.no_grad():
+                    prompt = pipeline.encode_prompt([CAPTION] * batch, [CAPTION] * batch, max_sequence_length=512)
+                    encoded = *prompt[:2], pipeline.encode_diptych(pixels, mask, dtype=dtype)
+                synchronise(device)
+            encoding.append(time.perf_counter() - start)
+            prompt_embeds, pooled, (x_0, x_cond, img_ids) = encoded
+            x_1, t = torch.randn_like(x_0), torch.rand(batch, device=device)
+            x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * x_1
+            with accelerator.accumulate(transformer):
+                pred = transformer(
+                    hidden_states=torch.cat((x_t.to(dtype), x_cond), dim=-1),
+                    timestep=t,
+                    guidance=torch.ones_like(t) if config.guidance_embeds else None,
+                    pooled_projections=pooled,
+                    encoder_hidden_states=prompt_embeds,
+                    txt_ids=img_ids.new_zeros(prompt_embeds.shape[1], 3),
+                    img_ids=img_ids,
+                    return_dict=False,
+                )[0]
+                loss = F.mse_loss(pred.float(), (x_1 - x_0).float())
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss.item()
+            synchronise(device)
+            return time.perf_counter() - start
+
+        seconds = [step() for _ in range(args.warm_up - 1 + args.steps)][args.warm_up - 1 :]
+        result = self.figures(seconds, batch, 512, **{"encoding ms": 1e3 * statistics.median(encoding)})
+        if profile:
+            self.profile("peer", step)
+        return result
+
+    # -- The trainer ----------------------------------------------------------------------------------------------------
+
+    def options(self, *more, batch: int | None = None) -> argparse.Namespace:
+        fixed = {
+            "pretrained_model_name_or_path": self.folder.name,
+            "output_dir": Path(self.folder.name, "out"),
+            "train_data_dir": self.folder.name,
+            "resolution": self.args.resolution,
+            "rank": self.args.rank,
+            "train_batch_size": batch or self.args.batch,
+            "report_to": "none",
+            "mixed_precision": "bf16",
+            "dataloader_num_workers": 2,
+        }
+        return trainer.parse_args([*(f"--{name}={value}" for name, value in fixed.items()), *more])
+
+    def trainer(self, *more, batch: int | None = None, peft_layers: bool = False, profile: str | None = None) -> dict:
+        device, dtype = self.device, self.dtype
+        args = self.options(*more, batch=batch)
+        args.caption_column = "text"
+        accelerator = fresh_accelerator()
+        dataset = trainer.TriptychDataset(self.rows, args)
+        pipeline = build_encoders(self.args.shape, device, dtype)
+        if args.max_sequence_length == "auto":
+            args.max_sequence_length = trainer.longest_prompt(pipeline.tokenizer_2, dataset)
+        encoder = trainer.Encoder(pipeline, dataset, args)
+        notes = {"text tokens": args.max_sequence_length}
+        if args.cache_latents:
+            encoder.fill_cache(accelerator)
+            pipeline.vae.to("cpu")
+            pipeline.text_encoder = pipeline.text_encoder_2 = None
+        free(device)
+        if args.fast:
+            tokens = args.train_batch_size * (self.image_tokens + args.max_sequence_length)
+            plan, reason = choose_plan(args, tokens, device, dtype)
+            vars(args).update(vars(plan))
+            self.report.note(fast=f"{plan}: {reason}")
+        # Shapes that change would make the compiler go over to dynamic ones, which no run has.
+        if (compiled := (str(args), peft_layers)) != self.compiled:
+            torch._dynamo.reset()
+            self.compiled = compiled
+        notes["flags"] = f"{args.base_precision} {args.checkpointing}{' compile' if args.compile else ''}"
+        layers = dict(LORA_LAYERS)
+        if peft_layers:
+            LORA_LAYERS.clear()
+        try:
+            transformer = build_transformer(self.args.shape, args.base_precision, device, dtype)
+            model = trainer.add_trained_parts(transformer, args)
+        finally:
+            LORA_LAYERS.update(layers)
+        notes["loading GiB"] = peak_gib(device)
+        optimizer = trainer.build_optimizer(trainer.parameter_groups(model, args), args)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        shift = trainer.timestep_shift_factor(args, pipeline.scheduler, self.image_tokens)
+        step = trainer.Step(encoder, args, device, dtype, shift, model.transformer.config.guidance_embeds)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        profiled = 2 if profile and device.type == "cuda" else 0
+        args.max_train_steps = self.args.warm_up + self.args.steps + 1 + profiled
+        clock = Clock(step, device, profile_from=self.args.warm_up + self.args.steps + 1 if profiled else None)
+        trainer.train(accelerator, model, optimizer, scheduler, clock, dataset, 0, 0, args)
+        seconds = clock.seconds(self.args.warm_up, self.args.steps)
+        result = self.figures(seconds, args.train_batch_size, args.max_sequence_length, **notes)
+        if profiled:
+            clock.profiler.stop()
+            self.report.note(**{f"profile {profile}": breakdown(clock.profiler, 2, self.args.rank)})
+        return result
+
+    def profile(self, name: str, step) -> None:
+        if self.device.type != "cuda":
+            return
+        with make_profiler() as profiler:
+            step()
+        self.report.note(**{f"profile {name}": breakdown(profiler, 1, self.args.rank)})
+
+
+class Clock:
+    """Stands before a `Step` and notes when each is called: from one call to the next is a whole optimizer step."""
+
+    def __init__(self, step, device: torch.device, profile_from: int | None = None):
+        self.step, self.device, self.profile_from, self.calls = step, device, profile_from, []
+        self.profiler = None if profile_from is None else make_profiler()
+
+    def __getattr__(self, name):
+        return getattr(self.step, name)
+
+    def __call__(self, model, samples):
+        synchronise(self.device)
+        if len(self.calls) == self.profile_from:
+            self.profiler.start()
+        self.calls.append(time.perf_counter())
+        return self.step(model, samples)
+
+    def seconds(self, first: int, count: int) -> list[float]:
+        return [b - a for a, b in zip(self.calls[first:], self.calls[first + 1 : first + 1 + count])]
+
+
+def make_profiler() -> torch.profiler.profile:
+    activities = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activities.CPU, activities.CUDA], record_shapes=True)
+
+
+def breakdown(profiler: torch.profiler.profile, steps: int, rank: int) -> dict:
+    """Milliseconds a step by kind of kernel, and the kernels that take most."""
+    kernels, first, last = {}, float("inf"), 0.0
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            kernels[event.name] = kernels.get(event.name, 0) + event.time_range.elapsed_us() / 1e3 / steps
+            first, last = min(first, event.time_range.start), max(last, event.time_range.end)
+    kinds = dict.fromkeys(("GEMM", "LoRA", "attention", "quantisation", "elementwise", "copies"), 0.0)
+    for name, milliseconds in kernels.items():
+        lowered = name.lower()
+        # The compiler names a kernel after the operations that it fused, products in front of them included.
+        own = lowered.startswith(("triton", "void at::native", "vectorized"))
+        candidates = ("quantisation",) if own else ("attention", "GEMM", "quantisation", "copies")
+        kind = next((k for k in candidates if any(part in lowered for part in KINDS[k])), "elementwise")
+        kinds[kind] += milliseconds
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.key in ("aten::mm", "aten::addmm"):
+            shapes = [shape for shape in event.input_shapes if len(shape) == 2]
+            if any(rank in shape for shape in shapes):
+                milliseconds = event.self_device_time_total / 1e3 / steps
+                kinds["LoRA"] += milliseconds
+                kinds["GEMM"] -= milliseconds
+    kinds["idle"] = (last - first) / 1e3 / steps - sum(kinds.values())
+    top = sorted(kernels.items(), key=lambda item: -item[1])[:25]
+    return {"ms a step": kinds, "kernels": {name[:160]: milliseconds for name, milliseconds in top}}
+
+
+def picture(seed: int, resolution: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (resolution, 3 * resolution, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def fresh_accelerator() -> Accelerator:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return Accelerator(mixed_precision="bf16")
+
+
+def main() -> None:
+    args = parse_args()
+    # Rows differ in flags, and each is compiled for itself.
+    torch._dynamo.config.recompile_limit = 64
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    bench = Bench(args)
+    same_tokens = "--max_sequence_length=512"
+    compiled = ("--compile", same_tokens)
+    groups = {
+        "speed": [
+            row
+            for turn in range(args.rounds)
+            for row in (
+                (f"peer, turn {turn + 1}", bench.peer, [args.batch], {"profile": turn == 0}),
+                (
+                    f"--fast, 512 text tokens, turn {turn + 1}",
+                    bench.trainer,
+                    ["--fast", same_tokens],
+                    {"profile": "fast" if turn == 0 else None},
+                ),
+            )
+        ],
+        "memory": [
+            (f"batch 1, {precision}, full checkpointing, eager", bench.trainer, options, {"batch": 1})
+            for precision in ("bf16", "nf4", "int8", "fp8")
+            for options in [(f"--base_precision={precision}", "--checkpointing=full", same_tokens, "--use_8bit_adam")]
+        ],
+        "levers": [
+            ("--fast (prompts as long as the data's)", bench.trainer, ["--fast"], {}),
+            ("all but fp8", bench.trainer, [*compiled, "--checkpointing=none"], {}),
+            ("all but fp8, selective", bench.trainer, [*compiled, "--checkpointing=selective"], {}),
+            (
+                "fp8, compiled, selective",
+                bench.trainer,
+                [*compiled, "--base_precision=fp8", "--checkpointing=selective"],
+                {},
+            ),
+            ("all but the LoRA layers", bench.trainer, ["--fast", same_tokens], {"peft_layers": True}),
+            ("cached encodings alone", bench.trainer, ["--checkpointing=full", same_tokens], {"peft_layers": True}),
+            ("all but cached encodings", bench.trainer, ["--fast", same_tokens, "--no-cache_latents"], {}),
+            ("LoRA layers and cache", bench.trainer, ["--checkpointing=full", same_tokens], {}),
+            ("selective and cache, eager", bench.trainer, ["--checkpointing=selective", same_tokens], {}),
+            ("fp8 and cache, eager", bench.trainer, ["--base_precision=fp8", "--checkpointing=full", same_tokens], {}),
+            ("compile and cache", bench.trainer, [*compiled, "--checkpointing=full"], {}),
+            ("all but compile", bench.trainer, ["--fast", "--no-compile", same_tokens], {}),
+            (
+                "prompts of the data and cache, eager",
+                bench.trainer,
+                ["--checkpointing=full", "--max_sequence_length=auto"],
+                {},
+            ),
+        ],
+    }
+    for group in args.rows.split(","):
+        for name, measure, positional, named in groups[group]:
+            bench.row(name, measure, *positional, **named)
+    print(json.dumps(bench.report.about | bench.report.more, indent=1))
+    print(bench.report.table())
+
+
+if __name__ == "__main__":
+    main()
