@@ -1,0 +1,214 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Painting at FLUX.1-Fill-dev's true size: FluxFillPipeline against this pipeline, and the fast recipe.
+
+    python benchmarks/inference_speed.py --minutes 4 --output inference_speed.json
+
+Both get the same transformer, VAE, canvas, steps and prompt embeddings, in turns: what differs is the guidance. The
+recipe is what the README tells: LoRA fused, blocks in fp8 and compiled, FirstBlockCache. Its picture is compared with
+that of the slow way on the small trained base (`--shape base`), since a random model paints no picture.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import traceback
+from pathlib import Path
+
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxFillPipeline
+from diffusers.image_processor import VaeImageProcessor
+from flux_shape import ROOT, Report, build_encoders, build_transformer, describe, free, peak_gib, synchronise
+from peft import LoraConfig
+
+import train_semantic_fill_lora as trainer
+from base_precision import quantise_blocks
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_attention import SemanticAttentionModel
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("inference_speed.json"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="No row is begun after so many.")
+    parser.add_argument("--shape", choices=["flux", "test", "base"], default="flux")
+    parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 64 with the small shapes.")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--rounds", type=int, default=3, help="Turns of the two pipelines.")
+    parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Of FirstBlockCache.")
+    parser.add_argument("--picture", type=Path, help="A triptych to paint, for --shape base.")
+    parser.add_argument("--lora", type=Path, help="A trained folder. Default: a LoRA and a module of random weights.")
+    args = parser.parse_args()
+    args.resolution = args.resolution or (512 if args.shape == "flux" else 64)
+    return args
+
+
+class Painter:
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16
+        torch.manual_seed(0)
+        if args.shape == "base":
+            loaded = DiffusionPipeline.from_pretrained(ROOT / "examples" / "base", dtype=self.dtype).to(self.device)
+            self.transformer, self.components = loaded.transformer, loaded.components
+        else:
+            self.components = build_encoders(args.shape, torch.device("cpu"), self.dtype).components
+            self.components["vae"].to(self.device)
+            self.transformer = build_transformer(args.shape, "bf16", self.device, self.dtype)
+        config = self.transformer.config
+        self.prompt = {
+            "prompt_embeds": torch.randn(1, 512, config.joint_attention_dim, device=self.device, dtype=self.dtype),
+            "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, device=self.device, dtype=self.dtype),
+        }
+        self.module = SemanticAttentionModel().to(self.device, self.dtype)
+        for layer in self.module.layers:
+            torch.nn.init.constant_(layer.scale, 0.1)
+        panels = torch.rand(3, 1, 3, args.resolution, args.resolution)
+        if args.picture:
+            views = trainer.cut_triptych([PIL.Image.open(args.picture).convert("RGB")])
+            panels = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(views))[:, None]
+        self.visible, _, self.map = panels
+        self.text = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+        kept = {name: part for name, part in self.components.items() if name != "semantic_attention"}
+        kept |= {"transformer": self.transformer} | self.text
+        self.ours = FluxFillSemanticPipeline(**kept, semantic_attention=self.module)
+        self.theirs = FluxFillPipeline(**kept)
+        for pipeline in (self.ours, self.theirs):
+            pipeline.set_progress_bar_config(disable=True)
+
+    def paint(self, ours: bool, output_type: str = "pt") -> tuple[torch.Tensor, float]:
+        args = self.args
+        same = self.prompt | {
+            "num_inference_steps": args.steps,
+            "guidance_scale": 30.0,
+            "output_type": output_type,
+            "generator": torch.Generator().manual_seed(0),
+        }
+        synchronise(self.device)
+        start = time.perf_counter()
+        if ours:
+            painted = self.ours(image=self.visible, semantic_image=self.map, **same)
+        else:
+            canvas, mask = self.ours.prepare_diptych(self.visible)
+            size = {"height": args.resolution, "width": 2 * args.resolution}
+            painted = self.theirs(image=canvas, mask_image=mask, **size, **same)
+        synchronise(self.device)
+        return painted.images, time.perf_counter() - start
+
+    def add_lora(self) -> None:
+        if self.args.lora:
+            self.ours.load_lora_weights(str(self.args.lora))
+            return
+        config = LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=trainer.LORA_TARGETS)
+        self.transformer.add_adapter(config)
+        generator = torch.Generator(self.device).manual_seed(0)
+        for name, parameter in self.transformer.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01, generator=generator)
+        self.transformer.requires_grad_(False)
+
+    def compile(self) -> None:
+        # In the place of earlier compiled calls, whose blocks may have changed.
+        torch._dynamo.reset()
+        self.transformer.compile_repeated_blocks()
+
+
+def turns(
+    painter: Painter, report: Report, name: str, rounds: int, both: bool = True, output_type: str = "pt"
+) -> dict:
+    """Medians of painting in turns; the first turn warms up."""
+    free(painter.device)
+    seconds = {"ours": [], "theirs": []}
+    for _ in range(rounds + 1):
+        for who in ("theirs", "ours") if both else ("ours",):
+            seconds[who].append(painter.paint(who == "ours", output_type)[1])
+    ours = statistics.median(seconds["ours"][1:])
+    row = {"row": name, "s": ours, "peak GiB": peak_gib(painter.device)}
+    if both:
+        theirs = statistics.median(seconds["theirs"][1:])
+        row |= {"FluxFillPipeline s": theirs, "overhead %": 100 * (ours / theirs - 1)}
+        turn = [100 * (a / b - 1) for a, b in zip(seconds["ours"][1:], seconds["theirs"][1:])]
+        row["each turn %"] = " ".join(f"{t:+.2f}" for t in turn)
+    report.add(**row)
+    return row
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (-10 * torch.log10(((a.float() - b.float()) ** 2).mean())).item()
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse_args()
+    start = time.perf_counter()
+    torch._dynamo.config.recompile_limit = 64
+    painter = Painter(args)
+    report = Report(args.output, describe(painter.device))
+
+    def attempt(name, step):
+        """Whether a step of the recipe went well: if not, what follows is measured without it."""
+        if time.perf_counter() - start > 60 * args.minutes:
+            report.add(row=name, result="no time left")
+            return False
+        try:
+            step()
+            return True
+        except Exception as error:
+            traceback.print_exc()
+            report.add(row=name, result=f"{type(error).__name__}: {str(error)[:200]}")
+            return False
+
+    eager = {}
+
+    def eagerly():
+        eager.update(turns(painter, report, "eager", args.rounds))
+        turns(painter, report, "eager, latents only", args.rounds, output_type="latent")
+
+    def with_lora():
+        painter.add_lora()
+        painter.slow = painter.paint(True)[0]
+        report.add(row="eager, LoRA not fused", s=painter.paint(True)[1])
+
+    def compare(name):
+        row = turns(painter, report, name, max(1, args.rounds - 1), both=False)
+        report.rows[-1] |= {
+            "times eager FluxFillPipeline": eager["FluxFillPipeline s"] / row["s"],
+            "PSNR dB": psnr(painter.paint(True)[0], painter.slow),
+        }
+        report.save()
+
+    def fused():
+        painter.ours.fuse_lora()
+        # The fused weights and the module stay; what goes are PEFT's layers.
+        painter.ours.unload_lora_weights()
+        compare("LoRA fused")
+
+    def in_fp8():
+        quantise_blocks(painter.transformer, "fp8")
+        painter.compile()
+        compare("LoRA fused, fp8, compiled")
+
+    def cached(threshold):
+        def step():
+            painter.transformer.disable_cache() if painter.transformer.is_cache_enabled else None
+            painter.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+            painter.compile()
+            compare(f"LoRA fused, fp8, compiled, FirstBlockCache {threshold}")
+
+        return step
+
+    attempt("eager", eagerly)
+    if attempt("LoRA", with_lora) and attempt("LoRA fused", fused):
+        painter.transformer.compile_repeated_blocks()
+        attempt("compiled", lambda: turns(painter, report, "compiled", args.rounds))
+        attempt("fp8", in_fp8)
+        for threshold in map(float, args.thresholds.split(",")):
+            attempt(f"FirstBlockCache {threshold}", cached(threshold))
+    print(json.dumps(report.about, indent=1))
+    print(report.table())
+
+
+if __name__ == "__main__":
+    main()
