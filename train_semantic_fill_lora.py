@@ -472,7 +472,11 @@ def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.d
     )
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
-    return pipeline.to(device)
+    if not args.cache_latents:
+        return pipeline.to(device)
+    # One at a time on the device: together they would need more than a quantised transformer does.
+    pipeline.enable_model_cpu_offload(device=device)
+    return pipeline
 
 
 def longest_prompt(tokenizer: transformers.PreTrainedTokenizerBase, dataset: TriptychDataset) -> int:
@@ -561,16 +565,15 @@ class Encoder:
         args = self.args
         flips = (False, True) if args.random_flip else (False,)
         drops = (False, True) if args.semantic_dropout and self.mode.map_on_canvas else (False,)
-        jobs = {}
+        # All prompts first: text encoders and VAE take turns on the device once.
+        prompts = {self.dataset.caption(index) for index in range(len(self.dataset))} | {""}
+        jobs = {self.prompt_file(p): functools.partial(self.encode_prompts, [p]) for p in sorted(prompts)}
         for index in range(len(self.dataset)):
             for flip in flips:
                 for drop_map in drops:
                     jobs[self.latent_file(index, flip, drop_map)] = functools.partial(
                         self._encode_sample, index, flip, drop_map
                     )
-            prompt = self.dataset.caption(index)
-            jobs[self.prompt_file(prompt)] = functools.partial(self.encode_prompts, [prompt])
-        jobs[self.prompt_file("")] = functools.partial(self.encode_prompts, [""])
 
         missing = [path for path in jobs if not is_whole(path)]
         logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
@@ -1450,6 +1453,7 @@ def main(args: argparse.Namespace) -> None:
         encoder = Encoder(pipeline, dataset, args)
         if args.cache_latents:
             encoder.fill_cache(accelerator)
+            pipeline.remove_all_hooks()
             pipeline.vae.to("cpu")
             pipeline.text_encoder = pipeline.text_encoder_2 = None
             free_memory()

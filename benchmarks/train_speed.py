@@ -203,7 +203,11 @@ class Bench:
         encoder = trainer.Encoder(pipeline, dataset, args)
         notes = {"text tokens": args.max_sequence_length}
         if args.cache_latents:
+            pipeline.enable_model_cpu_offload(device=device)
+            free(device)
             encoder.fill_cache(accelerator)
+            notes["encoding GiB"] = peak_gib(device)
+            pipeline.remove_all_hooks()
             pipeline.vae.to("cpu")
             pipeline.text_encoder = pipeline.text_encoder_2 = None
         free(device)

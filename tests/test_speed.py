@@ -5,6 +5,7 @@ import collections
 import copy
 import json
 
+import accelerate
 import peft.tuners.lora
 import pytest
 import safetensors
@@ -181,6 +182,24 @@ def test_train_save_resume_with_a_quantised_base(base_folder, triptych_folder, t
     assert not all(torch.equal(whole[name], again[name]) for name in saved)
     pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
     pipe.load_lora_weights(str(out))
+
+
+def test_encoders_take_turns_on_the_device(base_folder, triptych_folder, tmp_path, monkeypatch):
+    """Which model a hook moves to the device, and which one away for it, as a run fills its cache."""
+    moves = []
+    pre_forward = accelerate.hooks.CpuOffload.pre_forward
+
+    def watched(hook, module, *args, **kwargs):
+        before = hook.prev_module_hook
+        moves.append((type(module).__name__, before and type(before.model).__name__))
+        return pre_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(accelerate.hooks.CpuOffload, "pre_forward", watched)
+    run(base_folder, tmp_path, "--max_train_steps", 1, data=triptych_folder)
+    # Two captions and the empty one, then three pictures for each of six rows: T5, by far the largest, goes once.
+    assert moves == 3 * [("CLIPTextModel", None), ("T5EncoderModel", "CLIPTextModel")] + 18 * [
+        ("AutoencoderKL", "T5EncoderModel")
+    ]
 
 
 # -- LoRA layers --------------------------------------------------------------------------------------------------------
