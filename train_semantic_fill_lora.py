@@ -976,7 +976,8 @@ def build_optimizer(groups: list[dict], args: argparse.Namespace) -> torch.optim
         raise ImportError(
             f"This optimizer needs a package that is not installed: `pip install {error.name}`."
         ) from error
-    return torch.optim.AdamW(groups, **kwargs)
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, fused=on_gpu or None, **kwargs)
 
 
 # -- Save and resume --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import torch
 import torch.nn as nn
-from diffusers import FluxTransformer2DModel
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from peft import LoraConfig
 from test_training import LORA_FILE, arguments, build, run, weights_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -442,3 +442,38 @@ def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, cap
         run(base_folder, tmp_path, "--fast", "--max_train_steps", 1, data=triptych_folder)
     (message,) = [record.message for record in caplog.records if "--fast chose" in record.message]
     assert "--base_precision bf16 --checkpointing none --no-compile: cpu gains nothing" in message
+
+
+# -- The recipe of the README -------------------------------------------------------------------------------------------
+
+
+def test_fast_recipe_paints_nearly_the_same(base, base_folder, triptych_folder, tmp_path):
+    out = run(base_folder, tmp_path, "--max_train_steps", 2, "--learning_rate", 1e-2, data=triptych_folder)
+    components = copy.deepcopy({name: part for name, part in base.components.items()})
+    pipe = FluxFillSemanticPipeline(**components).to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(out))
+    view = torch.rand(1, 3, 32, 32)
+
+    def paint():
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 4, "output_type": "pt", "generator": generator}
+        return pipe("a hill", image=view, semantic_image=view, **options).images.float()
+
+    slow = paint()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert pipe.semantic_attention is not None
+    assert not any(isinstance(module, peft.tuners.lora.LoraLayer) for module in pipe.transformer.modules())
+    assert (paint() - slow).abs().mean() < 0.01
+    quantise_blocks(pipe.transformer, "fp8")
+    assert any(isinstance(module, FrozenLinear) for module in pipe.transformer.modules())
+    in_fp8 = paint()
+    assert 0 < (in_fp8 - slow).abs().mean() < 0.02
+    # A threshold that everything is under skips the other blocks from the second step on.
+    calls = []
+    block = pipe.transformer.single_transformer_blocks[0]
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    block.norm.register_forward_hook(lambda *_: calls.append(1))
+    paint()
+    assert len(calls) == 1
