@@ -20,7 +20,9 @@ import os
 import random
 import shutil
 import signal
+import uuid
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
@@ -71,6 +74,7 @@ logger = get_logger(__name__)
 
 PANELS = ("visible", "target", "semantic")
 CHECKPOINT_PREFIX = "checkpoint"
+GO_ON = "Earlier checkpoints are whole: go on with --resume_from_checkpoint latest."
 # Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples.
 LORA_TARGETS = [
     "attn.to_k",
@@ -467,6 +471,7 @@ def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.d
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=dtype,
+        use_safetensors=True,
         semantic_mode=args.semantic_mode,
         fusion_alpha=args.fusion_alpha,
     )
@@ -577,13 +582,16 @@ class Encoder:
 
         missing = [path for path in jobs if not is_whole(path)]
         logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with explained_write_errors("--cache_root"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         # All ranks have to know what is missing before one of them makes it.
         accelerator.wait_for_everyone()
         for path in tqdm(mine, desc="Encoding", disable=not accelerator.is_local_main_process):
             encoded = {name: tensor[0].contiguous().cpu() for name, tensor in jobs[path]().items()}
-            write_atomically(path, functools.partial(safetensors.torch.save_file, encoded))
+            save = functools.partial(safetensors.torch.save_file, encoded, metadata={"crc32": checksum(encoded)})
+            with explained_write_errors("--cache_root", "What is encoded already is kept."):
+                write_atomically(path, save)
         accelerator.wait_for_everyone()
 
     def _encode_sample(self, index: int, flip: bool, drop_map: bool) -> dict[str, torch.Tensor]:
@@ -612,26 +620,53 @@ class Encoder:
         return {name: torch.cat([e[name] for e in encoded]).to(device) for name in encoded[0]}
 
 
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), value)
+    return str(value)
+
+
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is there and its header agrees with its size."""
+    """Whether an encoding is there and holds what was written."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return len(file.keys()) > 0
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if tensors and (file.metadata() or {}).get("crc32") == checksum(tensors):
+                return True
     except FileNotFoundError:
         return False
-    except safetensors.SafetensorError:
-        logger.warning(f"{path} is damaged and made anew")
-        return False
+    except (safetensors.SafetensorError, OSError):
+        pass
+    logger.warning(f"{path} is damaged and made anew")
+    return False
+
+
+@contextlib.contextmanager
+def explained_write_errors(option: str, kept: str = ""):
+    """Says of a full disk or a read-only folder which option leads elsewhere, and what is not lost."""
+    try:
+        yield
+    # Safetensors wraps the system's error in one of its own.
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RuntimeError(
+            f"Writing failed: {error}. Make room, or write elsewhere with {option}. {kept}".rstrip()
+        ) from error
 
 
 def flush_to_disk(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    """A file's content, or a folder's names."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_atomically(path: Path, write) -> None:
     """Writes beside and renames: the file is there whole or not at all, also with two writers."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Process numbers repeat across the machines that may share a cache.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(beside)
         flush_to_disk(beside)
@@ -876,6 +911,7 @@ def build_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=dtype,
+        use_safetensors=True,
         quantization_config=FrozenLinearConfig.of(args.base_precision, device),
     )
     return add_trained_parts(transformer.to(device), args)
@@ -901,7 +937,9 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
     semantic_attention = None
     if SEMANTIC_MODES[args.semantic_mode].attends:
         if args.semantic_weights:
-            semantic_attention = SemanticAttentionModel.from_pretrained(args.semantic_weights, dtype=torch.float32)
+            semantic_attention = SemanticAttentionModel.from_pretrained(
+                args.semantic_weights, use_safetensors=True, dtype=torch.float32
+            )
         else:
             semantic_attention = SemanticAttentionModel(
                 in_channels=transformer.out_channels,
@@ -925,7 +963,9 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
 
 
 def load_lora(transformer: FluxTransformer2DModel, folder: str | os.PathLike) -> None:
-    weights = FluxFillSemanticPipeline.lora_state_dict(str(folder))
+    weights = FluxFillSemanticPipeline.lora_state_dict(
+        str(folder), weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
+    )
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     result = set_peft_model_state_dict(transformer, convert_unet_state_dict_to_peft(weights))
     missing = [name for name in result.missing_keys if "lora" in name]
@@ -1023,43 +1063,63 @@ def file_hash(path: Path) -> str:
 
 def save_checkpoint(model: SemanticFillModel, state: dict, args: argparse.Namespace) -> Path:
     """Writes a whole checkpoint beside its place and renames it; only then do the oldest ones go."""
-    folder = Path(args.output_dir, f"{CHECKPOINT_PREFIX}-{state['step']}")
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    save_weights(model, beside, args)
-    tensors = {}
-    described = split_tensors(state, "state", tensors)
-    safetensors.torch.save_file(tensors, beside / "training_state.safetensors")
-    (beside / "training_state.json").write_text(json.dumps(described))
-    files = sorted(path for path in beside.rglob("*") if path.is_file())
-    manifest = {path.relative_to(beside).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
-    (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for path in (*files, beside / "manifest.json"):
-        flush_to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    output_dir = Path(args.output_dir)
+    folder = output_dir / f"{CHECKPOINT_PREFIX}-{state['step']}"
+    beside, before = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
+    for path in (beside, before):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        with explained_write_errors("--output_dir", GO_ON):
+            save_weights(model, beside, args)
+            tensors = {}
+            described = split_tensors(state, "state", tensors)
+            safetensors.torch.save_file(tensors, beside / "training_state.safetensors")
+            (beside / "training_state.json").write_text(json.dumps(described))
+            files = sorted(path for path in beside.rglob("*") if path.is_file())
+            manifest = {path.relative_to(beside).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
+            (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+            for path in (beside, *beside.rglob("*")):
+                flush_to_disk(path)
+            if folder.exists():
+                os.replace(folder, before)
+            os.replace(beside, folder)
+            flush_to_disk(output_dir)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
     if args.checkpoints_total_limit is not None:
-        for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
+        others = [path for path in list_checkpoints(output_dir) if path != folder]
+        # Those behind this step are of a run that was given up: damaged, or another checkpoint was gone on from.
+        others.sort(key=lambda path: checkpoint_step(path) < state["step"])
+        for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
             shutil.rmtree(old)
             logger.info(f"Removed {old}")
     logger.info(f"Saved {folder}")
     return folder
 
 
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.rsplit("-")[-1])
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints from the oldest to the newest."""
     found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}-*") if path.name.rsplit("-")[-1].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-")[-1]))
+    return sorted(found, key=checkpoint_step)
 
 
 def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or `None`."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        lacking = {LORA_WEIGHT_NAME_SAFE, "training_state.json", "training_state.safetensors"} - set(manifest)
+        if lacking:
+            return f"manifest.json does not name {sorted(lacking)}"
         for name, (size, digest) in manifest.items():
             if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
                 return f"{name} is not what was written"
-    except (OSError, ValueError) as error:
+    # A damaged manifest may be any other JSON.
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -1094,6 +1154,34 @@ def load_checkpoint(folder: Path, model: SemanticFillModel) -> dict:
         model.semantic_attention.load_state_dict(safetensors.torch.load_file(path))
     tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
     return join_tensors(json.loads((folder / "training_state.json").read_text()), tensors)
+
+
+def save_result(model: SemanticFillModel, loss: float, samples: list[Path], args: argparse.Namespace) -> list[str]:
+    """
+    Writes what the run was made for into the output folder and returns the names of these files. Each of them is there
+    whole or as it was before, the model card the last.
+    """
+    output_dir = Path(args.output_dir)
+    beside = output_dir / ".result.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with explained_write_errors("--output_dir", GO_ON):
+            save_weights(model, beside, args)
+            code = single_file_pipeline().encode()
+            (beside / "pipeline.py").write_bytes(code)
+            save_model_card(beside / "README.md", args, loss, samples, code)
+            files = sorted(path for path in beside.rglob("*") if path.is_file())
+            files.sort(key=lambda path: path.name == "README.md")
+            for path in files:
+                flush_to_disk(path)
+            for path in files:
+                place = output_dir / path.relative_to(beside)
+                place.parent.mkdir(exist_ok=True)
+                os.replace(path, place)
+            flush_to_disk(output_dir)
+            return [path.relative_to(beside).as_posix() for path in files]
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # -- Validate, publish ------------------------------------------------------------------------------------------------
@@ -1146,8 +1234,9 @@ def paint_samples(
     pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(rows)))
     grid = make_image_grid(pictures, rows=len(pictures) // 4, cols=4)
     folder = Path(args.output_dir, "samples")
-    folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{step:06d}.png")
+    with explained_write_errors("--output_dir", GO_ON):
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"step-{step:06d}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
@@ -1177,17 +1266,17 @@ def single_file_pipeline() -> str:
     return "".join((*lines[: branch.lineno - 1], module, "\n\n", *lines[branch.end_lineno :]))
 
 
-def save_model_card(args: argparse.Namespace, steps: int, loss: float, samples: list[Path]) -> None:
+def save_model_card(path: Path, args: argparse.Namespace, loss: float, samples: list[Path], code: bytes) -> None:
     repo = args.hub_model_id or Path(args.output_dir).resolve().name
     guided = "semantic_image=semantic_map, " if args.semantic_mode != "none" else ""
-    widgets = "\n\n".join(f"![{path.stem}](samples/{path.name})" for path in samples[-1:])
+    widgets = "\n\n".join(f"![{sample.stem}](samples/{sample.name})" for sample in samples[-1:])
     options = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(args).items() if value is not None)
     description = f"""
 # Semantic fill: {repo}
 
 A LoRA{" and a semantic cross-attention module" if SEMANTIC_MODES[args.semantic_mode].attends else ""} for
 [{args.pretrained_model_name_or_path}](https://huggingface.co/{args.pretrained_model_name_or_path}) that paint a second
-view of a scene beside the first, in the mode `{args.semantic_mode}`. Trained for {steps} steps; the last step's loss was
+view of a scene beside the first, in the mode `{args.semantic_mode}`. Trained for {args.max_train_steps} steps; the last step's loss was
 {loss:.4f}.
 
 {widgets}
@@ -1208,7 +1297,7 @@ painted = pipe(
 ```
 
 `trust_remote_code=True` runs `pipeline.py` of this repository (sha256
-`{hashlib.sha256(single_file_pipeline().encode()).hexdigest()}`).
+`{hashlib.sha256(code).hexdigest()}`).
 
 ## Training
 
@@ -1233,7 +1322,7 @@ pixels a view. The licence of the base model holds for what is made with it.
         tags=tags,
         instance_prompt=args.instance_prompt,
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(Path(args.output_dir, "README.md"))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(path)
 
 
 def public_config(args: argparse.Namespace) -> dict:
@@ -1241,13 +1330,14 @@ def public_config(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if "token" not in name}
 
 
-def push_to_hub(repo_id: str, args: argparse.Namespace) -> None:
+def push_to_hub(repo_id: str, files: list[str], args: argparse.Namespace) -> None:
+    """Uploads these files of the output folder, and nothing else that may lie there."""
     try:
         upload_folder(
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message="Semantic fill training",
-            ignore_patterns=["checkpoint-*/**", ".checkpoint-*/**", "cache/**", f"{args.logging_dir}/**", ".lock"],
+            allow_patterns=files,
             token=args.hub_token,
         )
     except Exception as error:
@@ -1302,9 +1392,26 @@ def setup(args: argparse.Namespace) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
     # Its backward crashes at FLUX's shapes in torch 2.11; flash attention takes over.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return accelerator
+
+
+def claim_output_dir(args: argparse.Namespace) -> filelock.FileLock:
+    """Makes the output folder and locks it: held by this process until released, whatever ends the process."""
+    folder = Path(args.output_dir)
+    lock = filelock.FileLock(folder / ".lock")
+    with explained_write_errors("--output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ValueError(f"--output_dir {folder} is in use by another run.") from None
+    if args.resume_from_checkpoint is None and list_checkpoints(folder):
+        lock.release()
+        raise ValueError(
+            f"--output_dir {folder} holds checkpoints of an earlier run. Go on with it by --resume_from_checkpoint"
+            " latest, or pass another folder."
+        )
+    return lock
 
 
 def train(
@@ -1325,7 +1432,7 @@ def train(
         SampleReader(step_fn.encoder), batch_sampler=sampler, collate_fn=list, num_workers=args.dataloader_num_workers
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    bad_steps, loss = 0, float("nan")
+    bad_steps, skipped, loss = 0, 0, math.nan
     bar = tqdm(
         total=args.max_train_steps,
         initial=first_step,
@@ -1336,10 +1443,9 @@ def train(
         batches = iter(loader)
         for step in range(first_step + 1, args.max_train_steps + 1):
             _shape_log["enabled"] = step <= first_step + 2 and logger.isEnabledFor(logging.DEBUG)
-            losses, rows = [], []
+            losses = []
             for micro_step in range(args.gradient_accumulation_steps):
                 samples = next(batches)
-                rows += [sample["draws"].index for sample in samples]
                 # Dropout too is a function of the place in the run, so a resumed run repeats it.
                 torch.manual_seed(seed_of(args.seed, "dropout", step, micro_step, accelerator.process_index))
                 with accelerator.accumulate(model):
@@ -1356,7 +1462,9 @@ def train(
                 lr_scheduler.step()
                 bad_steps = 0
             else:
-                bad_steps += 1
+                bad_steps, skipped = bad_steps + 1, skipped + 1
+                # Of all processes.
+                rows = [sampler.draws(samples_seen + i).index for i in range(samples_a_step(accelerator, args))]
                 logger.warning(f"Step {step} skipped: loss {loss}, gradient norm {gradient_norm}, rows {rows}")
             optimizer.zero_grad()
             samples_seen += samples_a_step(accelerator, args)
@@ -1365,7 +1473,7 @@ def train(
             scales = bare.scales()
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", lr=rates[0], **({"scale": f"{scales[0]:.4f}"} if scales else {}))
-            logs = {"loss": loss, "lr": rates[0], "gradient_norm": gradient_norm}
+            logs = {"loss": loss, "lr": rates[0], "gradient_norm": gradient_norm, "skipped_steps": skipped}
             accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
             if step % 100 == 0:
                 logger.info(f"[Step {step}] Loss: {loss:.4f}")
@@ -1373,8 +1481,11 @@ def train(
 
             too_bad = bad_steps >= args.max_bad_steps
             stopped = stop.received(accelerator)
-            if (step % args.checkpointing_steps == 0 or stopped) and not bad_steps and accelerator.is_main_process:
-                state = {"step": step, "samples_seen": samples_seen, "optimizer": optimizer.state_dict()}
+            # A skipped step changed nothing, so the weights after it are good too.
+            due = step % args.checkpointing_steps == 0 or stopped or too_bad
+            if due and accelerator.is_main_process:
+                state = {"step": step, "samples_seen": samples_seen, "loss": loss}
+                state["optimizer"] = optimizer.state_dict()
                 state["lr_scheduler"] = lr_scheduler.state_dict()
                 if accelerator.scaler is not None:
                     state["scaler"] = accelerator.scaler.state_dict()
@@ -1385,8 +1496,8 @@ def train(
             if too_bad:
                 raise RuntimeError(
                     f"{bad_steps} steps in a row had a loss or gradient that is not finite, the last on rows {rows}."
-                    " Nothing of them was applied; the last checkpoint is good. Lower --learning_rate, or look at these"
-                    " rows."
+                    f" Nothing of them was applied: checkpoint-{step} holds the last good weights. Lower --learning_rate,"
+                    " or look at these rows, and go on with --resume_from_checkpoint latest."
                 )
             if stopped:
                 logger.info(f"Stopped by {stopped} at step {step}. Go on with --resume_from_checkpoint latest.")
@@ -1425,11 +1536,7 @@ def main(args: argparse.Namespace) -> None:
 
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            lock = filelock.FileLock(Path(args.output_dir, ".lock"))
-            try:
-                stack.enter_context(lock.acquire(timeout=0))
-            except filelock.Timeout:
-                raise ValueError(f"--output_dir {args.output_dir} is in use by another run.") from None
+            stack.callback(claim_output_dir(args).release)
         repo_id = None
         if args.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing token or right costs nothing.
@@ -1469,7 +1576,7 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"--fast chose {plan}: {reason}")
         set_seed(args.seed)
         model = build_model(args, accelerator.device, dtype)
-        state = load_checkpoint(checkpoint, model) if checkpoint else {"step": 0, "samples_seen": 0}
+        state = load_checkpoint(checkpoint, model) if checkpoint else {"step": 0, "samples_seen": 0, "loss": math.nan}
         optimizer = build_optimizer(parameter_groups(model, args), args)
         announce(model, args)
         if args.max_train_steps is None:
@@ -1518,16 +1625,17 @@ def main(args: argparse.Namespace) -> None:
             state["samples_seen"],
             args,
         )
+        if state["step"] >= args.max_train_steps:
+            loss = state["loss"]
 
         if accelerator.is_main_process:
             bare = accelerator.unwrap_model(model)
-            save_weights(bare, Path(args.output_dir), args)
-            Path(args.output_dir, "pipeline.py").write_text(single_file_pipeline())
             if args.validation_steps and args.max_train_steps % args.validation_steps:
                 paint_samples(bare, encoder, args.max_train_steps, accelerator, args)
-            save_model_card(args, args.max_train_steps, loss, sorted(Path(args.output_dir, "samples").glob("*.png")))
+            samples = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
+            files = save_result(bare, loss, samples, args)
             if repo_id is not None:
-                push_to_hub(repo_id, args)
+                push_to_hub(repo_id, [*files, *(f"samples/{sample.name}" for sample in samples)], args)
         # The others have nothing left to do, but must not take the process group down while the first still saves.
         accelerator.wait_for_everyone()
         accelerator.end_training()
