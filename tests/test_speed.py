@@ -235,12 +235,14 @@ def test_lora_layer_computes_what_peft_does(lora_pair):
 
 
 def test_lora_layer_computes_in_bf16_with_float32_weights(lora_pair):
-    seen = []
+    seen, casts = [], []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
                 seen.append({arg.dtype for arg in args if isinstance(arg, torch.Tensor)})
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (2, 5, 32):
+                casts.append(args[0].dtype)
             return func(*args, **(kwargs or {}))
 
     with torch.autocast("cpu", torch.bfloat16), Watch():
@@ -250,6 +252,8 @@ def test_lora_layer_computes_in_bf16_with_float32_weights(lora_pair):
     # Base, down, up with its sum; and in backward what the two LoRA weights and the inner values need.
     assert len(seen) == 6 and all(dtypes == {torch.bfloat16} for dtypes in seen)
     assert lora_pair[1].lora_A.default.weight.grad.dtype == torch.float32
+    # The input is cast once, for the base and the LoRA.
+    assert casts == [torch.float32]
 
 
 # -- Checkpointing ------------------------------------------------------------------------------------------------------
