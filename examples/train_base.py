@@ -5,11 +5,17 @@ First the VAE on single views, then the transformer as a diptych filler: any of 
 any of them, the right half masked. The Americas are held out of both.
 
     python examples/train_base.py --output_dir examples/base
+
+Or goes on from there with the first two views of a folder of triptychs:
+
+    python examples/train_base.py --output_dir emoji/base --base examples/base --train_data_dir emoji/train \\
+        --test_data_dir emoji/test --views glyph 3d --resolution 96
 """
 
 import argparse
 import copy
 import itertools
+import json
 import logging
 import math
 import time
@@ -19,8 +25,8 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import FluxFillPipeline
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
-from earth import GRID_HEIGHT, GRID_WIDTH, load_earth, region_in_pixels
 from small_flux_fill import build_pipeline
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
@@ -28,7 +34,7 @@ from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 
 logger = logging.getLogger(__name__)
 
-VIEWS = ("satellite", "relief", "hillshade")
+EARTH_VIEWS = ("satellite", "relief", "hillshade")
 MAX_SEQUENCE_LENGTH = 32
 
 
@@ -38,15 +44,17 @@ class Crops:
     def __init__(self, split: str, size: int, device: torch.device, seed: int):
         self.size, self.device = size, device
         self.generator = torch.Generator().manual_seed(seed)
-        box = region_in_pixels(split)
-        earth = load_earth()
+        import earth
+
+        box = earth.region_in_pixels(split)
+        whole = earth.load_earth()
         # Scales of the grid instead of resampling every crop.
         self.levels = []
         for scale in (1.0, 0.75, 0.5):
-            grid = (int(GRID_WIDTH * scale), int(GRID_HEIGHT * scale))
+            grid = (int(earth.GRID_WIDTH * scale), int(earth.GRID_HEIGHT * scale))
             views = []
-            for name in VIEWS:
-                view = getattr(earth, name).resize(grid, PIL.Image.Resampling.LANCZOS)
+            for name in EARTH_VIEWS:
+                view = getattr(whole, name).resize(grid, PIL.Image.Resampling.LANCZOS)
                 views.append(torch.from_numpy(np.array(view)).permute(2, 0, 1))
             self.levels.append((torch.stack(views).to(device), [int(edge * scale) for edge in box]))
 
@@ -63,6 +71,26 @@ class Crops:
         rows = (y + steps).to(self.device)
         crops = level[:, :, rows[:, :, None], columns[:, None, :]]
         return crops.permute(2, 0, 1, 3, 4).float() / 255
+
+
+class Triptychs:
+    """Rows of a triptych folder, mirrored at random, without their maps."""
+
+    def __init__(self, folder: Path, size: int, device: torch.device, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        pictures = np.stack([np.asarray(PIL.Image.open(folder / row["file_name"]).convert("RGB")) for row in rows])
+        if pictures.shape[1:] != (size, 3 * size, 3):
+            raise ValueError(f"`--resolution` is {size}, but the triptychs' shape is {pictures.shape[1:]}.")
+        views = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).split(size, dim=3)
+        self.views = torch.stack(views[:2], dim=1)
+
+    def draw(self, count: int) -> torch.Tensor:
+        """`(count, views, 3, size, size)` in [0, 1]."""
+        row = torch.randint(len(self.views), (count,), generator=self.generator)
+        mirrored = torch.rand(count, 1, 1, 1, 1, generator=self.generator) < 0.5
+        views = self.views[row.to(self.views.device)].float() / 255
+        return torch.where(mirrored.to(views.device), views.flip(-1), views)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -107,7 +135,7 @@ def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
     loss_of = torch.compile(loss_of) if args.compile else loss_of
     schedule = Schedule(optimizer, args.vae_steps, args.vae_minutes)
     for step in schedule:
-        pixels = crops.draw(math.ceil(args.vae_batch_size / len(VIEWS))).flatten(0, 1) * 2 - 1
+        pixels = crops.draw(math.ceil(args.vae_batch_size / len(args.views))).flatten(0, 1) * 2 - 1
         with torch.autocast(args.device, torch.bfloat16):
             loss = loss_of(pixels)
         optimizer.zero_grad()
@@ -138,8 +166,8 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
         weight_decay=1e-2,
         fused=args.device == "cuda",
     )
-    pairs = list(itertools.product(range(len(VIEWS)), repeat=2))
-    prompts = [f"{VIEWS[a]} to {VIEWS[b]}" for a, b in pairs] + [""]
+    pairs = list(itertools.product(range(len(args.views)), repeat=2))
+    prompts = [f"{args.views[a]} to {args.views[b]}" for a, b in pairs] + [""]
     with torch.no_grad():
         embeds, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
     mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.resolution))[1].to(device)
@@ -205,16 +233,16 @@ def held_out_figures(pipeline, crops: Crops, args: argparse.Namespace) -> dict[s
     restored = torch.cat([pipeline.vae(x * 2 - 1).sample for x in flat.split(32)]).clamp(-1, 1) / 2 + 0.5
     figures = {"VAE PSNR, dB": psnr(restored, flat)}
     pipeline.set_progress_bar_config(disable=True)
-    for a, b in (("hillshade", "satellite"), ("satellite", "hillshade"), ("relief", "satellite")):
+    for a, b in itertools.permutations(args.views, 2):
         painted = pipeline(
             prompt=f"{a} to {b}",
-            image=views[:, VIEWS.index(a)],
+            image=views[:, args.views.index(a)],
             num_inference_steps=16,
             max_sequence_length=MAX_SEQUENCE_LENGTH,
             generator=torch.Generator().manual_seed(args.seed),
             output_type="pt",
         ).images
-        figures[f"{a} to {b} PSNR, dB"] = psnr(painted.float(), views[:, VIEWS.index(b)])
+        figures[f"{a} to {b} PSNR, dB"] = psnr(painted.float(), views[:, args.views.index(b)])
     return figures
 
 
@@ -248,7 +276,11 @@ Held-out figures, on crops of the Americas:
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--preset", default="demo", help="Size of the random weights to start from.")
+    parser.add_argument("--base", type=Path, help="A trained base to go on from, instead of random weights.")
+    parser.add_argument("--train_data_dir", type=Path, help="Triptychs instead of the Earth, with --test_data_dir.")
+    parser.add_argument("--test_data_dir", type=Path)
+    parser.add_argument("--views", nargs="+", default=list(EARTH_VIEWS), help="Names of the views, for the prompts.")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -273,15 +305,20 @@ def main(args: argparse.Namespace) -> None:
     # Its backward crashes at some shapes in torch 2.11.
     torch.backends.cuda.enable_cudnn_sdp(False)
     start = time.monotonic()
-    stock = build_pipeline(args.preset, args.seed)
+    if args.base is None:
+        stock = build_pipeline(args.preset, args.seed)
+    else:
+        stock = FluxFillPipeline.from_pretrained(args.base, dtype=torch.float32)
     pipeline = FluxFillSemanticPipeline(**stock.components).to(args.device)
-    crops = Crops("train", args.resolution, torch.device(args.device), args.seed)
+    data = Crops if args.train_data_dir is None else Triptychs
+    crops = data(args.train_data_dir or "train", args.resolution, torch.device(args.device), args.seed)
 
     vae_steps = train_vae(pipeline.vae, crops, args)
     normalise_latents(pipeline.vae, crops)
     transformer_steps = train_transformer(pipeline, crops, args)
     minutes = (time.monotonic() - start) / 60
-    figures = held_out_figures(pipeline, Crops("test", args.resolution, torch.device(args.device), args.seed), args)
+    held_out = data(args.test_data_dir or "test", args.resolution, torch.device(args.device), args.seed)
+    figures = held_out_figures(pipeline, held_out, args)
     for name, value in figures.items():
         logger.info(f"{name}: {value:.2f}")
 
@@ -304,7 +341,8 @@ def main(args: argparse.Namespace) -> None:
         length=MAX_SEQUENCE_LENGTH,
         figures="\n".join(f"- {name}: {value:.2f}" for name, value in figures.items()),
     )
-    (args.output_dir / "README.md").write_text(card)
+    if args.train_data_dir is None:
+        (args.output_dir / "README.md").write_text(card)
 
 
 if __name__ == "__main__":
