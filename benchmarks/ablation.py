@@ -1,0 +1,383 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Every way for the map to enter, at equal steps, rank and data, on two tasks.
+
+    python examples/earth.py --output_dir earth
+    python benchmarks/emoji.py --output_dir emoji
+    python examples/train_base.py --output_dir emoji/base --base examples/base --train_data_dir emoji/train \\
+        --test_data_dir emoji/test --views glyph 3d --resolution 96
+    python benchmarks/ablation.py --jobs 24
+
+Each cell (task, variant, seed) trains with the trainer's own functions and paints held-out pictures with the right map,
+with another picture's and with none. Cells are shared out over `--jobs` processes; time a step and peak memory are
+measured afterwards, one variant at a time.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_SEQUENCE_LENGTH = 32
+
+# name -> (flags of the trainer, class in leads.py or None)
+MAIN = {
+    "none": ("--semantic_mode none", None),
+    "pixel_fusion": ("--semantic_mode pixel_fusion", None),
+    "in_context": ("--semantic_mode in_context", None),
+    "cross_attention": ("", None),
+    "cross_attention, 2 layers": ("--semantic_num_layers 2", None),
+    "cross_attention, rope": ("--semantic_position rope", None),
+    "cross_attention, rope, 2 layers": ("--semantic_position rope --semantic_num_layers 2", None),
+    "aligned": ("--semantic_position aligned", None),
+    "condition, rope": ("--semantic_position rope --semantic_injection condition", None),
+    "condition, aligned": ("--semantic_position aligned --semantic_injection condition", None),
+    "condition, aligned, 2 layers": (
+        "--semantic_position aligned --semantic_injection condition --semantic_num_layers 2",
+        None,
+    ),
+}
+ALIGNED, CONDITION = MAIN["aligned"][0], MAIN["condition, aligned"][0]
+LEADS = {
+    "condition, contents only": ("--semantic_injection condition", None),
+    "aligned, LoRA on x_embedder": (f"{ALIGNED} --lora_layers +x_embedder", None),
+    "condition, aligned, LoRA on x_embedder": (f"{CONDITION} --lora_layers +x_embedder", None),
+    "aligned, timestep gate": (ALIGNED, "TimestepGate"),
+    "aligned, after the embedder": (ALIGNED, "HiddenUpdate"),
+    "aligned, every 2nd block": (ALIGNED, "EveryBlockUpdate"),
+    "condition, convolved tokens": (CONDITION, "ConvolvedTokens"),
+    "condition, multi-scale tokens": (CONDITION, "MultiScaleTokens"),
+    "condition, dropped tokens": (CONDITION, "DroppedTokens"),
+    "condition, map guidance 1.5": (f"{CONDITION} --semantic_dropout 0.1", "MapGuidance"),
+    "condition, rates / 3": (f"{CONDITION} --semantic_learning_rate 1e-3 --semantic_scale_learning_rate 1e-2", None),
+    "condition, rates x 3": (f"{CONDITION} --semantic_learning_rate 1e-2 --semantic_scale_learning_rate 1e-1", None),
+    "condition, 3 x the steps": (f"{CONDITION} --max_train_steps x3", None),
+    "in_context, 3 x the steps": ("--semantic_mode in_context --max_train_steps x3", None),
+}
+
+
+@functools.cache
+def load_task(name: str, args: argparse.Namespace):
+    """Folders, base, size, and the label of each pixel of a `(height, width, 3)` picture."""
+    if name == "earth":
+        # Water is where blue is above red.
+        return args.earth, args.earth_base, 128, lambda picture: (picture[..., 2] > picture[..., 0]).astype(int)
+    from emoji import nearest_colours
+
+    return args.emoji, args.emoji_base, 96, nearest_colours
+
+
+def trainer_args(task: str, variant: str, seed: int, args: argparse.Namespace) -> tuple[argparse.Namespace, str]:
+    import train_semantic_fill_lora as trainer
+
+    flags, lead = (MAIN | LEADS)[variant]
+    folder, base, size, _ = load_task(task, args)
+    flags = flags.replace("+x_embedder", ",".join((*trainer.LORA_TARGETS, "x_embedder")))
+    steps = args.steps
+    if "--max_train_steps x3" in flags:
+        flags, steps = flags.replace("--max_train_steps x3", ""), 3 * steps
+    common = (
+        f"--pretrained_model_name_or_path {base} --train_data_dir {folder / 'train'} --output_dir unused"
+        f" --resolution {size} --max_sequence_length {MAX_SEQUENCE_LENGTH} --train_batch_size {args.batch_size}"
+        f" --rank {args.rank} --learning_rate {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps 10"
+        f" --loss_region target --max_train_steps {steps} --seed {seed} --caption_column text"
+    )
+    rates = "--semantic_learning_rate 3e-3 --semantic_scale_learning_rate 3e-2"
+    return trainer.parse_args(f"{common} {rates} {flags}".split()), lead
+
+
+def read_rows(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    return [{"image": {"bytes": (folder / r["file_name"]).read_bytes()}, "text": r["text"]} for r in rows]
+
+
+@functools.cache
+def encoded_rows(task: str, mode: str, args: argparse.Namespace) -> tuple:
+    """The base's pipeline without its transformer, the data set, and its encodings on the device, once a process."""
+    import train_semantic_fill_lora as trainer
+
+    run, _ = trainer_args(task, next(v for v in MAIN if mode in v), 0, args)
+    device = torch.device(args.device)
+    pipeline = trainer.load_encoders(run, device, torch.float32).to(device)
+    dataset = trainer.TriptychDataset(read_rows(Path(run.train_data_dir)), run)
+    encoder = trainer.Encoder(pipeline, dataset, run)
+    latents = {}
+    for drop in (False, True):
+        if drop and not encoder.mode.map_on_canvas:
+            latents |= {(index, True): encoded for (index, _), encoded in latents.items()}
+            break
+        for start in range(0, len(dataset), 64):
+            rows = range(start, min(start + 64, len(dataset)))
+            views = [dataset.views(row) for row in rows]
+            batch = encoder.encode_views({n: torch.stack([v[n] for v in views]).to(device) for n in views[0]}, drop)
+            for i, row in enumerate(rows):
+                latents[row, drop] = {name: tensor[i] for name, tensor in batch.items()}
+    prompts = {p: encoder.encode_prompts([p]) for p in ("", dataset.caption(0))}
+    prompts = {p: {name: tensor[0] for name, tensor in encoded.items()} for p, encoded in prompts.items()}
+    return pipeline, dataset, latents, prompts
+
+
+def build(task: str, variant: str, seed: int, args: argparse.Namespace):
+    """Everything of a run but its loop."""
+    import leads
+
+    import train_semantic_fill_lora as trainer
+
+    run, lead = trainer_args(task, variant, seed, args)
+    pipeline, dataset, latents, prompts = encoded_rows(task, run.semantic_mode, args)
+
+    class MemoryEncoder(trainer.Encoder):
+        def read(self, draws):
+            prompt = prompts["" if draws.drop_caption else dataset.caption(draws.index)]
+            return {"draws": draws, "encoded": latents[draws.index, draws.drop_map] | prompt}
+
+    device = torch.device(args.device)
+    encoder = MemoryEncoder(pipeline, dataset, run)
+    torch.manual_seed(seed)
+    model = trainer.build_model(run, device, torch.float32)
+    if lead is not None:
+        config = {k: v for k, v in model.semantic_attention.config.items() if not k.startswith("_")}
+        model.semantic_attention = getattr(leads, lead)(**config)
+        model.semantic_attention.attach(model.transformer)
+        model.semantic_attention.to(device)
+    tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 256
+    shift = trainer.timestep_shift_factor(run, pipeline.scheduler, tokens)
+    step = trainer.Step(encoder, run, device, torch.float32, shift, model.transformer.config.guidance_embeds)
+    optimizer = trainer.build_optimizer(trainer.parameter_groups(model, run), run)
+    schedule = trainer.get_scheduler(
+        run.lr_scheduler, optimizer, num_warmup_steps=run.lr_warmup_steps, num_training_steps=run.max_train_steps
+    )
+    batches = iter(trainer.RunSampler(len(dataset), run, 0, 1, 0))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def train_step() -> torch.Tensor:
+        loss = step(model, [encoder.read(draws) for draws in next(batches)])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return run, model, pipeline, train_step, tokens, sum(p.numel() for p in parameters)
+
+
+@torch.no_grad()
+def paint(pipeline, model, run, views: list[dict], maps: list[torch.Tensor] | None, args) -> torch.Tensor:
+    from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+
+    painter = FluxFillSemanticPipeline(
+        **{**pipeline.components, "transformer": model.transformer, "semantic_attention": model.semantic_attention},
+        semantic_mode=run.semantic_mode,
+        fusion_alpha=run.fusion_alpha,
+    )
+    painter.set_progress_bar_config(disable=True)
+    painted = []
+    for start in range(0, len(views), 32):
+        batch = views[start : start + 32]
+        painted.append(
+            painter(
+                prompt=run.instance_prompt or views[0]["prompt"],
+                image=torch.stack([view["visible"] for view in batch]),
+                semantic_image=None if maps is None else torch.stack(maps[start : start + 32]),
+                num_inference_steps=args.num_inference_steps,
+                max_sequence_length=MAX_SEQUENCE_LENGTH,
+                generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
+                output_type="pt",
+            ).images.float()
+        )
+    return torch.cat(painted).clamp(0, 1).cpu()
+
+
+def figures(painted: torch.Tensor, target: torch.Tensor, label) -> dict[str, float]:
+    """PSNR in dB and SSIM, and the mean IoU of the labels that painting and target show; means over the pictures."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    psnr = peak_signal_noise_ratio(painted, target, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(painted, target, data_range=1.0)
+    ious = []
+    for ours, theirs in zip(painted, target):
+        a, b = (label((x * 255).round().byte().permute(1, 2, 0).numpy()) for x in (ours, theirs))
+        ious.append(np.mean([((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum() for k in np.unique(b)]))
+    return {"psnr": psnr.item(), "ssim": ssim.item(), "iou": float(np.mean(ious))}
+
+
+def run_cell(task: str, variant: str, seed: int, args: argparse.Namespace) -> dict:
+    """Trains and paints one cell."""
+    import train_semantic_fill_lora as trainer
+    from pipeline_flux_fill_semantic import SEMANTIC_MODES
+
+    run, model, pipeline, train_step, tokens, trained = build(task, variant, seed, args)
+    model.train()
+    start = time.monotonic()
+    losses = torch.stack([train_step() for _ in range(run.max_train_steps)]).tolist()
+    seconds = time.monotonic() - start
+    model.eval()
+
+    folder, _, _, label = load_task(task, args)
+    test = trainer.TriptychDataset(read_rows(folder / "test")[: args.num_test], run)
+    views = [test.views(i) | {"prompt": test.caption(i)} for i in range(len(test))]
+    target, maps = torch.stack([v["target"] for v in views]), [v["semantic"] for v in views]
+    sees_map = SEMANTIC_MODES[run.semantic_mode].attends or SEMANTIC_MODES[run.semantic_mode].map_on_canvas
+    row = {"task": task, "variant": variant, "seed": seed, "tokens": tokens, "trained": trained, "steps": len(losses)}
+    row["right"] = figures(paint(pipeline, model, run, views, maps if sees_map else None, args), target, label)
+    if sees_map:
+        row["wrong"] = figures(paint(pipeline, model, run, views, maps[1:] + maps[:1], args), target, label)
+        row["without"] = figures(paint(pipeline, model, run, views, None, args), target, label)
+    window = max(1, len(losses) // 20)
+    row["loss"] = float(np.mean(losses[-len(losses) // 4 :]))
+    row["curve"] = np.array(losses[: len(losses) // window * window]).reshape(-1, window).mean(1).round(4).tolist()
+    row["seconds"] = seconds
+    return row
+
+
+def run_cost(task: str, variant: str, args: argparse.Namespace) -> dict:
+    """Milliseconds a step and peak memory of one variant, alone."""
+    _, _, _, train_step, _, _ = build(task, variant, 0, args)
+    cuda = args.device == "cuda"
+    for _ in range(5):
+        train_step()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.monotonic()
+    for _ in range(args.cost_steps):
+        train_step()
+    if cuda:
+        torch.cuda.synchronize()
+    milliseconds = 1000 * (time.monotonic() - start) / args.cost_steps
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else float("nan")
+    return {"task": task, "variant": variant, "step_ms": milliseconds, "peak_mib": peak}
+
+
+def start_worker(numbers, devices: int) -> None:
+    number = numbers.get()
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    # Its backward crashes at some shapes in torch 2.11.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    logging.disable(logging.WARNING)
+
+
+def run_all(function, cells: list[tuple], jobs: int, devices: int, args, output: Path) -> list[dict]:
+    """Shares the cells out over processes and writes each row when it is there."""
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Manager().Queue()
+    for number in range(jobs):
+        numbers.put(number)
+    rows = []
+    with ProcessPoolExecutor(jobs, context, start_worker, (numbers, devices)) as pool:
+        futures = {pool.submit(function, *cell, args): cell for cell in cells}
+        for future in tqdm(as_completed(futures), total=len(futures), mininterval=10):
+            try:
+                rows.append(future.result())
+            except Exception as error:
+                logger.error(f"{futures[future]} failed: {error!r}")
+                continue
+            with open(output, "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    return rows
+
+
+def table(rows: list[dict], costs: list[dict], task: str) -> str:
+    """Markdown, best first: mean and, after ±, the standard deviation over the seeds."""
+    cost = {c["variant"]: c for c in costs if c["task"] == task}
+    lines = [
+        "| variant | PSNR, dB | SSIM | region IoU | wrong-map drop, dB | without map, dB | trained | image tokens"
+        " | ms a step | peak MiB | seeds |",
+        "| --- " * 11 + "|",
+    ]
+
+    def spread(values: list[float], digits: int) -> str:
+        if not values:
+            return ""
+        deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{deviation}"
+
+    variants = {}
+    for row in rows:
+        if row["task"] == task:
+            variants.setdefault(row["variant"], []).append(row)
+    for name, cells in sorted(variants.items(), key=lambda item: -np.mean([c["right"]["psnr"] for c in item[1]])):
+        drop = [c["right"]["psnr"] - c["wrong"]["psnr"] for c in cells if "wrong" in c]
+        without = [c["without"]["psnr"] for c in cells if "without" in c]
+        columns = [spread([c["right"][key] for c in cells], digits) for key, digits in (("psnr", 2), ("ssim", 3))]
+        columns += [spread([c["right"]["iou"] for c in cells], 3), spread(drop, 2), spread(without, 2)]
+        columns += [f"{cells[0]['trained']:,}", str(cells[0]["tokens"])]
+        columns += [f"{cost[name][key]:.1f}" if name in cost else "" for key in ("step_ms", "peak_mib")]
+        lines.append(f"| {name} | " + " | ".join(columns) + f" | {len(cells)} |")
+    return "\n".join(lines)
+
+
+def parse_args(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("ablation.jsonl"))
+    parser.add_argument("--tasks", nargs="+", default=["earth", "emoji"])
+    parser.add_argument("--variants", nargs="+", default=[*MAIN, *LEADS], help=f"Among {[*MAIN, *LEADS]}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lead_seeds", nargs="+", type=int, help="Seeds of the leads. Defaults to --seeds.")
+    parser.add_argument("--earth", type=Path, default=Path("earth"))
+    parser.add_argument("--earth_base", type=Path, default=ROOT / "examples" / "base")
+    parser.add_argument("--emoji", type=Path, default=Path("emoji"))
+    parser.add_argument("--emoji_base", type=Path, default=Path("emoji/base"))
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--num_test", type=int, default=64)
+    parser.add_argument("--num_inference_steps", type=int, default=8)
+    parser.add_argument("--cost_steps", type=int, default=20, help="Timed steps of each variant; 0 leaves costs out.")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--show", action="store_true", help="Print the tables of what --output holds, run nothing.")
+    return parser.parse_args(args)
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    costs_file = args.output.with_suffix(".costs.jsonl")
+    if not args.show:
+        devices = torch.cuda.device_count() if args.device == "cuda" else 0
+        unset = argparse.Namespace(**vars(args))
+        for name in ("variants", "tasks", "seeds", "lead_seeds"):
+            # Workers keep what they loaded by their arguments, which have to be hashable.
+            delattr(unset, name)
+        shared = HashableNamespace(**vars(unset))
+        seeds = {v: args.seeds if v in MAIN or args.lead_seeds is None else args.lead_seeds for v in args.variants}
+        cells = [(t, v, s) for t, v in itertools.product(args.tasks, args.variants) for s in seeds[v]]
+        # Long cells first within a task, so that no worker is left with one at the end.
+        random.Random(0).shuffle(cells)
+        cells.sort(key=lambda cell: (args.tasks.index(cell[0]), "3 x" not in cell[1], "in_context" not in cell[1]))
+        run_all(run_cell, cells, args.jobs, devices, shared, args.output)
+        if args.cost_steps:
+            cost_cells = [(t, v) for t in args.tasks for v in args.variants]
+            run_all(run_cost, cost_cells, max(devices, 1), devices, shared, costs_file)
+    rows = [json.loads(line) for line in args.output.read_text().splitlines()]
+    costs = [json.loads(line) for line in costs_file.read_text().splitlines()] if costs_file.exists() else []
+    for task in args.tasks:
+        print(f"\n## {task}\n\n{table(rows, costs, task)}")
+
+
+class HashableNamespace(argparse.Namespace):
+    def __hash__(self):
+        return hash(tuple(sorted((k, str(v)) for k, v in vars(self).items())))
+
+
+if __name__ == "__main__":
+    main(parse_args())

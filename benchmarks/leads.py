@@ -1,0 +1,168 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Ways for the map to enter that the product does not offer, for `ablation.py` to measure against those that it does.
+
+Each is a `SemanticAttentionModel`, so it trains, starts without effect and is counted like the original. What enters
+later than the transformer's input does so in hooks that `attach` puts in place.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from semantic_attention import SemanticAttentionModel
+
+
+class Lead(SemanticAttentionModel):
+    """The original, with places for hooks: `enhance` leaves the tokens that hooks use."""
+
+    def attach(self, transformer: nn.Module) -> None:
+        pass
+
+
+class LateLead(Lead):
+    """Leaves the transformer's input as it is and remembers what its hooks need."""
+
+    seen = None
+
+    def enhance(self, hidden_states, semantic_tokens, positions=None, semantic_scale=1.0):
+        self.seen = (semantic_tokens.to(self.dtype), positions, semantic_scale)
+        return hidden_states
+
+    def take(self):
+        """What `enhance` left, once: the next call of the transformer may come without a map."""
+        seen, self.seen = self.seen, None
+        return seen
+
+
+class TimestepGate(LateLead):
+    """The update of x_t fades with the noise: it is multiplied by t."""
+
+    def attach(self, transformer):
+        def hook(module, args, kwargs):
+            seen = self.take()
+            if seen is not None:
+                x, t = kwargs["hidden_states"], kwargs["timestep"].view(-1, 1, 1).to(self.dtype)
+                channels = self.config.in_channels
+                x_t = x[..., :channels].to(self.dtype)
+                x_t = x_t + t * (self(x_t, *seen) - x_t)
+                kwargs["hidden_states"] = torch.cat((x_t.to(x.dtype), x[..., channels:]), dim=-1)
+            return args, kwargs
+
+        transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class HiddenUpdate(LateLead):
+    """Aligned low-rank updates of the hidden states: after the embedder, or before every block."""
+
+    every_block = False
+
+    def attach(self, transformer):
+        channels, width = self.config.in_channels, transformer.inner_dim
+        rank = self.config.num_heads * self.config.head_dim
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks][::2]
+        places = len(blocks) if self.every_block else 1
+        self.layers = nn.ModuleList(HiddenLayer(channels, rank, width) for _ in range(places))
+
+        def remember(module, args, kwargs):
+            self.now = self.take()
+            return None
+
+        transformer.register_forward_pre_hook(remember, with_kwargs=True)
+        if not self.every_block:
+            transformer.x_embedder.register_forward_hook(lambda m, args, out: self.update(0, out))
+            return
+        for place, block in enumerate(blocks):
+
+            def hook(module, args, kwargs, place=place):
+                kwargs["hidden_states"] = self.update(place, kwargs["hidden_states"])
+                return args, kwargs
+
+            block.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def update(self, place: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.now is None:
+            return hidden_states
+        tokens, _, strength = self.now
+        return hidden_states + strength * self.layers[place](tokens)
+
+
+class EveryBlockUpdate(HiddenUpdate):
+    every_block = True
+
+
+class HiddenLayer(nn.Module):
+    def __init__(self, channels: int, rank: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.down, self.up = nn.Linear(channels, rank, bias=False), nn.Linear(rank, width, bias=False)
+        self.scale = nn.Parameter(torch.zeros(width))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.up(self.down(self.norm(tokens)))
+
+
+class ConvolvedTokens(Lead):
+    """A depthwise 3x3 convolution, an identity at first, over the map's token grid."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        channels = self.config.in_channels
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        nn.init.dirac_(self.convolution.weight, groups=channels)
+
+    def enhance(self, hidden_states, semantic_tokens, positions=None, semantic_scale=1.0):
+        return super().enhance(hidden_states, self.spread(semantic_tokens, positions), positions, semantic_scale)
+
+    def spread(self, tokens, positions):
+        rows, columns = (int(edge) + 1 for edge in positions.amax(dim=0))
+        # The map is the same under each panel.
+        grid = tokens.to(self.dtype).unflatten(1, (rows, -1, columns))
+        one_panel = self.filter(grid[:, :, 0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return one_panel[:, :, None].expand(-1, -1, grid.shape[2], -1, -1).flatten(1, 3)
+
+    def filter(self, grid: torch.Tensor) -> torch.Tensor:
+        return self.convolution(grid)
+
+
+class MultiScaleTokens(ConvolvedTokens):
+    """The map's tokens, plus gated means over 3x3 tokens and over the whole map."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        del self.convolution
+        self.weights = nn.Parameter(torch.zeros(2, self.config.in_channels, 1, 1))
+
+    def filter(self, grid):
+        near = F.avg_pool2d(grid, 3, stride=1, padding=1, count_include_pad=False)
+        return grid + self.weights[0] * near + self.weights[1] * grid.mean(dim=(2, 3), keepdim=True)
+
+
+class DroppedTokens(Lead):
+    """A tenth of the map's tokens is zero in training."""
+
+    def enhance(self, hidden_states, semantic_tokens, positions=None, semantic_scale=1.0):
+        keep = torch.ones_like(semantic_tokens[..., :1])
+        dropped = F.dropout(keep, 0.1, self.training) * (0.9 if self.training else 1.0)
+        return super().enhance(hidden_states, semantic_tokens * dropped, positions, semantic_scale)
+
+
+class MapGuidance(LateLead):
+    """Classifier-free guidance on the map at inference (two calls a step): v = v_without + 1.5 (v_with - v_without)."""
+
+    strength = 1.5
+
+    def attach(self, transformer):
+        plain_forward = transformer.forward
+
+        def forward(hidden_states, **kwargs):
+            seen = self.take()
+            if seen is None:
+                return plain_forward(hidden_states=hidden_states, **kwargs)
+            enhanced = SemanticAttentionModel.enhance(self, hidden_states, *seen)
+            guided = plain_forward(hidden_states=enhanced, **kwargs)
+            if transformer.training:
+                return guided
+            plain = plain_forward(hidden_states=hidden_states, **kwargs)
+            return (torch.lerp(plain[0], guided[0], self.strength),)
+
+        transformer.forward = forward
