@@ -50,8 +50,8 @@ class _Fp8Linear(torch.autograd.Function):
     """`x @ weight.T + bias` and the gradient of x, both as fp8 products with one scale a row."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale, bias):
-        ctx.save_for_backward(weight, scale)
+    def forward(ctx, x, weight, scale, bias, columns):
+        ctx.save_for_backward(weight, scale, columns)
         rows, row_scales = to_fp8(x.flatten(0, -2))
         out = torch._scaled_mm(
             rows, weight.view(FP8).t(), row_scales, scale.t(), bias, out_dtype=x.dtype, use_fast_accum=True
@@ -60,14 +60,14 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        weight, scale = ctx.saved_tensors
+        weight, scale, columns = ctx.saved_tensors
         # The weight's scales run along the sum of this product, so they go into the gradient before it is quantised.
         rows, row_scales = to_fp8(grad.flatten(0, -2) * scale.t())
         # The hardware wants both factors contiguous along the sum.
-        columns = weight.t().contiguous().view(FP8).t()
+        columns = (weight.t().contiguous() if columns is None else columns).view(FP8).t()
         ones = torch.ones(1, weight.shape[1], dtype=torch.float32, device=grad.device)
         out = torch._scaled_mm(rows, columns, row_scales, ones, out_dtype=grad.dtype, use_fast_accum=True)
-        return out.unflatten(0, grad.shape[:-1]), None, None, None
+        return out.unflatten(0, grad.shape[:-1]), None, None, None, None
 
 
 class _WeightOnlyLinear(torch.autograd.Function):
@@ -136,6 +136,10 @@ class Fp8Linear(Int8Linear):
     quantised too, row by row, and both products run in fp8; elsewhere the weight is restored for each product.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("columns", None, persistent=False)
+
     def quantise(self, weight: torch.Tensor) -> None:
         rows, self.scale = to_fp8(weight)
         self.weight = nn.Parameter(rows.view(torch.uint8), requires_grad=False)
@@ -143,8 +147,19 @@ class Fp8Linear(Int8Linear):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # `_scaled_mm` writes bfloat16 where its scales are those of rows.
-        function = _Fp8Linear if self.multiplies and x.dtype == torch.bfloat16 else _WeightOnlyLinear
-        return function.apply(x, self.weight, self.scale, bias)
+        if self.multiplies and x.dtype == torch.bfloat16:
+            return _Fp8Linear.apply(x, self.weight, self.scale, bias, self.columns)
+        return _WeightOnlyLinear.apply(x, self.weight, self.scale, bias)
+
+
+class Fp8TwiceLinear(Fp8Linear):
+    """fp8 with the weight stored in both orders, so that backward need not turn it round: as large as bf16."""
+
+    bits = 16
+
+    def quantise(self, weight: torch.Tensor) -> None:
+        super().quantise(weight)
+        self.columns = self.weight.detach().t().contiguous()
 
 
 class Nf4Linear(FrozenLinear):
@@ -173,6 +188,7 @@ class Nf4Linear(FrozenLinear):
 PRECISIONS: dict[str, type[FrozenLinear] | None] = {
     "bf16": None,
     "fp8": Fp8Linear,
+    "fp8x2": Fp8TwiceLinear,
     "int8": Int8Linear,
     "nf4": Nf4Linear,
 }

@@ -97,6 +97,7 @@ class Plan:
 PLANS = [
     Plan(precision, checkpointing, compile=precision != "nf4")
     for precision, checkpointing in (
+        ("fp8x2", "none"),
         ("fp8", "none"),
         ("fp8", "selective"),
         ("bf16", "none"),
@@ -182,7 +183,7 @@ def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dty
         transformer = FluxTransformer2DModel.from_config(config)
     tried = []
     for plan in dict.fromkeys(map(fixed, PLANS)):
-        if plan.base_precision == "fp8" and not multiplies_fp8 and args.base_precision is None:
+        if plan.base_precision.startswith("fp8") and not multiplies_fp8 and args.base_precision is None:
             continue
         peak = estimate_peak(plan, transformer, tokens, args)
         tried.append(f"{plan} about {peak / 2**30:.1f} GiB")

@@ -365,6 +365,12 @@ def main() -> None:
             ("all but fp8", bench.trainer, [*compiled, "--checkpointing=none"], {}),
             ("all but fp8, selective", bench.trainer, [*compiled, "--checkpointing=selective"], {}),
             (
+                "fp8x2, compiled, selective",
+                bench.trainer,
+                [*compiled, "--base_precision=fp8x2", "--checkpointing=selective"],
+                {},
+            ),
+            (
                 "fp8, compiled, selective",
                 bench.trainer,
                 [*compiled, "--base_precision=fp8", "--checkpointing=selective"],
