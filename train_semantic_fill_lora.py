@@ -67,7 +67,7 @@ from pipeline_flux_fill_semantic import (
     panel_positions,
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
-from training_speed import CHECKPOINTING, choose_plan
+from training_speed import CHECKPOINTING, choose_plan, memory_advice
 
 
 logger = get_logger(__name__)
@@ -1092,7 +1092,10 @@ def save_checkpoint(model: SemanticFillModel, state: dict, args: argparse.Namesp
         # Those behind this step are of a run that was given up: damaged, or another checkpoint was gone on from.
         others.sort(key=lambda path: checkpoint_step(path) < state["step"])
         for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
-            shutil.rmtree(old)
+            # Renamed first, so that no half of it is ever found.
+            gone = old.with_name(f".{old.name}.gone")
+            os.replace(old, gone)
+            shutil.rmtree(gone)
             logger.info(f"Removed {old}")
     logger.info(f"Saved {folder}")
     return folder
@@ -1405,6 +1408,12 @@ def claim_output_dir(args: argparse.Namespace) -> filelock.FileLock:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ValueError(f"--output_dir {folder} is in use by another run.") from None
+    # What a killed run left: a checkpoint that was making way for its successor goes back.
+    for path in folder.glob(f".{CHECKPOINT_PREFIX}-*.old"):
+        if not (folder / path.stem[1:]).exists():
+            os.replace(path, folder / path.stem[1:])
+    for path in (*folder.glob(f".{CHECKPOINT_PREFIX}-*.*"), *folder.glob(".result.part")):
+        shutil.rmtree(path, ignore_errors=True)
     if args.resume_from_checkpoint is None and list_checkpoints(folder):
         lock.release()
         raise ValueError(
@@ -1412,6 +1421,20 @@ def claim_output_dir(args: argparse.Namespace) -> filelock.FileLock:
             " latest, or pass another folder."
         )
     return lock
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(pipeline: FluxFillSemanticPipeline, args: argparse.Namespace):
+    """Adds to the error which flags would make room."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        panels = len(SEMANTIC_MODES[args.semantic_mode].panels)
+        text = 512 if args.max_sequence_length == "auto" else args.max_sequence_length
+        tokens = panels * (args.resolution // 16) * (args.width // 16) + text
+        encoders = [] if args.cache_latents else (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+        size = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
+        raise torch.OutOfMemoryError(f"{error}\n{memory_advice(args, tokens, size)}") from error
 
 
 def train(
@@ -1555,6 +1578,7 @@ def main(args: argparse.Namespace) -> None:
 
         # Encode, with the encoders alone on the accelerator
         pipeline = load_encoders(args, accelerator.device, dtype)
+        stack.enter_context(explained_out_of_memory(pipeline, args))
         if args.max_sequence_length == "auto":
             args.max_sequence_length = longest_prompt(pipeline.tokenizer_2, dataset)
             logger.info(f"Prompts are {args.max_sequence_length} tokens long, as the longest in the data")

@@ -4,7 +4,7 @@
 import argparse
 import functools
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import init_empty_weights
@@ -147,6 +147,18 @@ def estimate_peak(plan: Plan, transformer: FluxTransformer2DModel, tokens: int, 
     return frozen * bits / 8 + 2 * rest + trained + kept + again
 
 
+def empty_transformer(args: argparse.Namespace) -> FluxTransformer2DModel:
+    """The run's transformer without its weights, on the meta device."""
+    config = FluxTransformer2DModel.load_config(
+        args.pretrained_model_name_or_path,
+        subfolder="transformer",
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+    with init_empty_weights():
+        return FluxTransformer2DModel.from_config(config)
+
+
 def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Plan, str]:
     """
     The fastest of `PLANS` that fits the free memory of the device, with what the run fixed itself taken as it is.
@@ -173,14 +185,7 @@ def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dty
     multiplies_fp8 = (major, minor) >= (8, 9) and dtype == torch.bfloat16
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     limit = free * (1 - SPARE_SHARE) - SPARE_BYTES
-    config = FluxTransformer2DModel.load_config(
-        args.pretrained_model_name_or_path,
-        subfolder="transformer",
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-    )
-    with init_empty_weights():
-        transformer = FluxTransformer2DModel.from_config(config)
+    transformer = empty_transformer(args)
     tried = []
     for plan in dict.fromkeys(map(fixed, PLANS)):
         if plan.base_precision.startswith("fp8") and not multiplies_fp8 and args.base_precision is None:
@@ -192,3 +197,44 @@ def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dty
     products = "fp8 products" if multiplies_fp8 else f"no fp8 products (compute capability {major}.{minor}, {dtype})"
     verdict = "" if peak <= limit else "; nothing fits, this needs least"
     return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Looked at: {'; '.join(tried)}"
+
+
+# -- Out of memory -----------------------------------------------------------------------------------------------------
+
+
+def memory_advice(args: argparse.Namespace, tokens: int, encoders: int) -> str:
+    """
+    What would make room: flags that the run does not use yet, the one that saves most first.
+
+    Args:
+        args (`argparse.Namespace`):
+            The run's.
+        tokens (`int`):
+            Image and text tokens of one sample.
+        encoders (`int`):
+            Bytes of the text encoders and the VAE that stay on the device beside the transformer.
+
+    Returns:
+        `str`: a sentence and a line for each flag, with what it saves by the estimate of `--fast`.
+    """
+    transformer = empty_transformer(args)
+    now = Plan(args.base_precision or "bf16", args.checkpointing or "none", bool(args.compile))
+
+    def peak(plan: Plan = now, batch: int = args.train_batch_size, **changed) -> float:
+        return estimate_peak(plan, transformer, batch * tokens, argparse.Namespace(**vars(args) | changed))
+
+    savings = {f"--checkpointing {name}": peak() - peak(replace(now, checkpointing=name)) for name in CHECKPOINTING}
+    savings |= {f"--base_precision {name}": peak() - peak(replace(now, base_precision=name)) for name in PRECISIONS}
+    accumulated = args.train_batch_size * args.gradient_accumulation_steps
+    savings[f"--train_batch_size 1 --gradient_accumulation_steps {accumulated}"] = peak() - peak(batch=1)
+    if args.optimizer == "adamw":
+        savings["--use_8bit_adam"] = peak() - peak(use_8bit_adam=True)
+    savings["--cache_latents"] = 0 if args.cache_latents else encoders
+    lines = [
+        f"  {flags}: about {saved / 2**30:.2f} GiB"
+        for flags, saved in sorted(savings.items(), key=lambda item: -item[1])
+        if saved > 0
+    ]
+    if not lines:
+        return "Every flag that saves memory is in use: lower --resolution, --max_sequence_length or --rank."
+    return f"Of about {(peak() + encoders) / 2**30:.2f} GiB that a step takes, these flags save:\n" + "\n".join(lines)

@@ -1,0 +1,316 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Faults, injected into real runs: what is lost, what is said, and how the run goes on."""
+
+import concurrent.futures
+import errno
+import json
+import random
+import re
+import signal
+from pathlib import Path
+
+import forked_runs
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import PartialState
+from forked_runs import Fail, Kill, LimitFileSize, Meet, Moment, Signal
+from test_training import arguments, run
+
+import train_semantic_fill_lora as trainer
+from training_speed import CHECKPOINTING, memory_advice
+
+
+WEIGHTS = ("pytorch_lora_weights.safetensors", "semantic_attention/diffusion_pytorch_model.safetensors")
+STEPS = 12
+OPTIONS = (
+    "--resolution 32 --rank 4 --max_sequence_length 16 --train_batch_size 2 --report_to none --mixed_precision no"
+    " --lora_dropout 0.1 --random_flip --caption_dropout 0.3 --semantic_dropout 0.3 --checkpointing_steps 2"
+    f" --checkpoints_total_limit 2 --max_train_steps {STEPS} --lr_scheduler linear"
+).split()
+KILLS = 30
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Runs to start: `start` at once, or `end` and tell the exit code."""
+    return Runs()
+
+
+class Runs:
+    def __init__(self):
+        self.context = forked_runs.context()
+
+    def start(self, base_folder, data, out: Path, *more, moment: Moment | None = None):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        options = ["--pretrained_model_name_or_path", base_folder, "--train_data_dir", data, "--output_dir", out]
+        options = [str(option) for option in (*options, *OPTIONS, "--cache_dir", f"{out}.hf", *more)]
+        process = self.context.Process(target=forked_runs.train, args=(options, f"{out}.log", moment))
+        process.start()
+        return process
+
+    def end(self, *args, **kwargs) -> int:
+        process = self.start(*args, **kwargs)
+        process.join(120)
+        return process.exitcode
+
+
+def said(out: Path) -> str:
+    return Path(f"{out}.log").read_text()
+
+
+def assert_same_result(out: Path, expected: Path) -> None:
+    for file in WEIGHTS:
+        found, wanted = (safetensors.torch.load_file(folder / file) for folder in (out, expected))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), file
+
+
+def whole_checkpoints(out: Path) -> list[int]:
+    """The steps of all that is called a checkpoint, each of them whole."""
+    found = trainer.list_checkpoints(out)
+    assert [trainer.checkpoint_damage(path) for path in found] == [None] * len(found)
+    return [trainer.checkpoint_step(path) for path in found]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs, base_folder, triptych_folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert runs.end(base_folder, triptych_folder, out) == 0, said(out)
+    weights = safetensors.torch.load_file(out / WEIGHTS[0])
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+    return out
+
+
+def test_killed_at_30_moments_and_resumed(runs, base_folder, triptych_folder, tmp_path, undisturbed):
+    operations = json.loads(Path(f"{undisturbed}.log.json").read_text())
+    a_checkpoint = operations["checkpoint"] // (STEPS // 2)
+    assert set(operations) == set(forked_runs.PHASES) and min(a_checkpoint, operations["result"]) > 5
+    # Each chain is one run, killed once in each phase and twice while stepping. Steps are counted so that some are left.
+    latest = {
+        "encoding": operations["encoding"],
+        "step": 3,
+        "checkpoint": a_checkpoint,
+        "result": operations["result"],
+    }
+    phases = ("encoding", "step", "checkpoint", "step", "result")
+
+    def chain(number: int) -> list[str]:
+        chance, out = random.Random(number), tmp_path / str(number) / "out"
+        killed = []
+        for phase in phases:
+            # Half of the kills right at an operation, the others somewhere after it.
+            delay = chance.choice((0.0, chance.uniform(0.0, 0.02)))
+            moment = Moment(phase, chance.randint(1, latest[phase]), Kill(delay))
+            code = runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest", moment=moment)
+            assert code == -signal.SIGKILL, (moment, said(out))
+            assert set(whole_checkpoints(out)) <= set(range(2, STEPS + 1, 2))
+            killed.append(phase)
+        assert runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest") == 0, said(out)
+        assert_same_result(out, undisturbed)
+        assert whole_checkpoints(out) == [STEPS - 2, STEPS]
+        # Nothing is left of what was cut short.
+        assert not [path for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+        assert "nan" not in (out / "README.md").read_text()
+        return killed
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        killed = sum(pool.map(chain, range(KILLS // len(phases))), [])
+    assert len(killed) == KILLS and set(killed) == set(forked_runs.PHASES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_stopped_by_a_signal_and_resumed(runs, base_folder, triptych_folder, tmp_path, undisturbed, number):
+    out = tmp_path / "out"
+    moment = Moment("step", 5, Signal(number))
+    assert runs.end(base_folder, triptych_folder, out, moment=moment) == 128 + number, said(out)
+    assert "at step 5. Go on with --resume_from_checkpoint latest." in said(out)
+    assert whole_checkpoints(out) == [4, 5]
+    assert runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest") == 0, said(out)
+    assert_same_result(out, undisturbed)
+
+
+# The second checkpoint fails: too long for the system, or at its first operation.
+@pytest.mark.parametrize(
+    "phase, count, action, error",
+    [
+        ("checkpoint", 1, LimitFileSize(100_000), "File too large"),
+        ("checkpoint", 3, Fail(errno.ENOSPC), "No space left on device"),
+        ("checkpoint", 3, Fail(errno.EROFS), "Read-only file system"),
+        ("result", 3, Fail(errno.ENOSPC), "No space left on device"),
+    ],
+)
+def test_full_disk_and_read_only_output(
+    runs, base_folder, triptych_folder, tmp_path, undisturbed, phase, count, action, error
+):
+    out = tmp_path / "out"
+    operations = json.loads(Path(f"{undisturbed}.log.json").read_text())
+    if phase == "checkpoint":
+        count += operations["checkpoint"] // (STEPS // 2)
+    assert runs.end(base_folder, triptych_folder, out, moment=Moment(phase, count, action)) == 1
+    last_line = said(out).strip().splitlines()[-1]
+    assert last_line.startswith("RuntimeError: Writing failed: ") and error in last_line
+    assert "elsewhere with --output_dir" in last_line and "go on with --resume_from_checkpoint latest" in last_line
+    assert whole_checkpoints(out) == ([2] if phase == "checkpoint" else [STEPS - 2, STEPS])
+    assert not [path for path in out.iterdir() if path.name.endswith(".part")]
+    assert runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest") == 0, said(out)
+    assert_same_result(out, undisturbed)
+
+
+def test_full_disk_while_encoding(runs, base_folder, triptych_folder, tmp_path, undisturbed):
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    moment = Moment("encoding", 8, Fail(errno.ENOSPC))
+    code = runs.end(base_folder, triptych_folder, out, "--cache_root", cache, moment=moment)
+    last_line = said(out).strip().splitlines()[-1]
+    assert code == 1 and "No space left" in last_line and "elsewhere with --cache_root" in last_line
+    assert not list(out.glob("checkpoint-*")) and not [path for path in cache.iterdir() if path.name.startswith(".")]
+    assert runs.end(base_folder, triptych_folder, out, "--cache_root", cache) == 0, said(out)
+    assert re.search(r"Encodings: [1-9]\d* found", said(out))
+    assert_same_result(out, undisturbed)
+
+
+@pytest.mark.parametrize("folder", ["a file/out", "/proc/out"])
+def test_output_that_cannot_be_written(base_folder, triptych_folder, tmp_path, folder):
+    (tmp_path / "a file").touch()
+    args = trainer.parse_args(
+        [
+            "--pretrained_model_name_or_path",
+            "unused",
+            "--train_data_dir",
+            "unused",
+            "--output_dir",
+            str(tmp_path / folder),
+        ]
+    )
+    with pytest.raises(RuntimeError, match="Writing failed: .*out.* elsewhere with --output_dir"):
+        trainer.claim_output_dir(args)
+
+
+def test_two_runs_in_one_folder_are_refused(runs, base_folder, triptych_folder, tmp_path, undisturbed):
+    out, marks = tmp_path / "out", tmp_path / "marks"
+    marks.mkdir()
+    first = runs.start(base_folder, triptych_folder, out, moment=Moment("step", 3, Meet(str(marks), 2)))
+    while first.is_alive() and not list(marks.iterdir()):
+        first.join(0.01)
+    second = tmp_path / "second"
+    # The same folder by another name.
+    second.symlink_to(out)
+    assert runs.end(base_folder, triptych_folder, second, "--resume_from_checkpoint", "latest") == 1
+    assert f"ValueError: --output_dir {second} is in use by another run." in said(second)
+    (marks / "go on").touch()
+    first.join(120)
+    assert first.exitcode == 0, said(out)
+    assert_same_result(out, undisturbed)
+    # A later run that does not go on with the first is refused too.
+    assert runs.end(base_folder, triptych_folder, out) == 1
+    assert "holds checkpoints of an earlier run" in said(out)
+    assert_same_result(out, undisturbed)
+
+
+def test_two_runs_share_one_cache_at_once(runs, base_folder, triptych_folder, tmp_path, undisturbed):
+    cache, marks = tmp_path / "cache", tmp_path / "marks"
+    marks.mkdir()
+    # Both have found out what is missing and made some of it before either goes on.
+    moment = Moment("encoding", 5, Meet(str(marks), 2))
+    outs = [tmp_path / name for name in ("first", "second")]
+    both = [runs.start(base_folder, triptych_folder, out, "--cache_root", cache, moment=moment) for out in outs]
+    for process, out in zip(both, outs):
+        process.join(120)
+        assert process.exitcode == 0, said(out)
+        assert_same_result(out, undisturbed)
+    assert all(trainer.is_whole(path) for path in cache.iterdir()) and len(list(cache.iterdir())) == 15
+
+
+# -- In this process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_out_of_memory_says_what_saves_how_much(base_folder, triptych_folder, tmp_path, monkeypatch, cached):
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "compare", too_much)
+    flag = "--cache_latents" if cached else "--no-cache_latents"
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        run(base_folder, tmp_path / "out", "--max_train_steps", 1, flag, data=triptych_folder)
+    message = str(error.value)
+    assert message.startswith("CUDA out of memory.\nOf about ")
+    assert ("\n  --cache_latents: about" in message) != cached
+
+
+def test_memory_advice_names_flags_that_exist_and_what_they_save(base_folder, tmp_path):
+    flux = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
+    flux |= {"joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": [16, 56, 56]}
+    (tmp_path / "transformer").mkdir()
+    config = json.loads(Path(base_folder, "transformer", "config.json").read_text()) | flux
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+
+    def advice(*more):
+        return memory_advice(
+            arguments(tmp_path, "unused", "--train_batch_size", 4, *more, data="unused"), 2560, 10 * 2**30
+        )
+
+    flags = dict(re.findall(r"^  (--.*): about ([\d.]+) GiB$", advice("--no-cache_latents"), re.MULTILINE))
+    saved = [float(number) for number in flags.values()]
+    assert saved == sorted(saved, reverse=True) and flags["--cache_latents"] == "10.00"
+    expected = {f"--checkpointing {name}" for name in CHECKPOINTING if name != "none"}
+    assert expected | {"--base_precision nf4", "--use_8bit_adam"} <= set(flags) and "--checkpointing none" not in flags
+    # The bits of 11.8 billion weights.
+    assert float(flags["--base_precision nf4"]) == pytest.approx(11.8e9 * (16 - 4) / 8 / 2**30, rel=0.05)
+    accepted = "--no-cache_latents", *" ".join(flags).split()
+    assert arguments(tmp_path, "unused", *accepted, data="unused").train_batch_size == 1
+    everything = ["--checkpointing", "full", "--base_precision", "nf4", "--train_batch_size", 1, "--use_8bit_adam"]
+    assert "Every flag that saves memory is in use" in advice(*everything)
+
+
+def test_bad_steps_leave_a_checkpoint_to_go_on_from(base_folder, triptych_folder, tmp_path, monkeypatch, caplog):
+    compare, steps = trainer.compare, []
+
+    def not_a_number_from_the_third(*args):
+        steps.append(args)
+        return compare(*args) * (float("nan") if 3 <= len(steps) <= 4 else 1)
+
+    monkeypatch.setattr(trainer, "compare", not_a_number_from_the_third)
+    more = ["--max_train_steps", 6, "--max_bad_steps", 2]
+    with pytest.raises(RuntimeError, match=r"2 steps in a row .* rows \[\d, \d\].*checkpoint-4 holds the last good"):
+        run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+    assert caplog.text.count("skipped: loss nan") == 2
+    good = run(base_folder, tmp_path / "good", "--max_train_steps", 2, data=triptych_folder)
+    # The patched loss is good again for this run.
+    for file in WEIGHTS:
+        left = safetensors.torch.load_file(tmp_path / "out" / "checkpoint-4" / file)
+        wanted = safetensors.torch.load_file(good / file)
+        assert all(torch.equal(left[name], wanted[name]) for name in wanted)
+    run(base_folder, tmp_path / "out", *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
+
+
+def test_the_limit_never_removes_the_checkpoint_just_written(base_folder, triptych_folder, tmp_path):
+    out, more = tmp_path / "out", ["--checkpointing_steps", 2]
+    run(base_folder, out, "--max_train_steps", 6, *more, data=triptych_folder)
+    for number in (4, 6):
+        (out / f"checkpoint-{number}" / "training_state.json").write_text("{")
+    more += ["--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest"]
+    run(base_folder, out, "--max_train_steps", 4, *more, data=triptych_folder)
+    assert whole_checkpoints(out) == [4]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "1", "{}", '{"pytorch_lora_weights.safetensors": 3}'])
+def test_a_damaged_manifest_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    assert trainer.checkpoint_damage(tmp_path) is not None
+
+
+def test_a_flipped_bit_in_an_encoding_is_seen(tmp_path, caplog):
+    tensors = {"a": torch.arange(8, dtype=torch.bfloat16), "b": torch.zeros(3)}
+    path = tmp_path / "encoding.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"crc32": trainer.checksum(tensors)})
+    assert trainer.is_whole(path)
+    content = bytearray(path.read_bytes())
+    PartialState()
+    for place in (0, 9, len(content) - 1):
+        damaged = content.copy()
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        assert not trainer.is_whole(path)
+    assert caplog.text.count(f"{path} is damaged") == 3
+    assert not trainer.is_whole(tmp_path / "missing")
