@@ -54,7 +54,9 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft, make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 
@@ -74,6 +76,10 @@ logger = get_logger(__name__)
 
 PANELS = ("visible", "target", "semantic")
 CHECKPOINT_PREFIX = "checkpoint"
+# Where a pushed checkpoint lies in its repository, whatever its step.
+HUB_CHECKPOINT = "last-checkpoint"
+FLUX_LICENSE = "flux-1-dev-non-commercial-license"
+FLUX_LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/blob/main/LICENSE.md"
 GO_ON = "Earlier checkpoints are whole: go on with --resume_from_checkpoint latest."
 # Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples.
 LORA_TARGETS = [
@@ -144,14 +150,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="What looks the map up: the noisy latents, or the condition's picture channels.",
     )
     add("--semantic_dropout", type=float, default=0.0, help="Share of samples trained without their map.")
-    add("--semantic_weights", help="Folder of a trained module to start from.")
+    add("--semantic_weights", help="Trained module to start from: a trained folder or Hub repository.")
 
     # LoRA
     add("--rank", type=int, default=16, help="Rank of the LoRA.")
     add("--lora_alpha", type=int, help="Default: the rank.")
     add("--lora_dropout", type=float, default=0.0)
     add("--lora_layers", help="Comma-separated module names. Default: attention and feed-forward of all blocks.")
-    add("--lora_weights", help="Folder of a trained LoRA to start from.")
+    add("--lora_weights", help="Trained LoRA to start from: a folder or Hub repository.")
 
     # Objective
     add("--guidance_scale", type=float, default=1.0, help="Fed to the guidance embedding while training.")
@@ -237,7 +243,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     # Checkpoints, validation, trackers, Hub
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int)
-    add("--resume_from_checkpoint", help="`latest` or the path of a checkpoint.")
+    add("--resume_from_checkpoint", help="`latest`, the path of a checkpoint, or a Hub repository one was pushed to.")
     add("--validation_steps", type=int, help="Paint validation samples every so many steps.")
     add("--num_validation_images", type=int, default=4, help="Training rows painted, from the first on.")
     add("--validation_inference_steps", type=int, default=28)
@@ -245,10 +251,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--logging_dir", default="logs")
     add("--log_level", default="info", choices=["debug", "info", "warning", "error"])
     add("--report_to", default="tensorboard", help="tensorboard, wandb, all or none.")
-    add("--push_to_hub", action="store_true")
-    add("--hub_model_id")
-    add("--hub_token", help="Better left to the environment or the login.")
+    add("--push_to_hub", action="store_true", help="With the token of `hf auth login` or HF_TOKEN.")
+    add("--hub_model_id", help="Default: the name of --output_dir.")
     add("--hub_private_repo", action="store_true")
+    add(
+        "--hub_strategy",
+        default="end",
+        choices=["end", "every_checkpoint"],
+        help=f"What is pushed: the result, or each checkpoint as `{HUB_CHECKPOINT}/` as well.",
+    )
+    # Known only to be refused: an unknown argument would be printed with its value.
+    add("--hub_token", help=argparse.SUPPRESS)
 
     args = parser.parse_args(input_args)
     try:
@@ -313,10 +326,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             "--resume_from_checkpoint already holds weights: leave --lora_weights/--semantic_weights out."
         )
-    if args.push_to_hub and args.hub_token and args.report_to == "wandb":
+    if args.hub_token is not None:
         raise ValueError(
-            "--hub_token with --report_to wandb could leak the token. Log in with `hf auth login` instead."
+            "--hub_token is not taken, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
         )
+    del args.hub_token
+    if (args.hub_strategy != "end" or args.hub_private_repo) and not args.push_to_hub:
+        raise ValueError("--hub_strategy and --hub_private_repo need --push_to_hub.")
     if not args.fast:
         args.base_precision = args.base_precision or "bf16"
         args.checkpointing = args.checkpointing or "none"
@@ -937,9 +953,7 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
     semantic_attention = None
     if SEMANTIC_MODES[args.semantic_mode].attends:
         if args.semantic_weights:
-            semantic_attention = SemanticAttentionModel.from_pretrained(
-                args.semantic_weights, use_safetensors=True, dtype=torch.float32
-            )
+            semantic_attention = load_semantic_attention(args.semantic_weights, args.cache_dir)
         else:
             semantic_attention = SemanticAttentionModel(
                 in_channels=transformer.out_channels,
@@ -952,7 +966,7 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
         # Loaded models come in evaluation mode, made ones in training mode.
         semantic_attention.to(device).requires_grad_(True).train()
     if args.lora_weights:
-        load_lora(transformer, args.lora_weights)
+        load_lora(transformer, args.lora_weights, args.cache_dir)
     model = SemanticFillModel(transformer.train(), semantic_attention)
     # PEFT gives adapters the dtype of their base; steps as small as a learning rate vanish in bfloat16.
     cast_training_params(model, dtype=torch.float32)
@@ -962,16 +976,46 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
     return model
 
 
-def load_lora(transformer: FluxTransformer2DModel, folder: str | os.PathLike) -> None:
-    weights = FluxFillSemanticPipeline.lora_state_dict(
-        str(folder), weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
-    )
+def load_semantic_attention(source: str, cache_dir: str | None) -> SemanticAttentionModel:
+    """The module of a trained folder or Hub repository, or of the `semantic_attention` folder itself."""
+    errors = []
+    for subfolder in (SEMANTIC_SUBFOLDER, ""):
+        try:
+            return SemanticAttentionModel.from_pretrained(
+                source, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True, dtype=torch.float32
+            )
+        except OSError as error:
+            errors.append(str(error))
+    raise ValueError(f"--semantic_weights {source} holds no trained module: {errors[0]}")
+
+
+def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, cache_dir: str | None = None) -> None:
+    """Puts a LoRA of a folder or Hub repository in place, which has to have the rank, alpha and layers of this run."""
+    try:
+        weights, metadata = FluxFillSemanticPipeline.lora_state_dict(
+            str(source),
+            weight_name=LORA_WEIGHT_NAME_SAFE,
+            use_safetensors=True,
+            cache_dir=cache_dir,
+            return_lora_metadata=True,
+        )
+    except OSError as error:
+        raise ValueError(f"{source} holds no trained LoRA: {error}") from error
+    config = transformer.peft_config["default"]
+    rank = next((weight.shape[0] for name, weight in weights.items() if ".lora_A." in name), None)
+    # Without metadata diffusers takes the rank for alpha.
+    alpha = (metadata or {}).get("transformer.lora_alpha", rank)
+    if (rank, alpha) != (config.r, config.lora_alpha):
+        raise ValueError(
+            f"The LoRA in {source} has rank {rank} and alpha {alpha}, but --rank is {config.r} and --lora_alpha"
+            f" {config.lora_alpha}: pass --rank {rank} --lora_alpha {alpha}."
+        )
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     result = set_peft_model_state_dict(transformer, convert_unet_state_dict_to_peft(weights))
     missing = [name for name in result.missing_keys if "lora" in name]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"The LoRA in {folder} does not fit --rank and --lora_layers: missing {missing[:3]}, unexpected"
+            f"The LoRA in {source} does not fit --lora_layers: missing {missing[:3]}, unexpected"
             f" {result.unexpected_keys[:3]}."
         )
 
@@ -1128,12 +1172,14 @@ def checkpoint_damage(folder: Path) -> str | None:
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from: `latest` is the newest undamaged one, a path is taken or refused."""
+    """The checkpoint to go on from: `latest` is the newest undamaged one, a path or repository is taken or refused."""
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint != "latest":
         path = Path(args.resume_from_checkpoint)
         path = path if path.is_dir() else Path(args.output_dir, path.name)
+        if not path.is_dir() and is_hub_id(args.resume_from_checkpoint):
+            path = download_checkpoint(args.resume_from_checkpoint, args.cache_dir)
         damage = checkpoint_damage(path)
         if damage:
             raise ValueError(
@@ -1147,6 +1193,31 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         logger.warning(f"Skipping the damaged checkpoint {path}: {damage}")
     logger.info(f"No checkpoint in {args.output_dir}: starting from step 0")
     return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name`, which may be a path as well, can be a repository `user/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not os.path.exists(name)
+
+
+def download_checkpoint(repo_id: str, cache_dir: str | None) -> Path:
+    try:
+        folder = snapshot_download(repo_id, allow_patterns=f"{HUB_CHECKPOINT}/*", cache_dir=cache_dir)
+    except Exception as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {repo_id} is no folder, and no Hub repository that can be read: {error}"
+        ) from error
+    path = Path(folder, HUB_CHECKPOINT)
+    if not path.is_dir():
+        raise ValueError(
+            f"--resume_from_checkpoint {repo_id} has no `{HUB_CHECKPOINT}/`, which --hub_strategy every_checkpoint"
+            " pushes. To start from its result, pass --lora_weights and --semantic_weights."
+        )
+    return path
 
 
 def load_checkpoint(folder: Path, model: SemanticFillModel) -> dict:
@@ -1274,15 +1345,17 @@ def save_model_card(path: Path, args: argparse.Namespace, loss: float, samples: 
     guided = "semantic_image=semantic_map, " if args.semantic_mode != "none" else ""
     widgets = "\n\n".join(f"![{sample.stem}](samples/{sample.name})" for sample in samples[-1:])
     options = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(args).items() if value is not None)
+    base = args.pretrained_model_name_or_path
+    on_hub = is_hub_id(base)
+    by_flux = base.startswith("black-forest-labs/FLUX.1")
     description = f"""
 # Semantic fill: {repo}
 
 A LoRA{" and a semantic cross-attention module" if SEMANTIC_MODES[args.semantic_mode].attends else ""} for
-[{args.pretrained_model_name_or_path}](https://huggingface.co/{args.pretrained_model_name_or_path}) that paint a second
-view of a scene beside the first, in the mode `{args.semantic_mode}`. Trained for {args.max_train_steps} steps; the last step's loss was
-{loss:.4f}.
+{f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`"}: it paints a second view of a scene
+beside the first, in the mode `{args.semantic_mode}`. Trained for {args.max_train_steps} steps; the last step's loss was {loss:.4f}.
 
-{widgets}
+{f"visible, map, painted, target:{chr(10) * 2}{widgets}" if widgets else ""}
 
 ## Use
 
@@ -1291,11 +1364,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(
-    "{args.pretrained_model_name_or_path}", custom_pipeline="{repo}", trust_remote_code=True, dtype=torch.bfloat16
+    "{base if on_hub else Path(base).name}", custom_pipeline="{repo}", trust_remote_code=True, dtype=torch.bfloat16
 ).to("cuda")
 pipe.load_lora_weights("{repo}")
 painted = pipe(
-    prompt="{args.instance_prompt or "..."}", image=visible, {guided}max_sequence_length={args.max_sequence_length}
+    prompt={json.dumps(args.instance_prompt or "...", ensure_ascii=False)}, image=visible, {guided}max_sequence_length={args.max_sequence_length}
 ).images[0]
 ```
 
@@ -1316,10 +1389,13 @@ pixels a view. The licence of the base model holds for what is made with it.
 """
     tags = ["image-to-image", "diffusers-training", "diffusers", "lora", "flux", "semantic-fill"]
     data = ModelCardData(
-        base_model=args.pretrained_model_name_or_path,
-        datasets=args.dataset_name if args.dataset_name and not os.path.isdir(args.dataset_name) else None,
+        # The Hub refuses a card that names a folder as its model or data set.
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        datasets=[args.dataset_name] if args.dataset_name and not os.path.isdir(args.dataset_name) else None,
         license="other",
-        license_name="flux-1-dev-non-commercial-license",
+        license_name=FLUX_LICENSE if by_flux else "as-base-model",
+        license_link=FLUX_LICENSE_LINK if by_flux else None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=tags,
@@ -1329,8 +1405,39 @@ pixels a view. The licence of the base model holds for what is made with it.
 
 
 def public_config(args: argparse.Namespace) -> dict:
-    """The arguments as trackers and cards may show them: never a token."""
-    return {name: value for name, value in vars(args).items() if "token" not in name}
+    """The arguments as trackers and cards may show them: of a folder or file of this machine its name only."""
+    paths = ("dir", "root", "name_or_path", "weights", "dataset_name", "resume_from_checkpoint")
+    return {
+        name: Path(value).name if isinstance(value, str) and name.endswith(paths) and not is_hub_id(value) else value
+        for name, value in vars(args).items()
+    }
+
+
+def open_repo(args: argparse.Namespace) -> str:
+    """Makes the repository or finds it, before training, so that a missing token or right costs nothing."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+    except Exception as error:
+        raise RuntimeError(
+            f"--push_to_hub cannot write to {name}: {error}. Log in with `hf auth login` or set HF_TOKEN to a token"
+            " with the right to write. Nothing was trained yet."
+        ) from error
+
+
+def push_checkpoint(folder: Path, args: argparse.Namespace) -> None:
+    """Makes a checkpoint the one that the Hub repository holds, in one commit. A failure is told and costs nothing."""
+    try:
+        upload_folder(
+            repo_id=args.hub_model_id,
+            folder_path=folder,
+            path_in_repo=HUB_CHECKPOINT,
+            delete_patterns="*",
+            commit_message=folder.name,
+        )
+        logger.info(f"Pushed {folder} to {args.hub_model_id}")
+    except Exception as error:
+        logger.warning(f"{folder} is saved, but the upload to {args.hub_model_id} failed: {error}. Training goes on.")
 
 
 def push_to_hub(repo_id: str, files: list[str], args: argparse.Namespace) -> None:
@@ -1341,7 +1448,6 @@ def push_to_hub(repo_id: str, files: list[str], args: argparse.Namespace) -> Non
             folder_path=args.output_dir,
             commit_message="Semantic fill training",
             allow_patterns=files,
-            token=args.hub_token,
         )
     except Exception as error:
         raise RuntimeError(
@@ -1512,7 +1618,9 @@ def train(
                 state["lr_scheduler"] = lr_scheduler.state_dict()
                 if accelerator.scaler is not None:
                     state["scaler"] = accelerator.scaler.state_dict()
-                save_checkpoint(bare, state, args)
+                folder = save_checkpoint(bare, state, args)
+                if args.hub_strategy == "every_checkpoint":
+                    push_checkpoint(folder, args)
             if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
                 paint_samples(bare, step_fn.encoder, step, accelerator, args)
             accelerator.wait_for_everyone()
@@ -1562,14 +1670,7 @@ def main(args: argparse.Namespace) -> None:
             stack.callback(claim_output_dir(args).release)
         repo_id = None
         if args.push_to_hub and accelerator.is_main_process:
-            # Before training, so that a missing token or right costs nothing.
-            repo_id = create_repo(
-                args.hub_model_id or Path(args.output_dir).resolve().name,
-                private=args.hub_private_repo,
-                exist_ok=True,
-                token=args.hub_token,
-            ).repo_id
-            args.hub_model_id = repo_id
+            repo_id = args.hub_model_id = open_repo(args)
 
         # Read
         with accelerator.main_process_first():

@@ -123,6 +123,10 @@ def front_matter(content: str) -> dict:
         entries = value if isinstance(value, list) else [value]
         if name in metadata and (not isinstance(value, types) or not all(isinstance(entry, str) for entry in entries)):
             raise ValueError(f'"{name}" must be a string or a list of strings, got {value!r}')
+        if name in ("base_model", "datasets") and name in metadata:
+            for entry in entries:
+                if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry):
+                    raise ValueError(f'"{name}" with value "{entry}" is not valid. Use an id from the Hub.')
     return metadata
 
 

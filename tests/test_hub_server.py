@@ -154,7 +154,7 @@ def test_card_validation(hub, client):
         """
         from huggingface_hub import ModelCard
         ModelCard("---\\nlicense: mit\\n---\\ntext").validate()
-        for wrong in ("tags: [1]", "license: [1, 2]", "pipeline_tag: {a: b}"):
+        for wrong in ("tags: [1]", "license: [1, 2]", "pipeline_tag: {a: b}", "base_model: /a/folder"):
             try:
                 ModelCard(f"---\\n{wrong}\\n---\\ntext", ignore_metadata_errors=True).validate()
             except ValueError as error:

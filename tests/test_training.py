@@ -308,7 +308,7 @@ def test_final_folder(base_folder, triptych_folder, tmp_path):
     grid = PIL.Image.open(out / "samples" / "step-000002.png")
     assert grid.size == (4 * 32, 2 * 32)
     card = (out / "README.md").read_text()
-    assert f"base_model: {base_folder}" in card and "load_lora_weights" in card
+    assert "load_lora_weights" in card
     compile((out / "pipeline.py").read_text(), "pipeline.py", "exec")
     stock = FluxFillPipeline.from_pretrained(base_folder)
     stock.load_lora_weights(out)

@@ -1,0 +1,226 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""What goes to the Hub and comes from it: checkpoints, cards, faults, and trained weights to start from."""
+
+import copy
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+from diffusers import FluxFillPipeline
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from test_processes import ON_CPU
+from test_training import LORA_FILE, MODULE_FILE, arguments, run, weights_of
+
+import train_semantic_fill_lora as trainer
+
+
+TOKEN = "hf_planted_secret"
+# Each client is another machine: a fresh process with a home of its own.
+PREAMBLE = """
+import logging, os, sys
+from pathlib import Path
+sys.path[:0] = {paths}
+from test_training import arguments, run
+import train_semantic_fill_lora as trainer
+base, data, tmp = {arguments}
+def refused(kind, call):
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError("was not refused")
+"""
+
+
+@pytest.fixture
+def hub():
+    with HubServer(token=TOKEN) as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub, base_folder, triptych_folder, tmp_path):
+    def run_code(code: str, home: str) -> str:
+        preamble = PREAMBLE.format(
+            paths=[str(ROOT / "tests"), str(ROOT), str(ROOT / "examples")],
+            arguments=(base_folder, triptych_folder, str(tmp_path)),
+        )
+        # The tests' conftest keeps clients off the Hub unless told otherwise.
+        env = {**hub.environment(tmp_path / home, TOKEN), **ON_CPU, "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", preamble + code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert TOKEN not in done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run_code
+
+
+TRAIN = """
+logging.basicConfig(level=logging.INFO, force=True)
+run(base, Path(tmp, "out"), *"{options} --max_train_steps 4 --checkpointing_steps 2 --push_to_hub --hub_private_repo"
+    " --hub_model_id user/fill-v1.5 --hub_strategy every_checkpoint".split(), data=data)
+"""
+
+GO_ON = """
+import safetensors.torch
+repo = ["--resume_from_checkpoint", "user/fill-v1.5"]
+options = "{options} --max_train_steps".split()
+run(base, Path(tmp, "resumed"), *options, 6, *repo, data=data)
+
+# Nothing is learnt at a rate of zero: what is saved is what was loaded.
+start = "--lora_alpha 8 --lora_weights user/fill-v1.5 --semantic_weights user/fill-v1.5 --learning_rate 0".split()
+run(base, Path(tmp, "started"), *start, "--max_train_steps", 1, data=data)
+said = refused(ValueError, lambda: run(base, Path(tmp, "x"), *start[2:], "--max_train_steps", 1, data=data))
+assert "has rank 4 and alpha 8" in said and "pass --rank 4 --lora_alpha 8" in said, said
+
+def resume(repo):
+    return refused(ValueError, lambda: run(base, Path(tmp, "x"), "--resume_from_checkpoint", repo, data=data))
+
+assert "no folder, and no Hub repository that can be read" in resume("user/none")
+assert "has no `last-checkpoint/`" in resume("user/empty")
+assert "is no whole checkpoint: pytorch_lora_weights.safetensors is not what was written" in resume("user/damaged")
+for option, text in (("--lora_weights", "holds no trained LoRA"), ("--semantic_weights", "holds no trained module")):
+    more = [option, "user/empty", "--max_train_steps", 1]
+    said = refused(ValueError, lambda: run(base, Path(tmp, "x"), *more, data=data))
+    assert "user/empty" in said and text in said, said
+"""
+
+
+def test_checkpoints_go_over_the_hub(hub, client, base_folder, triptych_folder, tmp_path):
+    options = "--lora_alpha 8 --lora_dropout 0.1 --random_flip --lr_warmup_steps 3"
+    options += " --lr_scheduler constant_with_warmup"
+    # The first checkpoint is refused; the second's first try is cut in the middle, its next answered with 500.
+    hub.fail("POST", "/commit/main$", 403, times=1)
+    hub.fail("POST", "/commit/main$", "cut", times=1)
+    hub.fail("POST", "/commit/main$", 500, times=1)
+    said = client(TRAIN.format(options=options), "trainer")
+    assert "checkpoint-2 is saved, but the upload to user/fill-v1.5 failed" in said and "Training goes on" in said
+    assert [r.status for r in hub.requests if "/commit/" in r.path] == [403, "cut", 500, 200, 200]
+    files = hub.files("user/fill-v1.5")
+    assert hub.repos["model", "user/fill-v1.5"].private
+    pushed = {name.removeprefix("last-checkpoint/") for name in files if name.startswith("last-checkpoint/")}
+    local = tmp_path / "out" / "checkpoint-4"
+    assert pushed == {p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()}
+    assert {Path(name).suffix for name in pushed} == {".json", ".safetensors"}
+    assert files[LORA_FILE] == (tmp_path / "out" / LORA_FILE).read_bytes()
+    assert not any(TOKEN.encode() in content for content in files.values())
+
+    before = {name: content for name, content in files.items() if name.startswith("last-checkpoint/")}
+    damaged = before[f"last-checkpoint/{LORA_FILE}"]
+    hub.add_repo("user/damaged", before | {f"last-checkpoint/{LORA_FILE}": damaged[:-1] + bytes([damaged[-1] ^ 1])})
+    hub.add_repo("user/empty", {"README.md": b""})
+    client(GO_ON.format(options=options), "elsewhere")
+    whole = run(base_folder, tmp_path / "whole", *options.split(), "--max_train_steps", 6, data=triptych_folder)
+    for file in (LORA_FILE, MODULE_FILE):
+        expected, resumed = weights_of(whole, file), weights_of(tmp_path / "resumed", file)
+        for name in expected:
+            torch.testing.assert_close(resumed[name], expected[name], atol=1e-6, rtol=1e-5)
+        pushed, started = safetensors.torch.load(files[file]), weights_of(tmp_path / "started", file)
+        assert all(torch.equal(pushed[name], started[name]) for name in pushed)
+
+
+FAULTS = """
+from huggingface_hub import ModelCard
+def push(name):
+    args = arguments(base, Path(tmp, "out"), "--push_to_hub", "--hub_model_id", "user/" + name, data=data)
+    trainer.push_to_hub(trainer.open_repo(args), ["README.md", "pipeline.py"], args)
+for name in ("exists", "once500", "once-cut"):
+    push(name)
+for name, status in (("gone", "404"), ("conflict", "409")):
+    said = refused(RuntimeError, lambda: push(name))
+    assert "Training is done and saved in" in said and status in said and "hf upload user/" + name in said, said
+for name in ("../up", "someone/else"):
+    said = refused(RuntimeError, lambda: push(name))
+    assert "--push_to_hub cannot write to" in said and "hf auth login" in said, said
+for name in ("out", "named"):
+    ModelCard.load(str(Path(tmp, name, "README.md"))).validate()
+os.environ["HF_TOKEN"] = "hf_wrong"
+said = refused(RuntimeError, lambda: push("fill"))
+assert "401" in said and "hf auth login" in said and "Nothing was trained" in said and "hf_wrong" not in said, said
+"""
+
+def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, tmp_path):
+    for name, more in (("out", []), ("named", ["--hub_model_id", "user/fill", "--instance_prompt", 'a "hot": é'])):
+        args = arguments(base_folder, tmp_path / name, *more, data=triptych_folder)
+        (tmp_path / name).mkdir()
+        if more:
+            args.pretrained_model_name_or_path = "black-forest-labs/FLUX.1-Fill-dev"
+            args.dataset_name, args.train_data_dir = "user/data", None
+        args.max_train_steps = 7
+        code = trainer.single_file_pipeline().encode()
+        (tmp_path / name / "pipeline.py").write_bytes(code)
+        samples = [Path("samples/step-000007.png")]
+        trainer.save_model_card(tmp_path / name / "README.md", args, 0.5, samples, code)
+    hub.add_repo("user/exists")
+    hub.fail("POST", "/once500/commit/", 500)
+    hub.fail("POST", "/once-cut/commit/", "cut")
+    hub.fail("POST", "/gone/commit/", 404)
+    hub.fail("POST", "/conflict/commit/", 409)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    client(FAULTS, "pusher")
+    for name in ("exists", "once500", "once-cut"):
+        assert hub.files(f"user/{name}")["pipeline.py"] == before[tmp_path / "out" / "pipeline.py"]
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+    card = ModelCard.load(tmp_path / "named" / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == "black-forest-labs/FLUX.1-Fill-dev" and data["datasets"] == ["user/data"]
+    assert data["license"] == "other" and data["license_name"] == "flux-1-dev-non-commercial-license"
+    assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "image-to-image")
+    assert data["instance_prompt"] == 'a "hot": é' and "lora" in data["tags"]
+    assert "![step-000007](samples/step-000007.png)" in card.text and hashlib.sha256(code).hexdigest() in card.text
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    compile(snippet, "card", "exec")
+    for name, value in trainer.public_config(args).items():
+        assert value is None or f"- `{name}`: `{value}`" in card.text
+    # A folder of this machine is no model of the Hub, and nobody else's business.
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "base_model" not in card.data.to_dict() and card.data.license_name == "as-base-model"
+    assert str(tmp_path) not in card.content and Path(base_folder).name in card.text
+
+
+def test_token_is_refused_unseen(capsys):
+    with pytest.raises(SystemExit):
+        trainer.parse_args(
+            ["--pretrained_model_name_or_path", "b", "--train_data_dir", "d", "--push_to_hub", "--hub_token", TOKEN]
+        )
+    said = capsys.readouterr().err
+    assert "hf auth login" in said and TOKEN not in said
+
+
+def test_stock_pipeline_applies_the_alpha(base, base_folder, triptych_folder, tmp_path):
+    more = ["--lora_alpha", 12, "--learning_rate", "1e-2", "--max_train_steps", 2]
+    out = run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+    call = {"prompt": "a", "num_inference_steps": 2, "max_sequence_length": 16, "height": 32, "width": 64}
+    call |= {"image": torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0)), "output_type": "pt"}
+    call["mask_image"] = torch.ones(1, 1, 32, 64)
+
+    def paint(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(generator=torch.Generator().manual_seed(0), **call).images
+
+    stock = FluxFillPipeline.from_pretrained(base_folder)
+    stock.load_lora_weights(out)
+    painted = paint(stock)
+    # The independent way: W + alpha / r * B A, merged by hand.
+    pictures = {}
+    for alpha in (12, 4):
+        merged = FluxFillPipeline(**base.components)
+        merged.register_modules(transformer=copy.deepcopy(base.transformer))
+        weights, state = weights_of(out), merged.transformer.state_dict()
+        for name in [n for n in weights if ".lora_A." in n]:
+            target = name.removeprefix("transformer.").replace(".lora_A.weight", ".weight")
+            state[target] += alpha / 4 * weights[name.replace("lora_A", "lora_B")] @ weights[name]
+        pictures[alpha] = paint(merged)
+    torch.testing.assert_close(painted, pictures[12], atol=1e-4, rtol=1e-4)
+    assert (painted - pictures[4]).abs().max() > 1e-3
+    assert json.loads((out / "semantic_attention" / "config.json").read_text())["num_layers"] == 1
