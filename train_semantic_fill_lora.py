@@ -38,7 +38,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -58,6 +58,9 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_down
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from base_precision import LORA_LAYERS, PRECISIONS, FrozenLinearConfig
@@ -81,6 +84,8 @@ HUB_CHECKPOINT = "last-checkpoint"
 FLUX_LICENSE = "flux-1-dev-non-commercial-license"
 FLUX_LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/blob/main/LICENSE.md"
 GO_ON = "Earlier checkpoints are whole: go on with --resume_from_checkpoint latest."
+# Where the weights of LoRA and module stand in `SemanticFillModel`.
+PARTS = ("transformer.", "semantic_attention.")
 # Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples.
 LORA_TARGETS = [
     "attn.to_k",
@@ -1064,15 +1069,111 @@ def build_optimizer(groups: list[dict], args: argparse.Namespace) -> torch.optim
     return torch.optim.AdamW(groups, fused=on_gpu or None, **kwargs)
 
 
+# -- Engines ----------------------------------------------------------------------------------------------------------
+# What differs between one process or DDP, which hold all whole, and the engines that share it out, is here.
+
+
+def find_engine(accelerator: Accelerator, args: argparse.Namespace) -> str:
+    """`plain` (one process or DDP) or `fsdp2`, as the launch file says; what cannot be trained right is refused."""
+    kind = accelerator.distributed_type
+    # accelerate leaves FSDP out on CPUs, where PyTorch shards as well.
+    on_cpu = kind == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if kind == DistributedType.FSDP or on_cpu:
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise ValueError(f"FSDP is taken in version 2 only: set `fsdp_version: 2`, not {version}.")
+        engine = "fsdp2"
+    elif kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        return "plain"
+    else:
+        raise ValueError(
+            f"The training runs on one process, with DDP or with FSDP2, but accelerate is configured for {kind.value}."
+            " Run `accelerate config` or pass `--config_file`."
+        )
+    if args.optimizer != "adamw" or args.use_8bit_adam:
+        # Prodigy's step size and the 8-bit blocks are made of whole tensors.
+        raise ValueError(f"{engine} shares the weights out and needs --optimizer adamw without --use_8bit_adam.")
+    if args.fast or args.base_precision != "bf16":
+        raise ValueError(f"{engine} shares the base out in half precision: leave --base_precision and --fast out.")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(f"--mixed_precision fp16 scales the loss, which {engine} does not do here: use bf16.")
+    return engine
+
+
+def shard(model: SemanticFillModel, accelerator: Accelerator) -> None:
+    """
+    Shares the weights out over all processes (FSDP2), block by block, each weight in its own dtype: the frozen base
+    stays in half precision, what is trained and its gradients in float32, and autocast computes as it does with DDP.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    transformer, module = model.transformer, model.semantic_attention
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        fully_shard(block, mesh=mesh)
+    # Groups of their own, so that painting can call them without the model around them.
+    fully_shard(transformer, mesh=mesh)
+    if module is not None:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    forward = model.forward
+
+    def forward_in_autocast(*args, **kwargs):
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = forward_in_autocast
+
+
+def whole(tree):
+    """A nested state without shards. Every process has to call it."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor()
+    if isinstance(tree, dict):
+        return {k: whole(v) for k, v in tree.items()}
+    return [whole(v) for v in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def whole_weights(model: SemanticFillModel) -> dict[str, torch.Tensor]:
+    """What is trained, by name, without shards. Every process has to call it."""
+    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Loads a state of whole tensors; where weights are shared out, each process takes its part of it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def part(value, parameter):
+        if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            value = value.to(parameter.device)
+            # All processes read the same file, so nothing has to be sent.
+            return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return value
+
+    states = {i: {k: part(v, parameters[i]) for k, v in values.items()} for i, values in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": states})
+
+
+def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
+    """Scales the gradients down to `max_norm` and returns the norm that they had, over all shards."""
+    accelerator.unscale_gradients()
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+
+
 # -- Save and resume --------------------------------------------------------------------------------------------------
 
 
-def save_weights(model: SemanticFillModel, folder: Path, args: argparse.Namespace) -> None:
-    """LoRA and module as inference loads them, in the float32 they are trained in."""
+def save_weights(
+    model: SemanticFillModel, weights: dict[str, torch.Tensor], folder: Path, args: argparse.Namespace
+) -> None:
+    """LoRA and module as inference loads them, in the float32 they are trained in, from the `whole_weights`."""
+    lora, module = ({k.removeprefix(p): w for k, w in weights.items() if k.startswith(p)} for p in PARTS)
+    semantic_attention = None
+    if model.semantic_attention is not None:
+        semantic_attention = SemanticAttentionModel.from_config(model.semantic_attention.config)
+        semantic_attention.load_state_dict(module)
     FluxFillSemanticPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=get_peft_model_state_dict(model.transformer),
-        semantic_attention=model.semantic_attention,
+        transformer_lora_layers=get_peft_model_state_dict(model.transformer, state_dict=lora),
+        semantic_attention=semantic_attention,
         semantic_mode=args.semantic_mode,
         fusion_alpha=args.fusion_alpha,
         max_sequence_length=args.max_sequence_length,
@@ -1105,7 +1206,9 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(model: SemanticFillModel, state: dict, args: argparse.Namespace) -> Path:
+def save_checkpoint(
+    model: SemanticFillModel, weights: dict[str, torch.Tensor], state: dict, args: argparse.Namespace
+) -> Path:
     """Writes a whole checkpoint beside its place and renames it; only then do the oldest ones go."""
     output_dir = Path(args.output_dir)
     folder = output_dir / f"{CHECKPOINT_PREFIX}-{state['step']}"
@@ -1114,7 +1217,7 @@ def save_checkpoint(model: SemanticFillModel, state: dict, args: argparse.Namesp
         shutil.rmtree(path, ignore_errors=True)
     try:
         with explained_write_errors("--output_dir", GO_ON):
-            save_weights(model, beside, args)
+            save_weights(model, weights, beside, args)
             tensors = {}
             described = split_tensors(state, "state", tensors)
             safetensors.torch.save_file(tensors, beside / "training_state.safetensors")
@@ -1230,7 +1333,13 @@ def load_checkpoint(folder: Path, model: SemanticFillModel) -> dict:
     return join_tensors(json.loads((folder / "training_state.json").read_text()), tensors)
 
 
-def save_result(model: SemanticFillModel, loss: float, samples: list[Path], args: argparse.Namespace) -> list[str]:
+def save_result(
+    model: SemanticFillModel,
+    weights: dict[str, torch.Tensor],
+    loss: float,
+    samples: list[Path],
+    args: argparse.Namespace,
+) -> list[str]:
     """
     Writes what the run was made for into the output folder and returns the names of these files. Each of them is there
     whole or as it was before, the model card the last.
@@ -1240,7 +1349,7 @@ def save_result(model: SemanticFillModel, loss: float, samples: list[Path], args
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with explained_write_errors("--output_dir", GO_ON):
-            save_weights(model, beside, args)
+            save_weights(model, weights, beside, args)
             code = single_file_pipeline().encode()
             (beside / "pipeline.py").write_bytes(code)
             save_model_card(beside / "README.md", args, loss, samples, code)
@@ -1264,8 +1373,11 @@ def save_result(model: SemanticFillModel, loss: float, samples: list[Path], args
 @torch.no_grad()
 def paint_samples(
     model: SemanticFillModel, encoder: Encoder, step: int, accelerator: Accelerator, args: argparse.Namespace
-) -> PIL.Image.Image:
+) -> PIL.Image.Image | None:
     """A picture of visible | map | painted | target rows, drawn with the pipeline and the live weights."""
+    # Sharded weights take every process; one of them keeps the picture.
+    if not (accelerator.is_main_process or isinstance(model, FSDPModule)):
+        return None
     source = encoder.pipeline
     components = {k: v for k, v in source.components.items() if k not in ("transformer", "semantic_attention")}
     if args.cache_latents:
@@ -1307,6 +1419,8 @@ def paint_samples(
         source.vae.to(vae_device)
     pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(rows)))
     grid = make_image_grid(pictures, rows=len(pictures) // 4, cols=4)
+    if not accelerator.is_main_process:
+        return None
     folder = Path(args.output_dir, "samples")
     with explained_write_errors("--output_dir", GO_ON):
         folder.mkdir(exist_ok=True)
@@ -1487,11 +1601,7 @@ def setup(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ValueError(
-            f"The training runs on one process or with DDP, but accelerate is configured for"
-            f" {accelerator.distributed_type.value}. Run `accelerate config` or pass `--config_file`."
-        )
+    find_engine(accelerator, args)
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S")
     logging.getLogger(__name__).setLevel(args.log_level.upper())
     for library in (datasets, transformers, diffusers):
@@ -1578,13 +1688,15 @@ def train(
                 # Dropout too is a function of the place in the run, so a resumed run repeats it.
                 torch.manual_seed(seed_of(args.seed, "dropout", step, micro_step, accelerator.process_index))
                 with accelerator.accumulate(model):
+                    if isinstance(model, FSDPModule):
+                        model.set_requires_gradient_sync(accelerator.sync_gradients)
                     micro_loss = step_fn(model, samples)
                     accelerator.backward(micro_loss)
                     losses.append(micro_loss.detach())
             if _shape_log["enabled"]:
                 log_scales(bare.scales(), logging.DEBUG, digits=6)
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            gradient_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+            gradient_norm = clip_gradients(accelerator, parameters, args.max_grad_norm)
             # A gradient scaler looks for overflow itself and lowers its scale.
             if math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None):
                 optimizer.step()
@@ -1611,17 +1723,17 @@ def train(
             too_bad = bad_steps >= args.max_bad_steps
             stopped = stop.received(accelerator)
             # A skipped step changed nothing, so the weights after it are good too.
-            due = step % args.checkpointing_steps == 0 or stopped or too_bad
-            if due and accelerator.is_main_process:
-                state = {"step": step, "samples_seen": samples_seen, "loss": loss}
-                state["optimizer"] = optimizer.state_dict()
+            if step % args.checkpointing_steps == 0 or stopped or too_bad:
+                weights, state = whole_weights(bare), {"step": step, "samples_seen": samples_seen, "loss": loss}
+                state["optimizer"] = whole(optimizer.state_dict())
                 state["lr_scheduler"] = lr_scheduler.state_dict()
                 if accelerator.scaler is not None:
                     state["scaler"] = accelerator.scaler.state_dict()
-                folder = save_checkpoint(bare, state, args)
-                if args.hub_strategy == "every_checkpoint":
-                    push_checkpoint(folder, args)
-            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+                if accelerator.is_main_process:
+                    folder = save_checkpoint(bare, weights, state, args)
+                    if args.hub_strategy == "every_checkpoint":
+                        push_checkpoint(folder, args)
+            if args.validation_steps and step % args.validation_steps == 0:
                 paint_samples(bare, step_fn.encoder, step, accelerator, args)
             accelerator.wait_for_everyone()
             if too_bad:
@@ -1700,10 +1812,14 @@ def main(args: argparse.Namespace) -> None:
             vars(args).update(vars(plan))
             logger.info(f"--fast chose {plan}: {reason}")
         set_seed(args.seed)
-        model = build_model(args, accelerator.device, dtype)
+        engine = find_engine(accelerator, args)
+        # A model to be sharded never stands whole on an accelerator.
+        model = build_model(args, torch.device("cpu") if engine == "fsdp2" else accelerator.device, dtype)
         state = load_checkpoint(checkpoint, model) if checkpoint else {"step": 0, "samples_seen": 0, "loss": math.nan}
-        optimizer = build_optimizer(parameter_groups(model, args), args)
         announce(model, args)
+        if engine == "fsdp2":
+            shard(model, accelerator)
+        optimizer = build_optimizer(parameter_groups(model, args), args)
         if args.max_train_steps is None:
             args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
         lr_scheduler = get_scheduler(
@@ -1715,7 +1831,7 @@ def main(args: argparse.Namespace) -> None:
             power=args.lr_power,
         )
         if checkpoint:
-            optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(optimizer, state["optimizer"])
             lr_scheduler.load_state_dict(state["lr_scheduler"])
             logger.info(f"Resuming from {checkpoint} at step {state['step']}")
         step_fn = Step(
@@ -1726,7 +1842,8 @@ def main(args: argparse.Namespace) -> None:
             shift=timestep_shift_factor(args, pipeline.scheduler, tokens),
             guidance_embeds=model.transformer.config.guidance_embeds,
         )
-        model, optimizer = accelerator.prepare(model, optimizer)
+        if engine == "plain":
+            model, optimizer = accelerator.prepare(model, optimizer)
         if "scaler" in state and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         if accelerator.is_main_process:
@@ -1753,12 +1870,13 @@ def main(args: argparse.Namespace) -> None:
         if state["step"] >= args.max_train_steps:
             loss = state["loss"]
 
+        bare = accelerator.unwrap_model(model)
+        weights = whole_weights(bare)
+        if args.validation_steps and args.max_train_steps % args.validation_steps:
+            paint_samples(bare, encoder, args.max_train_steps, accelerator, args)
         if accelerator.is_main_process:
-            bare = accelerator.unwrap_model(model)
-            if args.validation_steps and args.max_train_steps % args.validation_steps:
-                paint_samples(bare, encoder, args.max_train_steps, accelerator, args)
             samples = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
-            files = save_result(bare, loss, samples, args)
+            files = save_result(bare, weights, loss, samples, args)
             if repo_id is not None:
                 push_to_hub(repo_id, [*files, *(f"samples/{sample.name}" for sample in samples)], args)
         # The others have nothing left to do, but must not take the process group down while the first still saves.
