@@ -25,8 +25,8 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import diffusers
 import filelock
 import numpy as np
@@ -74,6 +74,9 @@ from pipeline_flux_fill_semantic import (
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
 from training_speed import CHECKPOINTING, choose_plan, memory_advice
 
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = get_logger(__name__)
 
@@ -358,8 +361,12 @@ def check_args(args: argparse.Namespace) -> None:
 # -- Read -------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(args: argparse.Namespace) -> datasets.Dataset:
+def load_rows(args: argparse.Namespace) -> "datasets.Dataset":
     """The training rows, with their pictures still undecoded."""
+    # Only here: it is slow to import, and rows may come from elsewhere.
+    import datasets
+
+    datasets.utils.logging.set_verbosity_error()
     kwargs = {"split": "train", "cache_dir": args.cache_dir}
     if args.train_data_dir is not None:
         rows = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **kwargs)
@@ -430,7 +437,7 @@ def cut_triptych(pictures: list[PIL.Image.Image]) -> list[PIL.Image.Image]:
 class TriptychDataset(torch.utils.data.Dataset):
     """Rows as views `(3, height, width)` in [0, 1] and a caption. Decodes a row when it is asked for."""
 
-    def __init__(self, rows: datasets.Dataset, args: argparse.Namespace):
+    def __init__(self, rows: "datasets.Dataset", args: argparse.Namespace):
         self.rows = rows
         views = [args.visible_column, args.target_column, args.semantic_column]
         self.columns = views if all(views) else [args.image_column]
@@ -1604,7 +1611,7 @@ def setup(args: argparse.Namespace) -> Accelerator:
     find_engine(accelerator, args)
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S")
     logging.getLogger(__name__).setLevel(args.log_level.upper())
-    for library in (datasets, transformers, diffusers):
+    for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
     set_seed(args.seed)
     if args.allow_tf32:

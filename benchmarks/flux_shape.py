@@ -88,12 +88,14 @@ def random_weight(parameter: torch.Tensor, name: str, device, dtype) -> torch.Te
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Puts random weights in the place of those on the meta device."""
+def materialise(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
+) -> nn.Module:
+    """Puts random weights in the place of those on the meta device, one by one; a GPU draws them fastest."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
-                weight = random_weight(parameter, name, device, dtype)
+                weight = random_weight(parameter, name, drawn_on or device, dtype).to(device)
                 module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     return model.to(device).eval()
 
@@ -102,7 +104,9 @@ def transformer_config(shape: str) -> dict:
     return FLUX_FILL if shape == "flux" else dict(build_pipeline("test").transformer.config)
 
 
-def build_transformer(shape: str, precision: str, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
+def build_transformer(
+    shape: str, precision: str, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
+) -> FluxTransformer2DModel:
     """The frozen base, quantised layer by layer: like loading, it never holds the whole of it in bf16."""
     with init_empty_weights():
         transformer = FluxTransformer2DModel.from_config(transformer_config(shape))
@@ -110,7 +114,7 @@ def build_transformer(shape: str, precision: str, device: torch.device, dtype: t
         with torch.no_grad():
             for linear, frozen in replace_linears(transformer, precision):
                 frozen.quantise(random_weight(linear.weight, "weight", device, dtype))
-    return materialise(transformer, device, dtype)
+    return materialise(transformer, device, dtype, drawn_on)
 
 
 def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:

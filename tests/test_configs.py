@@ -18,6 +18,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 ENGINES = {
     "one_gpu": (DistributedType.NO, prepare_simple_launcher_cmd_env),
     "ddp": (DistributedType.MULTI_GPU, prepare_multi_gpu_env),
+    "fsdp2": (DistributedType.FSDP, prepare_multi_gpu_env),
 }
 
 

@@ -30,18 +30,47 @@ def environment(tmp_path, **more):
     return os.environ | ON_CPU | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)} | more
 
 
-def test_two_processes_equal_one(base_folder, triptych_folder, tmp_path):
-    shapes = {"one": (1, 4, "one_gpu"), "two": (2, 2, "ddp")}
-    for name, (processes, batch, config) in shapes.items():
-        more = ["--max_train_steps", 5, "--train_batch_size", batch, "--lora_alpha", 4]
-        run = command(base_folder, triptych_folder, tmp_path / name, *more, config=config, processes=processes)
-        done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
-        assert_ended_well(done, processes)
-        assert "4 a step" in done.stderr
+def launch(tmp_path, base_folder, data, name, processes, batch, config, *more):
+    """A run into `tmp_path / name` that ended well; its log."""
+    more = ["--train_batch_size", batch, "--cache_root", tmp_path / "cache", *more]
+    run = command(base_folder, data, tmp_path / name, *more, config=config, processes=processes)
+    done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    assert_ended_well(done, processes)
+    return done.stderr
+
+
+def assert_same_weights(one, two):
     for file in FILES:
-        one, two = (safetensors.torch.load_file(tmp_path / name / file) for name in shapes)
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-4)
+        one_weights, two_weights = (safetensors.torch.load_file(folder / file) for folder in (one, two))
+        assert one_weights.keys() == two_weights.keys()
+        for name in one_weights:
+            torch.testing.assert_close(one_weights[name], two_weights[name], atol=1e-6, rtol=1e-4)
+
+
+# Gates that move at once, so that a wrong gradient of the module shows within a few steps.
+LEARN = ["--lora_alpha", 4, "--semantic_scale_learning_rate", 0.1]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_processes_go_on_from_one_another(base_folder, triptych_folder, tmp_path, engine):
+    """Two processes equal one; and a run may change their number and the engine on its way, whatever wrote last."""
+
+    def run(*args):
+        return launch(tmp_path, base_folder, triptych_folder, *args)
+
+    log = run("one", 1, 4, "one_gpu", "--max_train_steps", 5, "--checkpointing_steps", 2, *LEARN)
+    assert "4 a step" in log
+    paint = ["--validation_steps", 5, "--validation_inference_steps", 2, "--num_validation_images", 1]
+    log = run("two", 2, 2, engine, "--max_train_steps", 5, "--checkpointing_steps", 2, *LEARN, *paint)
+    assert "4 a step" in log and "0 to make" in log  # the first run's encodings
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "samples" / "step-000005.png").is_file()
+    assert {path.name for path in (tmp_path / "two").glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-4"}
+
+    for name, source, shape in (("two_one", "two", (1, 4, "one_gpu")), ("one_two", "one", (2, 2, engine))):
+        more = ["--max_train_steps", 5, "--resume_from_checkpoint", tmp_path / source / "checkpoint-2", *LEARN]
+        assert "at step 2" in run(name, *shape, *more)
+        assert_same_weights(tmp_path / "one", tmp_path / name)
 
 
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(base_folder, triptych_folder, tmp_path):

@@ -1,0 +1,188 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Training at FLUX.1-Fill-dev's true size on several GPUs: the trainer's own `main` under the launch files of `configs/`.
+
+    python benchmarks/scaling.py --gpus 2 4 8 --engines ddp fsdp2 --output scaling.json
+
+Each number of GPUs is measured against one GPU that takes the same samples a step by accumulation: samples a second
+after --warm_up steps, the share of N times one GPU's, the peak memory of a GPU from the model's build on, and how far
+the losses of all steps are apart. Weights are random, drawn on the GPU from one seed, and pictures are noise; all else
+is a user's run with cached encodings. On a machine without GPUs the processes talk by gloo (take --shape test).
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import flux_shape
+import torch
+from flux_shape import ROOT, Report, describe
+
+
+REFERENCE = "one_gpu"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    engines = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != REFERENCE)
+    parser.add_argument("--output", type=Path, default=Path("scaling.json"))
+    parser.add_argument("--gpus", type=int, nargs="+", default=[2], help="Numbers of GPUs, each above 1.")
+    parser.add_argument("--engines", nargs="+", default=engines, choices=engines, help="Launch files of configs/.")
+    parser.add_argument("--shape", choices=["flux", "test"], default="flux")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--warm_up", type=int, default=5, help="First steps that are not timed.")
+    parser.add_argument("--batch", type=int, default=2, help="Samples a GPU and step.")
+    parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 32 with --shape test.")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--checkpointing", default="full", help="As the trainer's option.")
+    parser.add_argument("--compile", action="store_true", help="As the trainer's option.")
+    parser.add_argument("--minutes", type=float, default=60.0, help="No run is begun after so many, or lasts longer.")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.resolution = args.resolution or (512 if args.shape == "flux" else 32)
+    if min(args.gpus) < 2 or not 0 < args.warm_up < args.steps:
+        parser.error("--gpus have to be above 1, and --warm_up above 0 and below --steps.")
+    return args
+
+
+# -- One process of one run -------------------------------------------------------------------------------------------
+
+
+def work(args: argparse.Namespace) -> None:
+    """Runs the trainer with random weights and noise for pictures; leaves this process's figures in `--worker`."""
+    from train_speed import CAPTION, picture
+
+    import train_semantic_fill_lora as trainer
+
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    figures = {"times": [], "losses": []}
+
+    class Recorder(trainer.Accelerator):
+        def log(self, values, step=None, **kwargs):
+            # The loss was just read, so the GPU is through with the step's passes.
+            figures["times"].append(time.perf_counter())
+            figures["losses"].append(values["loss"])
+
+    def load_rows(options):
+        options.caption_column = "text"
+        return [{"image": {"bytes": picture(i, args.resolution), "path": None}, "text": CAPTION} for i in range(16)]
+
+    def build_model(options, home, dtype):
+        if device is not None:
+            torch.cuda.reset_peak_memory_stats(device)
+        torch.manual_seed(1)
+        transformer = flux_shape.build_transformer(args.shape, "bf16", home, dtype, drawn_on=device)
+        torch.manual_seed(options.seed)
+        return trainer.add_trained_parts(transformer, options)
+
+    trainer.Accelerator, trainer.load_rows, trainer.build_model = Recorder, load_rows, build_model
+    trainer.load_encoders = lambda options, *where: flux_shape.build_encoders(args.shape, *where)
+    trainer.main(trainer.parse_args(json.loads((args.worker / "options.json").read_text())))
+
+    if device is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    else:
+        peak = torch.cuda.max_memory_allocated(device)
+    path = args.worker / f"rank{os.environ.get('RANK', 0)}.json"
+    path.write_text(json.dumps(figures | {"peak_gib": peak / 2**30}))
+
+
+# -- All runs ---------------------------------------------------------------------------------------------------------
+
+
+def launch(
+    config: str, processes: int, accumulate: int, cache: Path, seconds: float, args: argparse.Namespace
+) -> dict:
+    """One run of `accelerate launch`: its losses, samples a second, and the highest peak memory of its processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "pretrained_model_name_or_path": folder,
+            "train_data_dir": folder,
+            "output_dir": Path(folder, "out"),
+            "cache_root": cache,
+            "resolution": args.resolution,
+            "rank": args.rank,
+            "train_batch_size": args.batch,
+            "gradient_accumulation_steps": accumulate,
+            "max_train_steps": args.steps,
+            "checkpointing_steps": args.steps + 1,
+            "checkpointing": args.checkpointing,
+            "dataloader_num_workers": 2 if args.shape == "flux" else 0,
+            "report_to": "none",
+        }
+        options = [f"--{name}={value}" for name, value in options.items()]
+        options += ["--compile"] * args.compile + ["--mixed_precision=no"] * (args.shape == "test")
+        Path(folder, "options.json").write_text(json.dumps(options))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        command += ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes]
+        command += [__file__, "--worker", folder, "--shape", args.shape, "--resolution", args.resolution]
+        # NVLink multicast hangs or fails on some virtualised hosts.
+        env = os.environ | {"NCCL_NVLS_ENABLE": "0"}
+        if not torch.cuda.is_available():
+            env["ACCELERATE_USE_CPU"] = "true"
+        started = time.perf_counter()
+        log = Path(folder, "log")
+        with open(log, "w") as file:
+            try:
+                subprocess.run(
+                    [str(part) for part in command], env=env, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+                )
+            except subprocess.TimeoutExpired:
+                file.write(f"\nstopped after {seconds:.0f} s")
+        ranks = [Path(folder, f"rank{rank}.json") for rank in range(processes)]
+        # Judged by what the processes left: gloo may abort one of them after its work.
+        if not all(path.is_file() for path in ranks):
+            raise RuntimeError(log.read_text()[-6000:])
+        ranks = [json.loads(path.read_text()) for path in ranks]
+    times = ranks[0]["times"]
+    samples = args.batch * accumulate * processes
+    return {
+        "samples/s": samples * (args.steps - args.warm_up) / (times[-1] - times[args.warm_up - 1]),
+        "peak GiB a GPU": max(rank["peak_gib"] for rank in ranks),
+        "losses": ranks[0]["losses"],
+        "minutes": (time.perf_counter() - started) / 60,
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(args.output, describe(device) | {"nccl_nvls": "off"})
+    start, losses = time.perf_counter(), {}
+    with tempfile.TemporaryDirectory() as cache:
+        for gpus in args.gpus:
+            reference = None
+            for engine in (REFERENCE, *args.engines):
+                processes, accumulate = (1, gpus) if engine == REFERENCE else (gpus, 1)
+                row = {"engine": engine, "GPUs": processes, "samples a step": args.batch * gpus}
+                seconds = 60 * args.minutes - (time.perf_counter() - start)
+                if seconds <= 0:
+                    report.add(**row, result="no time left")
+                    continue
+                try:
+                    result = launch(engine, processes, accumulate, Path(cache), seconds, args)
+                except RuntimeError as error:
+                    print(error, file=sys.stderr)
+                    report.add(**row, result="failed: " + str(error).strip().splitlines()[-1][:200])
+                    continue
+                curve = losses[f"{engine} {processes}x{args.batch}x{accumulate}"] = result.pop("losses")
+                report.note(losses=losses)
+                row |= {"loss first": curve[0], "loss last": curve[-1]}
+                if engine == REFERENCE:
+                    reference = result | {"losses": curve}
+                elif reference is not None:
+                    apart = [abs(a - b) / abs(b) for a, b in zip(curve, reference["losses"], strict=True)]
+                    result["efficiency"] = result["samples/s"] / (gpus * reference["samples/s"])
+                    result["memory share"] = result["peak GiB a GPU"] / reference["peak GiB a GPU"]
+                    row |= {"losses apart, mean": sum(apart) / len(apart), "losses apart, most": max(apart)}
+                report.add(**row, **result)
+    print(report.table())
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    work(arguments) if arguments.worker else main(arguments)
