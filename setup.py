@@ -24,7 +24,7 @@ setup(
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
-        "test": ["pytest", "pytest-xdist", "prodigyopt", "bitsandbytes"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "prodigyopt", "bitsandbytes"],
         "quantization": ["bitsandbytes"],
         "tracking": ["wandb"],
     },

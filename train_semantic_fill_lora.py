@@ -23,6 +23,7 @@ import signal
 import uuid
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +107,8 @@ LORA_TARGETS = [
     "proj_mlp",
     "proj_out",
 ]
+# The other one takes rules that no option states.
+LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
 
 
 # -- Arguments --------------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         choices=list(CHECKPOINTING),
         help="What backward computes again: nothing (default), all but matrix products and attention, or all.",
     )
-    add("--gradient_checkpointing", dest="checkpointing", action="store_const", const="full", help="The same as full.")
+    add("--gradient_checkpointing", action="store_true", help="The same as --checkpointing full.")
     add("--dataloader_num_workers", type=int, default=0)
     add("--max_bad_steps", type=int, default=10, help="Stop after so many steps in a row without finite gradients.")
 
@@ -219,7 +222,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--adam_weight_decay", type=float, default=1e-4)
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0)
-    add("--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType])
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS)
     add("--lr_warmup_steps", type=int, default=0)
     add("--lr_num_cycles", type=int, default=1)
     add("--lr_power", type=float, default=1.0)
@@ -272,16 +275,200 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--hub_token", help=argparse.SUPPRESS)
 
     args = parser.parse_args(input_args)
+    # A second time without defaults, which tells what was passed from what was not.
+    unset = object()
+    untold = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+    passed = {name for name, value in vars(parser.parse_args(input_args, untold)).items() if value is not unset}
     try:
-        check_args(args)
+        check_args(args, passed)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Refuses what contradicts, before anything is loaded, and fills in the defaults that follow from other options."""
-    args.width = args.width or args.resolution
+@dataclass(frozen=True)
+class Contradiction:
+    """An option that was passed, what it cannot go with, when the latter is so, and why."""
+
+    option: str
+    other: str
+    holds: Callable[[argparse.Namespace], bool]
+    why: str
+
+    def __str__(self):
+        other = self.other if self.other.startswith("without ") else f"with {self.other}"
+        return f"--{self.option} cannot go {other}: {self.why}."
+
+
+def _attends(args: argparse.Namespace) -> bool:
+    return SEMANTIC_MODES[args.semantic_mode].attends
+
+
+MODULE_OPTIONS = [f"semantic_{name}" for name in ("num_layers", "num_heads", "head_dim", "position", "injection")]
+CONTRADICTIONS = [
+    Contradiction(
+        "dataset_config_name",
+        "--train_data_dir",
+        lambda a: a.train_data_dir is not None,
+        "a folder has no configurations",
+    ),
+    Contradiction(
+        "dataset_config_name",
+        "a local --dataset_name",
+        lambda a: a.dataset_name is not None and os.path.isdir(a.dataset_name),
+        "a folder has no configurations",
+    ),
+    Contradiction(
+        "image_column",
+        "--visible_column",
+        lambda a: a.visible_column is not None,
+        "the views are either one picture or three",
+    ),
+    Contradiction(
+        "fusion_alpha",
+        "a --semantic_mode other than pixel_fusion",
+        lambda a: not SEMANTIC_MODES[a.semantic_mode].fuses,
+        "nothing is blended",
+    ),
+    *(
+        Contradiction(
+            name,
+            "a --semantic_mode other than cross_attention",
+            lambda a: not _attends(a),
+            "there is no module",
+        )
+        for name in (*MODULE_OPTIONS, "semantic_weights", "semantic_learning_rate", "semantic_scale_learning_rate")
+    ),
+    Contradiction(
+        "semantic_dropout", "--semantic_mode none", lambda a: a.semantic_mode == "none", "there is no map to drop"
+    ),
+    *(
+        Contradiction(
+            name, "--semantic_weights", lambda a: a.semantic_weights is not None, "the module there has its own"
+        )
+        for name in MODULE_OPTIONS
+    ),
+    Contradiction(
+        "semantic_head_dim",
+        "--semantic_position rope",
+        lambda a: a.semantic_position == "rope" and a.semantic_head_dim % 4 != 0,
+        "half of a head is for rows and half for columns, so it has to be a multiple of 4",
+    ),
+    *(
+        Contradiction(
+            name,
+            "--resume_from_checkpoint",
+            lambda a: a.resume_from_checkpoint is not None,
+            "a checkpoint already holds weights",
+        )
+        for name in ("lora_weights", "semantic_weights")
+    ),
+    *(
+        Contradiction(
+            name,
+            f"a --weighting_scheme other than {scheme}",
+            lambda a, scheme=scheme: a.weighting_scheme != scheme,
+            "its distribution is not drawn from",
+        )
+        for name, scheme in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode"))
+    ),
+    Contradiction(
+        "num_train_epochs",
+        "--max_train_steps",
+        lambda a: a.max_train_steps is not None,
+        "both say how long the run is",
+    ),
+    Contradiction(
+        "gradient_checkpointing",
+        "a --checkpointing other than full",
+        lambda a: a.checkpointing not in (None, "full"),
+        "it means full",
+    ),
+    Contradiction("use_8bit_adam", "--optimizer prodigy", lambda a: a.optimizer != "adamw", "it is an AdamW"),
+    *(
+        Contradiction(name, "--optimizer adamw", lambda a: a.optimizer != "prodigy", "it is Prodigy's")
+        for name in ("prodigy_use_bias_correction", "prodigy_safeguard_warmup")
+    ),
+    *(
+        Contradiction(
+            name,
+            "--optimizer prodigy",
+            lambda a, name=name: a.optimizer == "prodigy" and getattr(a, name) != a.learning_rate,
+            "it takes one learning rate for all weights",
+        )
+        for name in ("semantic_learning_rate", "semantic_scale_learning_rate")
+    ),
+    Contradiction(
+        "lr_warmup_steps",
+        "--lr_scheduler constant",
+        lambda a: a.lr_scheduler == "constant" and a.lr_warmup_steps > 0,
+        "constant_with_warmup warms up",
+    ),
+    Contradiction(
+        "lr_warmup_steps",
+        "a --max_train_steps that is not larger",
+        lambda a: a.max_train_steps is not None and a.lr_warmup_steps >= a.max_train_steps,
+        "the run would end before it is warm",
+    ),
+    *(
+        Contradiction(
+            name,
+            f"a --lr_scheduler other than {scheduler}",
+            lambda a, scheduler=scheduler: a.lr_scheduler != scheduler,
+            "no other takes it",
+        )
+        for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial"))
+    ),
+    Contradiction("cache_root", "--no-cache_latents", lambda a: not a.cache_latents, "nothing is kept"),
+    *(
+        Contradiction(
+            name, "without --validation_steps", lambda a: a.validation_steps is None, "nothing would be painted"
+        )
+        for name in ("num_validation_images", "validation_inference_steps", "validation_guidance_scale")
+    ),
+    *(
+        Contradiction(name, "without --push_to_hub", lambda a: not a.push_to_hub, "nothing would be pushed")
+        for name in ("hub_strategy", "hub_private_repo")
+    ),
+    Contradiction("logging_dir", "--report_to none", lambda a: a.report_to == "none", "nothing is logged there"),
+]
+
+
+def check_args(args: argparse.Namespace, passed: set[str]) -> None:
+    """
+    Refuses what contradicts, before anything is loaded, and fills in the defaults that follow from other options.
+
+    Args:
+        args (`argparse.Namespace`):
+            All options.
+        passed (`set[str]`):
+            Those of them that were passed.
+
+    Raises:
+        `ValueError`: with the option's name, what came and what is accepted.
+    """
+    if args.hub_token is not None:
+        raise ValueError(
+            "--hub_token is not taken, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
+        )
+    del args.hub_token
+    for contradiction in CONTRADICTIONS:
+        if contradiction.option in passed and contradiction.holds(args):
+            raise ValueError(str(contradiction))
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} has to be a finite number but is {value}.")
+        if isinstance(value, (int, float)) and value < 0 and name != "logit_mean":
+            raise ValueError(f"--{name} has to be at least 0 but is {value}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name} has to be below 1 but is {getattr(args, name)}.")
+    for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "logit_std"):
+        if getattr(args, name) == 0:
+            raise ValueError(f"--{name} has to be above 0 but is 0.")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
+    args.width = args.resolution if args.width is None else args.width
     for name, size in (("--resolution", args.resolution), ("--width", args.width)):
         if size <= 0 or size % 16:
             raise ValueError(f"{name} has to be a positive multiple of 16 but is {size}.")
@@ -324,23 +511,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--timestep_shift has to be `resolution`, `none` or a positive number but is {args.timestep_shift!r}."
             )
-    if not SEMANTIC_MODES[args.semantic_mode].attends and args.semantic_weights:
-        raise ValueError(f"--semantic_weights needs --semantic_mode cross_attention, not {args.semantic_mode}.")
-    if args.semantic_mode == "none" and args.semantic_dropout:
-        raise ValueError("--semantic_dropout has no meaning with --semantic_mode none.")
-    if args.optimizer != "adamw" and args.use_8bit_adam:
-        raise ValueError(f"--use_8bit_adam needs --optimizer adamw, not {args.optimizer}.")
-    if args.resume_from_checkpoint and (args.lora_weights or args.semantic_weights):
-        raise ValueError(
-            "--resume_from_checkpoint already holds weights: leave --lora_weights/--semantic_weights out."
-        )
-    if args.hub_token is not None:
-        raise ValueError(
-            "--hub_token is not taken, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
-        )
-    del args.hub_token
-    if (args.hub_strategy != "end" or args.hub_private_repo) and not args.push_to_hub:
-        raise ValueError("--hub_strategy and --hub_private_repo need --push_to_hub.")
+    if args.gradient_checkpointing:
+        args.checkpointing = "full"
     if not args.fast:
         args.base_precision = args.base_precision or "bf16"
         args.checkpointing = args.checkpointing or "none"
@@ -351,11 +523,6 @@ def check_args(args: argparse.Namespace) -> None:
         # Prodigy finds the step size itself and knows one rate only.
         factor = 1 if args.optimizer == "prodigy" else 10
         args.semantic_scale_learning_rate = factor * args.semantic_learning_rate
-    rates = {args.learning_rate, args.semantic_learning_rate, args.semantic_scale_learning_rate}
-    if args.optimizer == "prodigy" and len(rates) > 1:
-        raise ValueError(
-            f"--optimizer prodigy takes one learning rate for all weights, but three are set: {sorted(rates)}."
-        )
 
 
 # -- Read -------------------------------------------------------------------------------------------------------------

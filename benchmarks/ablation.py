@@ -96,7 +96,8 @@ def trainer_args(task: str, variant: str, seed: int, args: argparse.Namespace) -
         f" --rank {args.rank} --learning_rate {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps 10"
         f" --loss_region target --max_train_steps {steps} --seed {seed} --caption_column text"
     )
-    rates = "--semantic_learning_rate 3e-3 --semantic_scale_learning_rate 3e-2"
+    # Only the module has them.
+    rates = "" if "--semantic_mode" in flags else "--semantic_learning_rate 3e-3 --semantic_scale_learning_rate 3e-2"
     return trainer.parse_args(f"{common} {rates} {flags}".split()), lead
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -60,7 +61,7 @@ def training_command(mode: str, base: str, args: argparse.Namespace) -> list[str
         --resolution {args.resolution} --max_sequence_length {MAX_SEQUENCE_LENGTH} --semantic_mode {mode}
         --output_dir {shlex.quote(str(output_dir))} --cache_root {shlex.quote(str(args.output_dir / "cache"))}
         --max_train_steps {args.steps} --train_batch_size {args.batch_size} --rank {args.rank}
-        --learning_rate {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps 10 --seed {args.seed}
+        --learning_rate {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps {min(10, args.steps // 10)} --seed {args.seed}
         --checkpointing_steps {args.steps} --loss_region target
     """
     if mode == "cross_attention":
@@ -238,7 +239,9 @@ def main(args: argparse.Namespace) -> None:
         build_pipeline("demo", args.seed).save_pretrained(base)
 
     commands = {mode: training_command(mode, str(base), args) for mode in MODES}
-    for command in commands.values():
+    for mode, command in commands.items():
+        # An earlier demo's checkpoints may be of other options.
+        shutil.rmtree(args.output_dir / mode, ignore_errors=True)
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
     pipeline = DiffusionPipeline.from_pretrained(
