@@ -463,7 +463,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(args, name) >= 1:
             raise ValueError(f"--{name} has to be below 1 but is {getattr(args, name)}.")
-    for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "logit_std"):
+    for name in ("adam_epsilon", "max_grad_norm", "logit_std"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} has to be above 0 but is 0.")
     if args.seed >= 2**32:

@@ -104,7 +104,7 @@ def test_what_says_the_same_twice_is_accepted(options):
     "options, message",
     [
         ("--learning_rate nan", "--learning_rate has to be a finite number but is nan"),
-        ("--learning_rate 0", "--learning_rate has to be above 0"),
+        ("--max_grad_norm 0", "--max_grad_norm has to be above 0"),
         ("--adam_beta2 1", "--adam_beta2 has to be below 1 but is 1.0"),
         ("--max_grad_norm -1", "--max_grad_norm has to be at least 0 but is -1.0"),
         ("--seed -1", "--seed has to be at least 0 but is -1"),
