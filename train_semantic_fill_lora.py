@@ -114,6 +114,23 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_
 # -- Arguments --------------------------------------------------------------------------------------------------------
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_rows` and `TriptychDataset` are told, in training and in evaluation."""
+    add = parser.add_argument
+    add("--dataset_name", help="Data set on the Hub, or a folder of parquet or webdataset files.")
+    add("--dataset_config_name", help="Configuration of the Hub data set.")
+    add("--train_data_dir", help="Local folder with pictures and a `metadata.jsonl`.")
+    add("--image_column", default="image", help="Column of the triptych (visible | target | semantic).")
+    add("--visible_column", help="Column of the visible view, where the views are three pictures.")
+    add("--target_column", help="Column of the target view.")
+    add("--semantic_column", help="Column of the semantic map.")
+    add("--caption_column", help="Column of the captions. Default: `text` where the data has it.")
+    add("--instance_prompt", help="One prompt for all samples without a caption.")
+    add("--max_train_samples", type=int, help="Use the first so many rows only.")
+    add("--resolution", type=int, default=512, help="Height of a panel in pixels, and its width unless --width.")
+    add("--width", type=int, help="Width of a panel in pixels, where it is not the resolution.")
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -125,17 +142,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--variant", help="Variant of the model's files, e.g. fp16.")
     add("--cache_dir", help="Where downloaded models and data sets are kept.")
 
-    # Data
-    add("--dataset_name", help="Data set on the Hub, or a folder of parquet or webdataset files.")
-    add("--dataset_config_name", help="Configuration of the Hub data set.")
-    add("--train_data_dir", help="Local folder with pictures and a `metadata.jsonl`.")
-    add("--image_column", default="image", help="Column of the triptych (visible | target | semantic).")
-    add("--visible_column", help="Column of the visible view, where the views are three pictures.")
-    add("--target_column", help="Column of the target view.")
-    add("--semantic_column", help="Column of the semantic map.")
-    add("--caption_column", help="Column of the captions. Default: `text` where the data has it.")
-    add("--instance_prompt", help="One prompt for all samples without a caption.")
-    add("--max_train_samples", type=int, help="Use the first so many rows only.")
+    add_data_arguments(parser)
     add(
         "--max_sequence_length",
         type=lambda value: value if value == "auto" else int(value),
@@ -143,8 +150,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
 
     # Geometry
-    add("--resolution", type=int, default=512, help="Height of a panel in pixels, and its width unless --width.")
-    add("--width", type=int, help="Width of a panel in pixels, where it is not the resolution.")
     add("--random_flip", action="store_true", help="Mirror all three views together, half of the time.")
 
     # Semantic guidance
@@ -434,6 +439,20 @@ CONTRADICTIONS = [
 ]
 
 
+def check_data_args(args: argparse.Namespace) -> None:
+    args.width = args.resolution if args.width is None else args.width
+    for name, size in (("--resolution", args.resolution), ("--width", args.width)):
+        if size <= 0 or size % 16:
+            raise ValueError(f"{name} has to be a positive multiple of 16 but is {size}.")
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        raise ValueError("Pass exactly one of --dataset_name and --train_data_dir.")
+    views = [args.visible_column, args.target_column, args.semantic_column]
+    if any(views) and not all(views):
+        raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
+    if args.max_train_samples is not None and args.max_train_samples < 1:
+        raise ValueError(f"--max_train_samples has to be at least 1 but is {args.max_train_samples}.")
+
+
 def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     """
     Refuses what contradicts, before anything is loaded, and fills in the defaults that follow from other options.
@@ -468,15 +487,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
             raise ValueError(f"--{name} has to be above 0 but is 0.")
     if args.seed >= 2**32:
         raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
-    args.width = args.resolution if args.width is None else args.width
-    for name, size in (("--resolution", args.resolution), ("--width", args.width)):
-        if size <= 0 or size % 16:
-            raise ValueError(f"{name} has to be a positive multiple of 16 but is {size}.")
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        raise ValueError("Pass exactly one of --dataset_name and --train_data_dir.")
-    views = [args.visible_column, args.target_column, args.semantic_column]
-    if any(views) and not all(views):
-        raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
+    check_data_args(args)
     for name in ("caption_dropout", "semantic_dropout", "lora_dropout", "fusion_alpha"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be within [0, 1] but is {getattr(args, name)}.")
@@ -495,7 +506,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
-    for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "validation_steps", "lora_alpha"):
+    for name in ("max_train_steps", "checkpoints_total_limit", "validation_steps", "lora_alpha"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
     if args.max_sequence_length is None:
@@ -528,13 +539,13 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
 # -- Read -------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(args: argparse.Namespace) -> "datasets.Dataset":
-    """The training rows, with their pictures still undecoded."""
+def load_rows(args: argparse.Namespace, split: str = "train") -> "datasets.Dataset":
+    """The rows of a split, with their pictures still undecoded."""
     # Only here: it is slow to import, and rows may come from elsewhere.
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
-    kwargs = {"split": "train", "cache_dir": args.cache_dir}
+    kwargs = {"split": split, "cache_dir": args.cache_dir}
     if args.train_data_dir is not None:
         rows = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **kwargs)
     elif os.path.isdir(args.dataset_name):

@@ -148,6 +148,7 @@ said = refused(RuntimeError, lambda: push("fill"))
 assert "401" in said and "hf auth login" in said and "Nothing was trained" in said and "hf_wrong" not in said, said
 """
 
+
 def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, tmp_path):
     for name, more in (("out", []), ("named", ["--hub_model_id", "user/fill", "--instance_prompt", 'a "hot": é'])):
         args = arguments(base_folder, tmp_path / name, *more, data=triptych_folder)

@@ -1,0 +1,317 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The evaluation's figures against independent computations of them, and what it leaves behind."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.linalg
+import torch
+import torchmetrics.functional.image.lpips as torchmetrics_lpips
+import transformers
+from conftest import ROOT, draw_triptych
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from test_processes import ON_CPU
+from test_training import run
+
+import evaluate_semantic_fill as evaluation
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from train_semantic_fill_lora import seed_of
+
+
+COUNT = 5
+# The maps of the tests' triptychs have the eight corners of the colour cube.
+PALETTE = {f"class {i}": [255 * (i >> 2), 255 * (i >> 1 & 1), 255 * (i & 1)] for i in range(8)}
+
+
+def alexnet_features() -> torch.nn.Sequential:
+    """The convolutional part of torchvision's AlexNet, with random weights."""
+    layers = []
+    for channels, width, size, stride, padding, pool in (
+        (3, 64, 11, 4, 2, True),
+        (64, 192, 5, 1, 2, True),
+        (192, 384, 3, 1, 1, False),
+        (384, 256, 3, 1, 1, False),
+        (256, 256, 3, 1, 1, True),
+    ):
+        layers += [torch.nn.Conv2d(channels, width, size, stride, padding), torch.nn.ReLU()]
+        layers += [torch.nn.MaxPool2d(3, 2)] if pool else []
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.fixture(scope="module")
+def files(base_folder, tmp_path_factory):
+    """A trained folder, triptychs whose targets are label maps, a palette, and networks that metrics look through."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    data = folder / "test"
+    data.mkdir()
+    rows = []
+    for index in range(COUNT):
+        triptych = draw_triptych(index)
+        labels = triptych.crop((64, 0, 96, 32))
+        # Guided by a mirrored map, so that map and target differ.
+        triptych.paste(labels.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), (32, 0))
+        triptych.save(data / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": f"caption {index}"}))
+    (data / "metadata.jsonl").write_text("\n".join(rows))
+    (folder / "palette.json").write_text(json.dumps(PALETTE))
+    torch.manual_seed(0)
+    features = alexnet_features()
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, folder / "alexnet.pth")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder / "dinov2")
+    run(base_folder, folder / "out", "--max_train_steps", 2, "--semantic_scale_learning_rate", 1, data=data)
+    return folder
+
+
+def arguments(base_folder, files, *more, output_dir="evaluation"):
+    options = ["--pretrained_model_name_or_path", base_folder, "--trained", files / "out", "--resolution", 32]
+    options += ["--train_data_dir", files / "test", "--num_inference_steps", 2, "--output_dir", files / output_dir]
+    return evaluation.parse_args([str(option) for option in (*options, *more)])
+
+
+def networks(files):
+    return ["--lpips_weights", files / "alexnet.pth", "--fid_model", files / "dinov2"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(base_folder, files):
+    """A whole evaluation: its report, and all paintings and targets `(count, 32, 32, 3)` by kind of map."""
+    painted, paint = {}, evaluation.paint
+
+    def keep(pipeline, dataset, kind, args):
+        for batch in paint(pipeline, dataset, kind, args):
+            painted.setdefault(kind, []).append(batch)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "paint", keep)
+        more = [*networks(files), "--palette", files / "palette.json", "--batch_size", 3]
+        report = evaluation.main(arguments(base_folder, files, *more))
+    pictures = {
+        kind: [torch.cat(side).permute(0, 2, 3, 1).numpy() for side in zip(*batches)]
+        for kind, batches in painted.items()
+    }
+    return report, pictures
+
+
+def test_psnr_and_ssim_are_those_of_skimage(evaluated):
+    report, pictures = evaluated
+    assert list(report["figures"]) == ["right", "wrong", "none"]
+    for kind, (painted, target) in pictures.items():
+        psnr = [peak_signal_noise_ratio(t, p) for p, t in zip(painted, target)]
+        gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "win_size": 11}
+        ssim = [structural_similarity(t, p, channel_axis=2, **gaussian) for p, t in zip(painted, target)]
+        samples = report["samples"][kind]
+        assert [sample["row"] for sample in samples] == list(range(COUNT))
+        np.testing.assert_allclose([sample["psnr"] for sample in samples], psnr, rtol=1e-5)
+        np.testing.assert_allclose([sample["ssim"] for sample in samples], ssim, atol=1e-5)
+        assert report["figures"][kind]["psnr"] == pytest.approx(np.mean(psnr), rel=1e-5)
+        assert report["figures"][kind]["ssim"] == pytest.approx(np.mean(ssim), abs=1e-5)
+
+
+def test_miou_is_that_of_the_confusion_matrix(evaluated):
+    report, pictures = evaluated
+    for kind, (painted, target) in pictures.items():
+        # The nearest corner of a cube is that of each channel's nearer end.
+        ours, theirs = (((x > 127) @ np.array([4, 2, 1])).ravel() for x in (painted, target))
+        confusion = np.zeros((8, 8))
+        np.add.at(confusion, (ours, theirs), 1)
+        hit = confusion.diagonal()
+        iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
+        assert report["figures"][kind]["iou"] == pytest.approx(dict(zip(PALETTE, iou)))
+        assert report["figures"][kind]["miou"] == pytest.approx(iou.mean())
+
+
+def test_lpips_is_that_of_torchmetrics(evaluated, files, monkeypatch):
+    report, pictures = evaluated
+    features = alexnet_features()
+    features.load_state_dict(
+        {name.removeprefix("features."): value for name, value in torch.load(files / "alexnet.pth").items()}
+    )
+    # torchmetrics asks torchvision for the backbone.
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda net, pretrained: features)
+    network = torchmetrics_lpips._NoTrainLpips(net="alex")
+    painted, target = (torch.from_numpy(x).permute(0, 3, 1, 2) / 255 for x in pictures["right"])
+    expected = network(painted, target, normalize=True).flatten().tolist()
+    assert [sample["lpips"] for sample in report["samples"]["right"]] == pytest.approx(expected, rel=1e-4)
+    assert report["figures"]["right"]["lpips"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_fid_and_kid_are_those_of_their_formulas(evaluated, files):
+    report, pictures = evaluated
+    network = evaluation.VisionFeatures(str(files / "dinov2"), None)
+    for kind in pictures:
+        painted, target = (
+            network(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy().astype(np.float64) for x in pictures[kind]
+        )
+        means, covariances = zip(*((x.mean(0), np.cov(x, rowvar=False)) for x in (painted, target)))
+        root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+        fid = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+        assert report["figures"][kind]["fid"] == pytest.approx(fid, rel=1e-2, abs=1e-3)
+        # Fewer samples than a subset holds: every subset is the whole set.
+        same = [((x @ x.T / 16 + 1) ** 3 * (1 - np.eye(COUNT))).sum() / COUNT / (COUNT - 1) for x in (painted, target)]
+        kid = sum(same) - 2 * ((painted @ target.T / 16 + 1) ** 3).mean()
+        assert report["figures"][kind]["kid"] == pytest.approx(kid, rel=1e-3, abs=1e-4)
+
+
+def test_features_depend_on_the_picture(files):
+    network = evaluation.VisionFeatures(str(files / "dinov2"), None)
+    pictures = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8)
+    features = network(pictures)
+    assert features.shape == (3, 16) and (features[0] - features[1]).abs().max() > 1e-3
+
+
+def test_maps_and_seeds(evaluated, base_folder, files):
+    report, pictures = evaluated
+    assert len({figures["psnr"] for figures in report["figures"].values()}) == 3
+    pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
+    pipe.load_lora_weights(files / "out")
+    pipe.set_progress_bar_config(disable=True)
+    triptychs = [PIL.Image.open(files / "test" / f"{index}.png").convert("RGB") for index in range(COUNT)]
+    maps = [triptych.crop((64, 0, 96, 32)) for triptych in triptychs]
+    for index in (1, COUNT - 1):
+        for kind, semantic in (("right", maps[index]), ("wrong", maps[(index + 1) % COUNT]), ("none", None)):
+            picture = pipe(
+                prompt=f"caption {index}",
+                image=triptychs[index].crop((0, 0, 32, 32)),
+                semantic_image=semantic,
+                num_inference_steps=2,
+                generator=torch.Generator().manual_seed(seed_of(0, "evaluate", index)),
+            ).images[0]
+            # Batches round otherwise than single samples do.
+            difference = np.asarray(picture).astype(int) - pictures[kind][0][index]
+            assert abs(difference).max() <= 1
+
+
+def test_reruns_agree(evaluated, base_folder, files):
+    report, _ = evaluated
+    more = [*networks(files), "--palette", files / "palette.json", "--batch_size", 3]
+    again = evaluation.main(arguments(base_folder, files, *more, output_dir="again"))
+    assert again["figures"] == report["figures"] and again["samples"] == report["samples"]
+    other = evaluation.main(arguments(base_folder, files, "--seed", 1, "--metrics", "psnr", "--maps", "none"))
+    assert other["figures"]["none"]["psnr"] != report["figures"]["none"]["psnr"]
+
+
+def test_what_is_left(evaluated, files):
+    report, pictures = evaluated
+    folder = files / "again"
+    assert json.loads((folder / "evaluation.json").read_text())["figures"] == report["figures"]
+    lines = (folder / "evaluation.md").read_text().splitlines()
+    assert lines[0] == "| map | PSNR (dB) ↑ | SSIM ↑ | LPIPS ↓ | FID ↓ | KID ↓ | mIoU ↑ |"
+    right = report["figures"]["right"]
+    assert lines[2].startswith(f"| right | {right['psnr']:.2f} | {right['ssim']:.4f} | {right['lpips']:.4f} |")
+    assert [line.split(" |")[0] for line in lines[2:5]] == ["| right", "| wrong", "| none"]
+    sheet = np.asarray(PIL.Image.open(folder / "evaluation.png"))
+    # Three times as large; visible, map, target, right, wrong, none.
+    assert sheet.shape == (16 + COUNT * 96, 6 * 96, 3)
+    np.testing.assert_array_equal(sheet[16::3, 3 * 96 : 4 * 96 : 3], pictures["right"][0].reshape(-1, 32, 3))
+    np.testing.assert_array_equal(sheet[16::3, 2 * 96 : 3 * 96 : 3], pictures["right"][1].reshape(-1, 32, 3))
+
+
+def test_what_cannot_be_fetched_is_absent(base_folder, files, monkeypatch):
+    def no_connection(*args, **kwargs):
+        raise urllib.error.URLError("no connection")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_connection)
+    monkeypatch.setattr(evaluation, "load_features", no_connection)
+    report = evaluation.main(arguments(base_folder, files, "--maps", "none", output_dir="absent"))
+    assert set(report["figures"]["none"]) == {"psnr", "ssim"} and set(report["absent"]) == {"lpips", "fid", "kid"}
+    text = (files / "absent" / "evaluation.md").read_text()
+    assert "| absent | absent | absent |" in text
+    assert "LPIPS is absent: its network could not be fetched" in text and "--lpips_weights takes a file" in text
+    assert "--inception_weights takes a file" in text
+
+
+class Planted:
+    def __reduce__(self):
+        return (print, ("planted code ran",))
+
+
+def test_wrong_weights_are_refused(base_folder, files, capsys):
+    torch.save(Planted(), files / "planted.pth")
+    for option in ("--lpips_weights", "--inception_weights"):
+        args = arguments(base_folder, files, option, files / "planted.pth", "--metrics", "lpips", "fid")
+        args.metrics = ["lpips"] if option == "--lpips_weights" else ["fid"]
+        with pytest.raises(ValueError, match=r"planted.pth is no network for (lpips|fid)"):
+            evaluation.load_networks(args)
+    assert "planted code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--metrics miou", "needs the --palette"),
+        ("--batch_size 0", "--batch_size has to be at least 1"),
+        ("--resolution 30", "--resolution has to be a positive multiple of 16"),
+        ("--max_train_samples 0", "--max_train_samples has to be at least 1"),
+        ("--lpips_weights nowhere.pth", "--lpips_weights nowhere.pth is no file"),
+        ("--trained nowhere", "--trained nowhere is neither a folder nor a repository"),
+    ],
+)
+def test_contradicting_options_are_refused(base_folder, files, options, message, capsys):
+    with pytest.raises(SystemExit):
+        arguments(base_folder, files, *options.split())
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_the_data_is_refused(base_folder, files, triptych_folder):
+    psnr = ["--metrics", "psnr"]
+    with pytest.raises(ValueError, match="has one sample only. Pass --maps right none"):
+        evaluation.main(arguments(base_folder, files, "--max_train_samples", 1, *psnr))
+    with pytest.raises(ValueError, match="FID and KID compare sets"):
+        evaluation.main(arguments(base_folder, files, "--max_train_samples", 1, "--metrics", "kid"))
+    more = ["--train_data_dir", triptych_folder, "--palette", files / "palette.json", "--metrics", "miou"]
+    with pytest.raises(ValueError, match="of the target of row 0 have none of its colours"):
+        evaluation.main(arguments(base_folder, files, *more))
+    for content, message in (
+        ('{"a": "red", "b": "#ff0000"}', "a colour of their own"),
+        ('{"a": [256, 0, 0], "b": "red"}', r"gives a the colour \[256, 0, 0\]"),
+    ):
+        (files / "wrong.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            evaluation.read_palette(files / "wrong.json")
+    args = arguments(base_folder, files, "--maps", "right")
+    with pytest.raises(ValueError, match="trained in the mode `none`, without maps"):
+        evaluation.choose_maps("none", 2, args)
+
+
+def test_the_card_over_the_hub(base_folder, files, tmp_path):
+    folder = files / "out"
+    trained = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    options = ["--pretrained_model_name_or_path", base_folder, "--train_data_dir", files / "test", "--resolution", 32]
+    options += ["--num_inference_steps", 1, "--metrics", "psnr", "ssim", "--update_model_card"]
+    command = [sys.executable, "-m", "evaluate_semantic_fill", *options, "--output_dir", tmp_path / "evaluation"]
+    with HubServer(token="hf_planted_secret") as hub:
+        hub.add_repo("user/fill", {name: trained[name] for name in trained if not name.startswith("cache/")})
+        env = {**hub.environment(tmp_path / "home", hub.token), **ON_CPU, "PYTHONPATH": str(ROOT)}
+        command = [str(part) for part in (*command, "--trained", "user/fill")]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        pushed = hub.files("user/fill")
+    report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert "| right |" in done.stdout and b"hf_planted_secret" not in b"".join(pushed.values())
+    assert pushed["samples/evaluation.png"] == (tmp_path / "evaluation" / "evaluation.png").read_bytes()
+    card = ModelCard(pushed["README.md"].decode())
+    assert (tmp_path / "evaluation" / "evaluation.md").read_text() in card.text
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert figures == {name: report["figures"]["right"][name] for name in ("psnr", "ssim")}
+    assert str(files) not in card.content
+
+    # A folder's card: a second evaluation takes the place of the first, and nothing else changes.
+    before = ModelCard(trained["README.md"].decode()).text
+    picture = tmp_path / "evaluation" / "evaluation.png"
+    for _ in range(2):
+        evaluation.update_model_card(report, picture, arguments(base_folder, files))
+        text = ModelCard.load(folder / "README.md").text
+        start, end = text.index(evaluation.CARD_START), text.index(evaluation.CARD_END)
+        assert (text[:start] + text[end:].removeprefix(evaluation.CARD_END + "\n\n")).split() == before.split()
+        assert text[end:].count("## Training") == 1 and text.count("## Figures") == 1
+    assert Path(folder, "samples", "evaluation.png").is_file()
