@@ -66,7 +66,7 @@ def client(hub, base_folder, triptych_folder, tmp_path):
 
 TRAIN = """
 logging.basicConfig(level=logging.INFO, force=True)
-run(base, Path(tmp, "out"), *"{options} --max_train_steps 4 --checkpointing_steps 2 --push_to_hub --hub_private_repo"
+run(base, Path(tmp, "out"), *"{options} --max_train_steps 4 --checkpointing_steps 2 --push_to_hub"
     " --hub_model_id user/fill-v1.5 --hub_strategy every_checkpoint".split(), data=data)
 """
 
@@ -99,6 +99,7 @@ def test_checkpoints_go_over_the_hub(hub, client, base_folder, triptych_folder, 
     options = "--lora_alpha 8 --lora_dropout 0.1 --random_flip --lr_warmup_steps 3"
     options += " --lr_scheduler constant_with_warmup"
     # The first checkpoint is refused; the second's first try is cut in the middle, its next answered with 500.
+    hub.add_repo("user/fill-v1.5", {"notes.md": b"kept", "last-checkpoint/of-another-mode.json": b"{}"}, private=True)
     hub.fail("POST", "/commit/main$", 403, times=1)
     hub.fail("POST", "/commit/main$", "cut", times=1)
     hub.fail("POST", "/commit/main$", 500, times=1)
@@ -106,7 +107,7 @@ def test_checkpoints_go_over_the_hub(hub, client, base_folder, triptych_folder, 
     assert "checkpoint-2 is saved, but the upload to user/fill-v1.5 failed" in said and "Training goes on" in said
     assert [r.status for r in hub.requests if "/commit/" in r.path] == [403, "cut", 500, 200, 200]
     files = hub.files("user/fill-v1.5")
-    assert hub.repos["model", "user/fill-v1.5"].private
+    assert files["notes.md"] == b"kept"
     pushed = {name.removeprefix("last-checkpoint/") for name in files if name.startswith("last-checkpoint/")}
     local = tmp_path / "out" / "checkpoint-4"
     assert pushed == {p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()}
@@ -131,7 +132,8 @@ def test_checkpoints_go_over_the_hub(hub, client, base_folder, triptych_folder, 
 FAULTS = """
 from huggingface_hub import ModelCard
 def push(name):
-    args = arguments(base, Path(tmp, "out"), "--push_to_hub", "--hub_model_id", "user/" + name, data=data)
+    more = ["--push_to_hub", "--hub_private_repo", "--hub_model_id", "user/" + name]
+    args = arguments(base, Path(tmp, "out"), *more, data=data)
     trainer.push_to_hub(trainer.open_repo(args), ["README.md", "pipeline.py"], args)
 for name in ("exists", "once500", "once-cut"):
     push(name)
@@ -168,6 +170,7 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
     hub.fail("POST", "/conflict/commit/", 409)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     client(FAULTS, "pusher")
+    assert hub.repos["model", "user/once500"].private
     for name in ("exists", "once500", "once-cut"):
         assert hub.files(f"user/{name}")["pipeline.py"] == before[tmp_path / "out" / "pipeline.py"]
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
