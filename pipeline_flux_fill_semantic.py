@@ -89,6 +89,28 @@ def panel_positions(rows: int, columns: int, num_panels: int, device: torch.devi
     return lay_under_panels(grid[None], rows, columns, num_panels)[0]
 
 
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """
+    A picture in RGB as training and painting read it: CMYK, grey and palette pictures are converted, transparent places
+    are laid over mid-grey.
+
+    Raises:
+        `ValueError`: where it is empty or animated, or has more than 8 bits a channel: which range of them is to be
+            seen is not to be guessed.
+    """
+    if 0 in picture.size:
+        raise ValueError(f"is {picture.width}x{picture.height} pixels")
+    # A photograph in the format MPO only has further views of itself behind it.
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+        raise ValueError(f"is animated ({picture.n_frames} frames)")
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"has the mode {picture.mode}; 8 bits a channel are accepted")
+    if picture.has_transparency_data:
+        ground = PIL.Image.new("RGBA", picture.size, (128, 128, 128, 255))
+        picture = PIL.Image.alpha_composite(ground, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -343,8 +365,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         pictures = []
         for item in view if isinstance(view, (list, tuple)) else [view]:
             if isinstance(item, PIL.Image.Image):
-                item = VaeImageProcessor.pil_to_numpy(item.convert("RGB"))
+                item = VaeImageProcessor.pil_to_numpy(_usable(name, item))
             if isinstance(item, np.ndarray):
+                if item.dtype.kind not in "fiu":
+                    raise ValueError(f"`{name}` has to hold real numbers but has the dtype {item.dtype}.")
+                item = np.ascontiguousarray(item)
                 item = torch.from_numpy(item).movedim(-1, -3) if item.ndim in (3, 4) else torch.from_numpy(item)
             if not isinstance(item, torch.Tensor):
                 raise ValueError(f"`{name}` has to be {accepted}, or a list of them, but is {type(item).__name__}.")
@@ -353,6 +378,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     f"`{name}` has to be {accepted}, or a list of them, but has, channels first, the shape"
                     f" {tuple(item.shape)}."
                 )
+            if item.is_complex() or item.dtype == torch.bool:
+                raise ValueError(f"`{name}` has to hold real numbers but has the dtype {item.dtype}.")
             low, high = item.min().item(), item.max().item()
             # Written so that NaN fails as well.
             if not (low >= 0 and high <= 1):
@@ -373,7 +400,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         return pixels
 
     def _check_semantic_inputs(
-        self, image, semantic_image, mask_image, semantic_scale, height, width, num_images_per_prompt, output_type
+        self, image, semantic_image, mask_image, semantic_scale, height, width, output_type
     ) -> None:
         mode = SEMANTIC_MODES[self.config.semantic_mode]
         if image is None:
@@ -400,12 +427,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` has to be "pil", "np", "pt" or "latent" but is {output_type!r}.')
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` has to be a positive integer but is {num_images_per_prompt!r}.")
         if (height is None) != (width is None):
             raise ValueError(f"`height` and `width` have to be passed together but are {height} and {width}.")
         for name, size in (("height", height), ("width", width)):
-            if size is not None and (size < self._patch_size or size % self._patch_size):
+            if size is not None and (not _is_count(size) or size < self._patch_size or size % self._patch_size):
                 raise ValueError(f"`{name}` has to be a positive multiple of {self._patch_size} but is {size}.")
 
     @torch.no_grad()
@@ -488,9 +513,45 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `ValueError`: where an argument does not fit the pipeline or another argument.
         """
         mode = SEMANTIC_MODES[self.config.semantic_mode]
-        self._check_semantic_inputs(
-            image, semantic_image, mask_image, semantic_scale, height, width, num_images_per_prompt, output_type
-        )
+        self._check_semantic_inputs(image, semantic_image, mask_image, semantic_scale, height, width, output_type)
+        if mask_image is not None:
+            _check_fill_picture("image", image)
+            _check_fill_picture("mask_image", mask_image)
+        _check_texts(prompt=prompt, prompt_2=prompt_2)
+        _check_numbers(strength=strength, guidance_scale=guidance_scale)
+        _check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        if max_sequence_length is not None:
+            _check_counts(max_sequence_length=max_sequence_length)
+        for name, value, kind in (
+            ("sigmas", sigmas, list),
+            ("joint_attention_kwargs", joint_attention_kwargs, dict),
+            ("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, list),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"`{name}` has to be a {kind.__name__} but is {value!r}.")
+        if sigmas is not None and len(sigmas) == 0:
+            raise ValueError("`sigmas` has to hold a number for each step but is empty.")
+        if sigmas is not None:
+            _check_numbers(**{f"sigmas[{i}]": sigma for i, sigma in enumerate(sigmas)})
+        _check_tensors(latents=latents, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)
+        config = self.transformer.config
+        for name, tensor, ndim, channels in (
+            ("prompt_embeds", prompt_embeds, 3, config.joint_attention_dim),
+            ("pooled_prompt_embeds", pooled_prompt_embeds, 2, config.pooled_projection_dim),
+        ):
+            if tensor is not None and (tensor.ndim != ndim or 0 in tensor.shape or tensor.shape[-1] != channels):
+                raise ValueError(
+                    f"`{name}` has to have {ndim} dimensions, the last of them {channels} long, but has the shape"
+                    f" {tuple(tensor.shape)}."
+                )
+        if prompt_embeds is not None and pooled_prompt_embeds is not None and len(prompt_embeds) != len(pooled_prompt_embeds):
+            raise ValueError(
+                f"`pooled_prompt_embeds` has to hold as many prompts as `prompt_embeds`, {len(prompt_embeds)}, but holds"
+                f" {len(pooled_prompt_embeds)}."
+            )
+        for part in generator if isinstance(generator, (list, tuple)) else [generator]:
+            if part is not None and not isinstance(part, torch.Generator):
+                raise ValueError(f"`generator` has to be a `torch.Generator` or a list of them but holds {part!r}.")
 
         # 1. Read
         translates = mask_image is None
@@ -605,12 +666,22 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 As in [`~loaders.FluxLoraLoaderMixin.load_lora_weights`].
 
         Raises:
-            `ValueError`: where the weights were trained with `"cross_attention"` but the module is missing.
+            `ValueError`: where the weights were trained with `"cross_attention"` but the module is missing, or where a
+                pickle is asked for.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict):
             return super().load_lora_weights(source, **kwargs)
         source = str(source)
+        if kwargs.get("use_safetensors") is False or not (kwargs.get("weight_name") or ".safetensors").endswith(
+            ".safetensors"
+        ):
+            raise ValueError(
+                f"`weight_name` has to be a safetensors file, as unpickling runs what it reads, but is"
+                f" {kwargs.get('weight_name')!r} with `use_safetensors={kwargs.get('use_safetensors')}`."
+            )
+        # Else diffusers takes a pickle where there is no other file.
+        kwargs["use_safetensors"] = True
         hub_kwargs = {
             name: kwargs[name]
             for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -635,7 +706,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     " a module loads with `FluxFillPipeline.load_lora_weights`."
                 )
             module = SemanticAttentionModel.from_pretrained(
-                source, subfolder=module_folder, dtype=self.transformer.dtype, **hub_kwargs
+                source, subfolder=module_folder, use_safetensors=True, dtype=self.transformer.dtype, **hub_kwargs
             ).to(self._execution_device)
         if self.semantic_attention is not None and module is not None:
             logger.warning("The pipeline's `semantic_attention` is replaced by that of the LoRA being loaded.")
@@ -736,6 +807,75 @@ def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[s
         raise
     except EntryNotFoundError:
         return None
+
+
+def _usable(name: str, picture: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        return to_rgb(picture)
+    # Pillow reads a file's pixels only now, and raises what its decoders raise.
+    except Exception as error:
+        raise ValueError(f"`{name}` holds a picture that cannot be used: {error}.") from error
+
+
+def _check_fill_picture(name: str, view: PipelineImageInput) -> None:
+    """What `FluxFillPipeline` does not check itself of a picture and its mask."""
+    items = view if isinstance(view, (list, tuple)) else [view]
+    if not items:
+        raise ValueError(f"`{name}` has to hold a picture but is empty.")
+    for item in items:
+        if isinstance(item, PIL.Image.Image):
+            _usable(name, item)
+        elif isinstance(item, np.ndarray) and item.dtype.kind in "fiu" or isinstance(item, torch.Tensor):
+            numbers = torch.as_tensor(np.ascontiguousarray(item) if isinstance(item, np.ndarray) else item)
+            if numbers.ndim not in (2, 3, 4) or numbers.numel() == 0 or not numbers.isfinite().all():
+                raise ValueError(
+                    f"`{name}` has to be a picture of finite numbers but has the shape {tuple(numbers.shape)} or holds"
+                    " others."
+                )
+        else:
+            raise ValueError(
+                f"`{name}` has to be a PIL image, a numpy array, a tensor or a list of them but holds"
+                f" {type(item).__name__}."
+            )
+
+
+def _is_count(number) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
+def _check_counts(**counts) -> None:
+    for name, number in counts.items():
+        if not _is_count(number):
+            raise ValueError(f"`{name}` has to be a positive integer but is {number!r}.")
+
+
+def _check_numbers(**numbers) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, (int, float, np.number)) or not np.isfinite(number) or number < 0:
+            raise ValueError(f"`{name}` has to be a finite number, not below 0, but is {number!r}.")
+
+
+def _check_texts(**texts) -> None:
+    lengths = {}
+    for name, text in texts.items():
+        parts = [text] if isinstance(text, str) else text
+        if parts is None:
+            continue
+        if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"`{name}` has to be a string or a list of strings but is {repr(text)[:100]}.")
+        lengths[name] = len(parts)
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"`prompt` and `prompt_2` have to be as many, but are {lengths}.")
+
+
+def _check_tensors(**tensors) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"`{name}` has to be a tensor of floating point numbers but is {repr(tensor)[:100]}.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"`{name}` has to hold finite numbers but holds NaN or infinite ones.")
 
 
 def _batch_size(picture: PipelineImageInput) -> int:

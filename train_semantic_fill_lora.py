@@ -71,6 +71,7 @@ from pipeline_flux_fill_semantic import (
     FluxFillSemanticPipeline,
     lay_under_panels,
     panel_positions,
+    to_rgb,
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
 from training_speed import CHECKPOINTING, choose_plan, memory_advice
@@ -547,7 +548,14 @@ def load_rows(args: argparse.Namespace, split: str = "train") -> "datasets.Datas
     datasets.utils.logging.set_verbosity_error()
     kwargs = {"split": split, "cache_dir": args.cache_dir}
     if args.train_data_dir is not None:
-        rows = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **kwargs)
+        try:
+            rows = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **kwargs)
+        # A missing folder, a metadata file that is none, a name in it without its picture: each has its own error.
+        except Exception as error:
+            raise ValueError(
+                f"--train_data_dir {args.train_data_dir} has to be a folder of pictures with a `metadata.jsonl`, but:"
+                f" {error.__cause__ or error}"
+            ) from error
     elif os.path.isdir(args.dataset_name):
         folder = Path(args.dataset_name)
         for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar"), ("imagefolder", "metadata.jsonl")):
@@ -560,7 +568,12 @@ def load_rows(args: argparse.Namespace, split: str = "train") -> "datasets.Datas
                 " but holds none."
             )
         source = {"data_dir": str(folder)} if builder == "imagefolder" else {"data_files": {"train": files}}
-        rows = datasets.load_dataset(builder, **source, **kwargs)
+        try:
+            rows = datasets.load_dataset(builder, **source, **kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"--dataset_name {folder} has to hold rows in {builder} files, but: {error.__cause__ or error}"
+            ) from error
     else:
         rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **kwargs)
     if args.max_train_samples is not None:
@@ -578,11 +591,19 @@ def load_rows(args: argparse.Namespace, split: str = "train") -> "datasets.Datas
         if column not in rows.column_names:
             raise ValueError(f"Column `{column}` is not in the data set, which has {rows.column_names}.")
     for column in columns:
-        rows = rows.cast_column(column, datasets.Image(decode=False))
+        try:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        # Arrow's errors are of many kinds.
+        except Exception as error:
+            raise ValueError(
+                f"Column `{column}` has to hold pictures but holds {rows.features[column]}: {error}"
+            ) from error
     return rows
 
 
-def picture_bytes(cell: dict) -> bytes:
+def picture_bytes(cell: dict | None) -> bytes:
+    if cell is None:
+        raise ValueError("has no picture")
     return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
@@ -591,11 +612,9 @@ def decode_picture(data: bytes) -> PIL.Image.Image:
         # A picture made to explode in memory is an error, not a warning.
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         picture = PIL.Image.open(io.BytesIO(data))
-        if getattr(picture, "n_frames", 1) > 1:
-            raise ValueError(f"is animated ({picture.n_frames} frames)")
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"has the mode {picture.mode}; 8 bits a channel are accepted")
-        return PIL.ImageOps.exif_transpose(picture).convert("RGB")
+        # In place, which keeps what the file says of its frames.
+        PIL.ImageOps.exif_transpose(picture, in_place=True)
+        return to_rgb(picture)
 
 
 def cut_triptych(pictures: list[PIL.Image.Image]) -> list[PIL.Image.Image]:

@@ -156,7 +156,7 @@ def some_options() -> st.SearchStrategy[list[str]]:
     return st.lists(st.one_of(option), max_size=6).map(lambda parts: sum(parts, []))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(options=some_options())
 def test_any_command_line_is_taken_or_refused_with_a_sentence(options):
     errors = []

@@ -815,7 +815,7 @@ NAN = torch.full((1, 3, 32, 48), float("nan"))
         ({"latents": torch.zeros(1, 6, 64)}, "latents", "1, 6, 64"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt", "0"),
         ({"strength": 1.2}, "strength", "1.2"),
-        ({"prompt": 3}, "prompt", "int"),
+        ({"prompt": 3}, "prompt", "but is 3"),
         ({"prompt": None}, "prompt", "prompt_embeds"),
         ({"output_type": "jpg"}, "output_type", "jpg"),
     ],

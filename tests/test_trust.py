@@ -1,0 +1,149 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""What a run lets in and out: no pickle is read, no token is written, no foreign file is pushed."""
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import FluxFillPipeline
+from hub_server import HubServer
+from test_processes import FILES, command, environment
+from test_training import arguments, run
+
+import train_semantic_fill_lora as trainer
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+
+
+TOKEN = "hf_planted_secret"
+
+
+class Planted:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def replace_by_pickle(weights: Path, name: str, trace: Path) -> None:
+    weights.unlink()
+    (weights.parent / name).write_bytes(pickle.dumps(Planted(trace)))
+
+
+def test_the_planted_pickle_would_leave_a_trace(tmp_path):
+    pickle.loads(pickle.dumps(Planted(tmp_path / "trace")))
+    assert (tmp_path / "trace").is_dir()
+
+
+@pytest.mark.parametrize(
+    "weights, name",
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+        ("vae/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+        ("text_encoder/model.safetensors", "pytorch_model.bin"),
+        ("text_encoder_2/model.safetensors", "pytorch_model.bin"),
+    ],
+)
+def test_a_pickled_base_is_refused(base_folder, triptych_folder, tmp_path, weights, name):
+    shutil.copytree(base_folder, tmp_path / "base")
+    replace_by_pickle(tmp_path / "base" / weights, name, tmp_path / "trace")
+    args = arguments(tmp_path / "base", tmp_path / "out", data=triptych_folder)
+    with pytest.raises((OSError, ValueError), match="safetensors"):
+        trainer.load_encoders(args, torch.device("cpu"), torch.float32)
+        trainer.build_model(args, torch.device("cpu"), torch.float32)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(base_folder, triptych_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "out"
+    return run(base_folder, out, "--max_train_steps", 1, "--checkpointing_steps", 1, data=triptych_folder)
+
+
+@pytest.mark.parametrize(
+    "weights, name",
+    [
+        (FILES[0], "pytorch_lora_weights.bin"),
+        (FILES[1], "diffusion_pytorch_model.bin"),
+        # A pickle by the right name.
+        (FILES[0], Path(FILES[0]).name),
+        (FILES[1], Path(FILES[1]).name),
+    ],
+)
+def test_a_pickled_lora_or_module_is_refused(base, base_folder, trained, tmp_path, weights, name):
+    folder = tmp_path / "trained"
+    shutil.copytree(trained, folder)
+    replace_by_pickle(folder / weights, name, tmp_path / "trace")
+    pipe = FluxFillSemanticPipeline.from_pipe(FluxFillPipeline(**base.components))
+    with pytest.raises(Exception, match="(?i)safetensors|header"):
+        pipe.load_lora_weights(folder)
+    with pytest.raises(ValueError, match="`weight_name` has to be a safetensors file"):
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.bin")
+    args = arguments(base_folder, "out", "--lora_weights", folder, "--semantic_weights", folder, data="unused")
+    with pytest.raises(Exception, match="(?i)safetensors|header|holds no trained"):
+        trainer.build_model(args, torch.device("cpu"), torch.float32)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_pickle_in_a_checkpoint_is_refused(base_folder, trained, tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    shutil.copytree(trained / "checkpoint-1", checkpoint)
+    replace_by_pickle(checkpoint / "training_state.safetensors", "training_state.safetensors", tmp_path / "trace")
+    assert "training_state.safetensors is not what was written" in trainer.checkpoint_damage(checkpoint)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_nothing_in_the_product_unpickles():
+    unpickles = re.compile(
+        r"\bimport pickle\b|\btorch\.load\(|\bjoblib\b|allow_pickle\s*=\s*True|use_safetensors\s*=\s*False"
+    )
+    for path in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")):
+        assert not unpickles.search(path.read_text()), path
+
+
+def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych_folder, tmp_path):
+    out = tmp_path / "out"
+    (out / "semantic_attention").mkdir(parents=True)
+    for name in ("evil.py", "model.bin", "semantic_attention/evil.py", ".env", "README.md", "pipeline.py"):
+        (out / name).write_text("of somebody else")
+    more = "--max_train_steps 2 --checkpointing_steps 1 --push_to_hub --hub_model_id user/fill --validation_steps 2"
+    more += " --num_validation_images 1 --validation_inference_steps 1"
+    with HubServer(token=TOKEN) as hub:
+        env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=TOKEN)
+        env.pop("HF_HUB_OFFLINE", None)
+        start = command(base_folder, triptych_folder, out, *more.split())
+        start[start.index("--report_to") + 1] = "tensorboard"
+        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        pushed = {name: content for name, content in hub.files("user/fill").items() if name != ".gitattributes"}
+    wanted = {*FILES, "README.md", "pipeline.py", "semantic_attention/config.json", "samples/step-000002.png"}
+    assert set(pushed) == wanted
+    # The pushed code is that of the two released files, and the card says which.
+    assert pushed["pipeline.py"] == trainer.single_file_pipeline().encode()
+    assert hashlib.sha256(pushed["pipeline.py"]).hexdigest() in pushed["README.md"].decode()
+    for name in ("semantic_attention.py", "pipeline_flux_fill_semantic.py"):
+        lacking = set((ROOT / name).read_text().splitlines()) - set(pushed["pipeline.py"].decode().splitlines())
+        # All but the choice between the two ways of importing the module.
+        assert all(line == "else:" or "semantic_attention" in line or "__package__" in line for line in lacking)
+
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in written)
+    assert any(path.parent.name == "checkpoint-2" for path in written)
+    for name, content in (*((path, path.read_bytes()) for path in written), *pushed.items()):
+        assert TOKEN.encode() not in content, name
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_the_readme_says_what_remote_code_is(tmp_path):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "`trust_remote_code=True` runs the repository's `pipeline.py`" in text
+    assert "`semantic_attention.py` and `pipeline_flux_fill_semantic.py`" in text and "hash" in text
