@@ -531,7 +531,9 @@ def main(args: argparse.Namespace) -> dict:
         figures[kind], samples[kind] = gathered.summary(), gathered.samples
     columns = {name: column[: len(shown)] for name, column in columns.items()}
 
+    # The table goes into cards, which are no place for paths of this machine.
     data = args.dataset_name or args.train_data_dir
+    features = args.fid_model if is_hub_id(args.fid_model) else Path(args.fid_model).name
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     report = {
         "trained": args.trained,
@@ -540,7 +542,7 @@ def main(args: argparse.Namespace) -> dict:
         "count": len(dataset),
         "figures": figures,
         "absent": absent,
-        "features": args.fid_model if "fid" in networks else None,
+        "features": features if "fid" in networks else None,
         "settings": settings,
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, torchmetrics)},
         "samples": samples,

