@@ -196,13 +196,14 @@ def test_reruns_agree(evaluated, base_folder, files):
     more = [*networks(files), "--palette", files / "palette.json", "--batch_size", 3]
     again = evaluation.main(arguments(base_folder, files, *more, output_dir="again"))
     assert again["figures"] == report["figures"] and again["samples"] == report["samples"]
-    other = evaluation.main(arguments(base_folder, files, "--seed", 1, "--metrics", "psnr", "--maps", "none"))
+    more = ["--seed", 1, "--metrics", "psnr", "--maps", "none"]
+    other = evaluation.main(arguments(base_folder, files, *more, output_dir="other"))
     assert other["figures"]["none"]["psnr"] != report["figures"]["none"]["psnr"]
 
 
 def test_what_is_left(evaluated, files):
     report, pictures = evaluated
-    folder = files / "again"
+    folder = files / "evaluation"
     assert json.loads((folder / "evaluation.json").read_text())["figures"] == report["figures"]
     lines = (folder / "evaluation.md").read_text().splitlines()
     assert lines[0] == "| map | PSNR (dB) ↑ | SSIM ↑ | LPIPS ↓ | FID ↓ | KID ↓ | mIoU ↑ |"
