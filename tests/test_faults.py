@@ -1,9 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """Faults, injected into real runs: what is lost, what is said, and how the run goes on."""
 
-import concurrent.futures
 import errno
 import json
+import multiprocessing.connection
 import random
 import re
 import signal
@@ -82,6 +82,30 @@ def undisturbed(runs, base_folder, triptych_folder, tmp_path_factory) -> Path:
     return out
 
 
+def two_at_once(chains: list) -> list:
+    """
+    What generators return that yield processes and are sent their exit codes. Without threads: two of them would read
+    one process's end from the fork server.
+    """
+    waiting, running, results = [*chains], {}, []
+
+    def advance(chain, code) -> None:
+        try:
+            running[chain.send(code)] = chain
+        except StopIteration as stop:
+            results.append(stop.value)
+
+    while waiting or running:
+        while waiting and len(running) < 2:
+            advance(waiting.pop(), None)
+        ended = multiprocessing.connection.wait([process.sentinel for process in running], timeout=120)
+        assert ended, "no run ended in time"
+        for process in [process for process in running if process.sentinel in ended]:
+            process.join()
+            advance(running.pop(process), process.exitcode)
+    return results
+
+
 def test_killed_at_30_moments_and_resumed(runs, base_folder, triptych_folder, tmp_path, undisturbed):
     operations = json.loads(Path(f"{undisturbed}.log.json").read_text())
     a_checkpoint = operations["checkpoint"] // (STEPS // 2)
@@ -95,18 +119,21 @@ def test_killed_at_30_moments_and_resumed(runs, base_folder, triptych_folder, tm
     }
     phases = ("encoding", "step", "checkpoint", "step", "result")
 
-    def chain(number: int) -> list[str]:
+    go_on = ("--resume_from_checkpoint", "latest")
+
+    def chain(number: int):
         chance, out = random.Random(number), tmp_path / str(number) / "out"
         killed = []
         for phase in phases:
             # Half of the kills right at an operation, the others somewhere after it.
             delay = chance.choice((0.0, chance.uniform(0.0, 0.02)))
             moment = Moment(phase, chance.randint(1, latest[phase]), Kill(delay))
-            code = runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest", moment=moment)
+            code = yield runs.start(base_folder, triptych_folder, out, *go_on, moment=moment)
             assert code == -signal.SIGKILL, (moment, said(out))
             assert set(whole_checkpoints(out)) <= set(range(2, STEPS + 1, 2))
             killed.append(phase)
-        assert runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest") == 0, said(out)
+        code = yield runs.start(base_folder, triptych_folder, out, *go_on)
+        assert code == 0, said(out)
         assert_same_result(out, undisturbed)
         assert whole_checkpoints(out) == [STEPS - 2, STEPS]
         # Nothing is left of what was cut short.
@@ -114,8 +141,7 @@ def test_killed_at_30_moments_and_resumed(runs, base_folder, triptych_folder, tm
         assert "nan" not in (out / "README.md").read_text()
         return killed
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        killed = sum(pool.map(chain, range(KILLS // len(phases))), [])
+    killed = sum(two_at_once([chain(number) for number in range(KILLS // len(phases))]), [])
     assert len(killed) == KILLS and set(killed) == set(forked_runs.PHASES)
 
 
