@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import safetensors
 import safetensors.torch
 import torch
@@ -25,7 +26,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -111,6 +112,111 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture.convert("RGB")
 
 
+# Colours of a heat map from 0 to 1; between them it is linear.
+HEAT_COLOURS = np.array([[0, 0, 0], [150, 20, 90], [245, 110, 30], [255, 250, 200]], np.float32)
+
+
+@dataclass
+class SemanticAttentionOutput(BaseOutput):
+    r"""
+    What [`FluxFillSemanticPipeline.semantic_attention_maps`] saw.
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            What the call painted.
+        maps (`np.ndarray` of shape `(pictures, steps, points, rows, columns)` and dtype `float32`):
+            How much each point looks at each place of the semantic map, a grid of 16x16-pixel tokens. Every heat map
+            sums to one. Without `average_heads` the shape is `(pictures, steps, points, heads, rows, columns)`.
+        points (`list[tuple[float, float]]`):
+            The points, (x, y) in pixels of one view.
+        steps (`list[int]`):
+            The steps, counted from 0.
+        size (`tuple[int, int]`):
+            Width and height of one view in pixels.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    maps: np.ndarray
+    points: list[tuple[float, float]]
+    steps: list[int]
+    size: tuple[int, int]
+
+    def overlay(
+        self,
+        background: PIL.Image.Image,
+        picture: int = 0,
+        step: int = 0,
+        point: int = 0,
+        opacity: float = 0.75,
+    ) -> PIL.Image.Image:
+        r"""
+        One heat map, brightest at its largest weight, over a picture, with a ring around its point.
+
+        Args:
+            background (`PIL.Image.Image`):
+                The semantic map, or any view of the same scene.
+            picture, step, point (`int`, default to 0):
+                Places in `maps`. Heads are averaged.
+            opacity (`float`, defaults to 0.75):
+                Share of the heat, in [0, 1].
+
+        Returns:
+            `PIL.Image.Image`: RGB, as large as `background`.
+        """
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"`opacity` has to be within [0, 1] but is {opacity}.")
+        heat = self.maps[picture, step, point]
+        heat = heat.reshape(-1, *heat.shape[-2:]).mean(axis=0)
+        levels = heat / heat.max() * (len(HEAT_COLOURS) - 1)
+        colours = np.stack([np.interp(levels, range(len(HEAT_COLOURS)), channel) for channel in HEAT_COLOURS.T], -1)
+        colours = PIL.Image.fromarray(colours.round().astype(np.uint8))
+        colours = colours.resize(background.size, PIL.Image.Resampling.NEAREST)
+        blended = PIL.Image.blend(background.convert("RGB"), colours, opacity)
+        x, y = (at * side / of for at, side, of in zip(self.points[point], background.size, self.size))
+        radius, line = max(3, min(background.size) / 40), max(1, min(background.size) // 160)
+        draw = PIL.ImageDraw.Draw(blended)
+        for grow, colour in ((line, "black"), (0, "white")):
+            box = (x - radius - grow, y - radius - grow, x + radius + grow, y + radius + grow)
+            draw.ellipse(box, outline=colour, width=line)
+        return blended
+
+    def class_mass(
+        self, semantic_image: PIL.Image.Image, palette: dict[tuple[int, int, int], str]
+    ) -> dict[str, np.ndarray]:
+        r"""
+        How much of the attention falls on each class of the semantic map. A token's weight is shared out evenly among
+        its pixels.
+
+        Args:
+            semantic_image (`PIL.Image.Image`):
+                The map that was passed to the call.
+            palette (`dict[tuple[int, int, int], str]`):
+                Names of the map's colours. Colours of the same name are one class; colours of no name are `"other"`.
+
+        Returns:
+            `dict[str, np.ndarray]`: `maps.shape[:-2]` for each name, summing to one over the names.
+        """
+        pixels = np.asarray(semantic_image.convert("RGB"))
+        (height, width), (rows, columns) = pixels.shape[:2], self.maps.shape[-2:]
+        tokens = np.arange(height)[:, None] * rows // height * columns + np.arange(width) * columns // width
+        area = np.bincount(tokens.ravel(), minlength=rows * columns)
+        if not area.all():
+            raise ValueError(
+                f"`semantic_image` has to have at least one pixel for each of the {columns}x{rows} tokens but is"
+                f" {width}x{height}."
+            )
+        flat_maps, mass, left = self.maps.reshape(*self.maps.shape[:-2], -1), {}, np.ones((height, width), bool)
+        for colour, name in palette.items():
+            here = (pixels == np.array(colour)).all(axis=-1)
+            left &= ~here
+            share = np.bincount(tokens[here], minlength=rows * columns) / area
+            mass[name] = mass.get(name, 0) + flat_maps @ share
+        if left.any():
+            share = np.bincount(tokens[left], minlength=rows * columns) / area
+            mass["other"] = mass.get("other", 0) + flat_maps @ share
+        return mass
+
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -160,6 +266,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     _optional_components = ["semantic_attention"]
     # Small enough to stay on the device, and called between two steps of the transformer.
     _exclude_from_cpu_offload = ["semantic_attention"]
+    # Sees what the module is about to see in each step; set for the time of `semantic_attention_maps` only.
+    _attention_observer = None
 
     def __init__(
         self,
@@ -339,11 +447,26 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     @contextlib.contextmanager
     def _semantic_guidance(
-        self, semantic_tokens: torch.Tensor | None, positions: torch.Tensor | None, semantic_scale: float
+        self,
+        semantic_tokens: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        semantic_scale: float,
+        layout: tuple[int, int, int, int],
     ):
-        """Enhances the transformer's input for the time of one call, also where that call ends in an error."""
+        """
+        Enhances the transformer's input for the time of one call, also where that call ends in an error. `layout` is
+        the canvas in tokens: rows, columns of a panel, panels, and which of them is painted.
+        """
+
+        if self._attention_observer is not None and semantic_tokens is None:
+            raise ValueError(
+                "`semantic_attention_maps` needs a `semantic_image` and a `semantic_scale` other than 0: without them no"
+                " map is attended."
+            )
 
         def enhance(transformer, args, kwargs):
+            if self._attention_observer is not None:
+                self._attention_observer(kwargs["hidden_states"], semantic_tokens, positions, semantic_scale, layout)
             kwargs["hidden_states"] = self.semantic_attention.enhance(
                 kwargs["hidden_states"], semantic_tokens, positions, semantic_scale
             )
@@ -618,7 +741,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             positions = panel_positions(rows, columns, panels, semantic_tokens.device)
 
         # 3. Denoise and decode
-        with self._semantic_guidance(semantic_tokens, positions, semantic_scale):
+        with self._semantic_guidance(
+            semantic_tokens, positions, semantic_scale, (rows, columns, panels, panel_index)
+        ):
             images = super().__call__(
                 prompt=prompt,
                 prompt_2=prompt_2,
@@ -649,6 +774,98 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         if not return_dict:
             return (images,)
         return FluxPipelineOutput(images=images)
+
+    # -- See why ------------------------------------------------------------------------------------------------------
+
+    def semantic_attention_maps(
+        self,
+        *args,
+        points: list[tuple[float, float]],
+        steps: list[int] | None = None,
+        layer: int = -1,
+        average_heads: bool = True,
+        chunk_size: int = 256,
+        **kwargs,
+    ) -> SemanticAttentionOutput:
+        r"""
+        Paints as a call does, bit for bit, and tells where in the semantic map the given points look.
+
+        Args:
+            points (`list[tuple[float, float]]`):
+                Points of the painted view, (x, y) in pixels from its upper left corner; with `mask_image`, of the
+                picture. Each stands for the 16x16-pixel token it falls in.
+            steps (`list[int]`, *optional*):
+                Denoising steps looked at, counted from 0; negative ones from the end. Defaults to all.
+            layer (`int`, defaults to -1):
+                Layer of the module looked at.
+            average_heads (`bool`, defaults to `True`):
+                Whether to average the heads instead of giving each its own map.
+            chunk_size (`int`, defaults to 256):
+                Points attended at once. The whole attention matrix is never formed.
+            args, kwargs:
+                As in `__call__`; `semantic_image` has to be among them.
+
+        Returns:
+            [`SemanticAttentionOutput`]: the pictures and the heat maps. The map lies under every panel, so the weights
+            of its copies are added up.
+
+        Raises:
+            `ValueError`: where a point lies outside of the view, a step or layer does not exist, or no map is attended.
+        """
+        points = [tuple(point) for point in points]
+        if not points or any(len(point) != 2 for point in points):
+            raise ValueError(f"`points` has to hold at least one (x, y) but is {points!r}.")
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` has to be a positive integer but is {chunk_size}.")
+        if self.semantic_attention is None or not SEMANTIC_MODES[self.config.semantic_mode].attends:
+            raise ValueError(
+                "`semantic_attention_maps` needs a pipeline with a `semantic_attention`, but this one has"
+                f" {type(self.semantic_attention).__name__} in the mode {self.config.semantic_mode!r}."
+            )
+        num_layers = len(self.semantic_attention.layers)
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(f"`layer` has to be within [{-num_layers}, {num_layers - 1}] but is {layer}.")
+        if steps is not None and len(steps) == 0:
+            raise ValueError("`steps` has to hold at least one step but is empty.")
+        calls, seen, wanted, view = 0, {}, [], None
+
+        def observe(hidden_states, semantic_tokens, positions, semantic_scale, layout):
+            nonlocal calls, wanted, view
+            rows, columns, panels, panel_index = layout
+            if calls == 0:
+                view = (columns * self._patch_size, rows * self._patch_size)
+                for x, y in points:
+                    if not (0 <= x < view[0] and 0 <= y < view[1]):
+                        raise ValueError(f"`points` has to lie within the view's {view[0]}x{view[1]} but has {(x, y)}.")
+                wanted = list(range(self.num_timesteps)) if steps is None else list(steps)
+                for step in wanted:
+                    if not -self.num_timesteps <= step < self.num_timesteps:
+                        raise ValueError(
+                            f"`steps` has to be within [{-self.num_timesteps}, {self.num_timesteps - 1}] but has {step}."
+                        )
+                wanted = [step % self.num_timesteps for step in wanted]
+            if calls in wanted:
+                tokens = [
+                    (int(y) // self._patch_size * panels + panel_index) * columns + int(x) // self._patch_size
+                    for x, y in points
+                ]
+                _, part, _ = self.semantic_attention.split_input(hidden_states)
+                chunks = []
+                for chunk in self.semantic_attention.attention_maps(
+                    part, semantic_tokens, positions, semantic_scale, layer, tokens, chunk_size
+                ):
+                    chunk = chunk.unflatten(-1, (rows, panels, columns)).sum(dim=-2).transpose(1, 2)
+                    chunks.append((chunk.mean(dim=2) if average_heads else chunk).cpu())
+                seen[calls] = torch.cat(chunks, dim=1).numpy()
+            calls += 1
+
+        self._attention_observer = observe
+        try:
+            result = self(*args, **kwargs)
+        finally:
+            self._attention_observer = None
+        maps = np.stack([seen[step] for step in wanted], axis=1)
+        return SemanticAttentionOutput(images=result[0], maps=maps, points=points, steps=wanted, size=view)
 
     # -- Load and save -----------------------------------------------------------------------------------------------
 

@@ -274,11 +274,19 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: `hidden_states` with `in_channels` of its channels enhanced, in its own dtype.
         """
+        before, part, after = self.split_input(hidden_states)
+        enhanced = self(part, semantic_tokens, positions, semantic_scale)
+        return torch.cat((before, enhanced.to(hidden_states.dtype), after), dim=-1)
+
+    def split_input(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        r"""
+        The transformer's input in three: the channels before those that `injection` names, those themselves
+        (`(batch, tokens, in_channels)`, in the module's dtype: what `forward` and `attention_maps` take), and the rest.
+        """
         channels = self.config.in_channels
         start = SEMANTIC_INJECTIONS[self.config.injection] * channels
         before, part, after = hidden_states.tensor_split((start, start + channels), dim=-1)
-        enhanced = self(part.to(self.dtype), semantic_tokens, positions, semantic_scale)
-        return torch.cat((before, enhanced.to(hidden_states.dtype), after), dim=-1)
+        return before, part.to(self.dtype), after
 
     def scales(self) -> list[float]:
         r"""The mean absolute gate of each layer. All are exactly 0 before training."""
