@@ -156,30 +156,26 @@ def draw_curves(args: argparse.Namespace) -> PIL.Image.Image:
     return as_picture(figure)
 
 
-@torch.no_grad()
 def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> PIL.Image.Image:
-    """Where in the map a token of the target panel looks, half-way through denoising."""
-    size, side = args.resolution, args.resolution // 16
-    token_row, token_column = side // 2, side // 2
-    module, seen = pipeline.semantic_attention, {}
-    handle = module.register_forward_pre_hook(lambda m, inputs: seen.setdefault(len(seen), inputs))
-    try:
-        (painted,) = paint(pipeline, [view], "right", 1.0, args)
-    finally:
-        handle.remove()
-    x_t, tokens, positions = seen[len(seen) // 2][:3]
-    index = token_row * 2 * side + side + token_column
-    maps = torch.cat(list(module.attention_maps(x_t, tokens, positions, tokens=[index])), dim=2)
-    # The map lies under both panels: the weights of its two copies belong together.
-    weights = maps[0].mean(0).view(side, 2, side).sum(1)
-    heat = weights.repeat_interleave(16, 0).repeat_interleave(16, 1)
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
-    for axis, picture, title in zip(axes, (painted, view["map"], view["map"]), ("painted", "map", "attention")):
+    """Where in the map the middle of the target panel looks, half-way through denoising."""
+    middle = args.resolution / 2
+    seen = pipeline.semantic_attention_maps(
+        prompt=earth.PROMPT,
+        image=view["visible"],
+        semantic_image=view["map"],
+        num_inference_steps=args.num_inference_steps,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        generator=torch.Generator().manual_seed(args.seed),
+        points=[(middle, middle)],
+        steps=[args.num_inference_steps // 2],
+    )
+    pictures = {"painted": seen.images[0], "map": view["map"], "attention": seen.overlay(view["map"])}
+    figure, axes = plt.subplots(1, len(pictures), figsize=(9, 3))
+    for axis, (title, picture) in zip(axes, pictures.items()):
         axis.imshow(picture)
         axis.set_title(title)
         axis.axis("off")
-    axes[0].plot((token_column + 0.5) * 16, (token_row + 0.5) * 16, "r+", markersize=14)
-    axes[2].imshow(heat, cmap="magma", alpha=0.7, extent=(0, size, size, 0))
+    axes[0].plot(middle, middle, "r+", markersize=14)
     return as_picture(figure)
 
 
