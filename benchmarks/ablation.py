@@ -331,7 +331,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("ablation.jsonl"))
     parser.add_argument("--tasks", nargs="+", default=["earth", "emoji"])
     parser.add_argument("--variants", nargs="+", default=[*MAIN, *LEADS], help=f"Among {[*MAIN, *LEADS]}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--lead_seeds", nargs="+", type=int, help="Seeds of the leads. Defaults to --seeds.")
     parser.add_argument("--earth", type=Path, default=Path("earth"))
     parser.add_argument("--earth_base", type=Path, default=ROOT / "examples" / "base")
