@@ -369,7 +369,7 @@ def main(args: argparse.Namespace) -> None:
         if args.cost_steps:
             cost_cells = [(t, v) for t in args.tasks for v in args.variants]
             run_all(run_cost, cost_cells, max(devices, 1), devices, shared, costs_file)
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()]
+    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     costs = [json.loads(line) for line in costs_file.read_text().splitlines()] if costs_file.exists() else []
     for task in args.tasks:
         print(f"\n## {task}\n\n{table(rows, costs, task)}")

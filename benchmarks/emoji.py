@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import resvg_py
 from tqdm.auto import tqdm
 
 
@@ -62,6 +61,9 @@ def read_json(archive: tarfile.TarFile, name: str):
 
 def render(icons: dict, name: str, size: int) -> PIL.Image.Image:
     """An icon on white."""
+    # Only making the triptychs needs it, not training on them.
+    import resvg_py
+
     icon = icons["icons"][name]
     width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
     body = icon["body"].replace("currentColor", "#000")

@@ -68,7 +68,7 @@ def training_command(mode: str, base: str, args: argparse.Namespace) -> list[str
         command += f"""
             --semantic_learning_rate {args.semantic_learning_rate}
             --semantic_scale_learning_rate {args.semantic_scale_learning_rate}
-            --semantic_position {args.semantic_position}
+            --semantic_position {args.semantic_position} --semantic_injection {args.semantic_injection}
         """
     return shlex.split(command)
 
@@ -214,10 +214,11 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--semantic_learning_rate", type=float, default=3e-3)
     parser.add_argument("--semantic_scale_learning_rate", type=float, default=3e-2)
     parser.add_argument("--semantic_position", default="rope")
+    parser.add_argument("--semantic_injection", default="condition")
     parser.add_argument("--num_inference_steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(args)
