@@ -153,6 +153,7 @@ def draw_curves(args: argparse.Namespace) -> PIL.Image.Image:
     left.set(xlabel="step", ylabel="loss", title="Loss, running mean")
     left.legend()
     right.set(xlabel="step", ylabel="mean |scale|", title="Scale of the module")
+    figure.tight_layout()
     return as_picture(figure)
 
 
