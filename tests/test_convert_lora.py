@@ -2,6 +2,7 @@
 """The LoRA converter: what a converted LoRA adds to every weight is what the original adds."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,61 @@ def test_names_and_shapes_are_those_of_the_original_code():
     assert kohya["lora_unet_single_blocks_37_linear1.lora_up.weight"].shape == (7 * WIDTH, 8)
     assert kohya["lora_unet_single_blocks_37_linear1.alpha"] == 8
     assert kohya["lora_unet_single_blocks_0_linear2.lora_down.weight"].shape == (2, 5 * WIDTH)
+
+
+# The linear layers of the blocks as BFL's checkpoint of FLUX.1-Fill-dev holds them, with their shapes. ComfyUI looks for
+# "lora_unet_", the name with "_" for "." and without ".weight", then ".lora_up.weight", ".lora_down.weight", ".alpha".
+CHECKPOINT = {
+    "double_blocks.0.img_attn.proj.weight": (3072, 3072),
+    "double_blocks.0.img_attn.qkv.weight": (9216, 3072),
+    "double_blocks.0.img_mlp.0.weight": (12288, 3072),
+    "double_blocks.0.img_mlp.2.weight": (3072, 12288),
+    "double_blocks.0.img_mod.lin.weight": (18432, 3072),
+    "double_blocks.0.txt_attn.proj.weight": (3072, 3072),
+    "double_blocks.0.txt_attn.qkv.weight": (9216, 3072),
+    "double_blocks.0.txt_mlp.0.weight": (12288, 3072),
+    "double_blocks.0.txt_mlp.2.weight": (3072, 12288),
+    "double_blocks.0.txt_mod.lin.weight": (18432, 3072),
+    "single_blocks.37.linear1.weight": (21504, 3072),
+    "single_blocks.37.linear2.weight": (3072, 15360),
+    "single_blocks.37.modulation.lin.weight": (9216, 3072),
+}
+COMFYUI = {
+    "lora_unet_double_blocks_0_img_attn_proj": "double_blocks.0.img_attn.proj.weight",
+    "lora_unet_double_blocks_0_img_attn_qkv": "double_blocks.0.img_attn.qkv.weight",
+    "lora_unet_double_blocks_0_img_mlp_0": "double_blocks.0.img_mlp.0.weight",
+    "lora_unet_double_blocks_0_img_mlp_2": "double_blocks.0.img_mlp.2.weight",
+    "lora_unet_double_blocks_0_img_mod_lin": "double_blocks.0.img_mod.lin.weight",
+    "lora_unet_double_blocks_0_txt_attn_proj": "double_blocks.0.txt_attn.proj.weight",
+    "lora_unet_double_blocks_0_txt_attn_qkv": "double_blocks.0.txt_attn.qkv.weight",
+    "lora_unet_double_blocks_0_txt_mlp_0": "double_blocks.0.txt_mlp.0.weight",
+    "lora_unet_double_blocks_0_txt_mlp_2": "double_blocks.0.txt_mlp.2.weight",
+    "lora_unet_double_blocks_0_txt_mod_lin": "double_blocks.0.txt_mod.lin.weight",
+    "lora_unet_single_blocks_37_linear1": "single_blocks.37.linear1.weight",
+    "lora_unet_single_blocks_37_linear2": "single_blocks.37.linear2.weight",
+    "lora_unet_single_blocks_37_modulation_lin": "single_blocks.37.modulation.lin.weight",
+}
+
+
+def test_keys_are_those_that_comfyui_looks_for():
+    modulations = {
+        "transformer_blocks.0.norm1.linear": 6 * WIDTH,
+        "transformer_blocks.0.norm1_context.linear": 6 * WIDTH,
+        "single_transformer_blocks.37.norm.linear": 3 * WIDTH,
+    }
+    lora = make_lora([module for module in MODULES if re.search(r"^transformer_blocks\.0\.|_blocks\.37\.", module)])
+    for module, rows in modulations.items():
+        lora[f"transformer.{module}.lora_A.weight"] = torch.ones(2, WIDTH)
+        lora[f"transformer.{module}.lora_B.weight"] = torch.ones(rows, 2)
+    kohya = convert_lora.to_kohya(lora)
+    parts = ("lora_up.weight", "lora_down.weight", "alpha")
+    assert kohya.keys() == {f"{layer}.{part}" for layer in COMFYUI for part in parts}
+    for layer, weight in COMFYUI.items():
+        up, down, alpha = (kohya[f"{layer}.{part}"] for part in parts)
+        # What ComfyUI adds to the weight is alpha / down.shape[0] * up @ down.
+        assert (up.shape[0], down.shape[1]) == CHECKPOINT[weight] and up.shape[1] == down.shape[0]
+        assert alpha.shape == () and alpha == down.shape[0]
+    assert convert_lora.to_diffusers(kohya).keys() == lora.keys()
 
 
 def test_fused_layer_adds_what_its_parts_add():

@@ -2,6 +2,7 @@
 """Triptychs out of three folders, palette maps and COCO panoptic files, all of them real files."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import make_triptychs
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import ROOT
 from datasets import load_dataset
 
 
@@ -280,3 +282,33 @@ def test_wrong_arguments_are_refused(data, arguments, message, capsys):
         run(data, *(argument.format(data=data) for argument in arguments))
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not (data / "out").exists()
+
+
+def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "data.md").read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("python examples/make_triptychs.py ")]
+    assert len(commands) == 4
+    for command in commands:
+        arguments = shlex.split(command)[2:]
+        given = dict(zip(arguments[::2], arguments[1::2]))
+        shape = {"width": 768, "height": 1024} if "--width" in given else {"width": 512, "height": 512}
+        for seed, view in enumerate(("visible", "target", "semantic")):
+            folder = Path(given[f"--{view}_dir"])
+            folder.mkdir(exist_ok=True)
+            noise(seed, **shape).save(folder / "0001.png")
+        if "--palette" in given:
+            PIL.Image.fromarray(labels(**shape)).save(folder / "0001.png")
+            Path(given["--palette"]).write_text('{"3": "#000000", "7": [220, 20, 60]}')
+        if "--panoptic_json" in given:
+            ids = np.zeros((512, 512, 3), np.uint8)
+            PIL.Image.fromarray(ids + np.uint8([5, 0, 0])).save(folder / "0001.png")
+            segments = [{"id": 5, "category_id": 1}]
+            annotations = [{"file_name": "0001.png", "image_id": 1, "segments_info": segments}]
+            content = {"categories": [{"id": 1, "name": "road"}], "annotations": annotations}
+            Path(given["--panoptic_json"]).write_text(json.dumps(content))
+        if "--captions" in given:
+            Path(given["--captions"]).write_text('{"file_name": "0001.png", "text": "a coast"}')
+        assert make_triptychs.main(arguments) == 0, capsys.readouterr().out
+        triptych = PIL.Image.open(Path(given["--output_dir"]) / "0001.png")
+        assert triptych.size == (3 * int(given.get("--width", 512)), 512)
