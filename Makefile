@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 $(VENV)/installed: setup.py requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[test,demo]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[test,demo,app]"
 	touch $@
 
 # Two workers of one thread each: the models are too small to share a core's work out.

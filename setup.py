@@ -24,11 +24,13 @@ setup(
     ],
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
+        "app": ["basemap-data", "gradio>=6"],
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
         "evaluate": ["torchmetrics"],
         "test": [
             "bitsandbytes",
             "hypothesis",
+            "playwright",
             "prodigyopt",
             "pytest",
             "pytest-xdist",

@@ -603,7 +603,7 @@ class Trained:
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
         self.plain = paint(pipe, return_diptych=True)
-        self.guided = paint(pipe, semantic_image=picture(2))
+        self.guided = paint(pipe, semantic_image=None if semantic_mode == "none" else picture(2))
         FluxFillSemanticPipeline.save_lora_weights(
             folder,
             transformer_lora_layers=layers,

