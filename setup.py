@@ -16,6 +16,7 @@ setup(
     python_requires=">=3.11",
     py_modules=[
         "base_precision",
+        "training_engines",
         "evaluate_semantic_fill",
         "pipeline_flux_fill_semantic",
         "semantic_attention",

@@ -37,9 +37,9 @@ import PIL.ImageOps
 import safetensors.torch
 import torch
 import transformers
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -59,9 +59,6 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_down
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from base_precision import LORA_LAYERS, PRECISIONS, FrozenLinearConfig
@@ -74,6 +71,7 @@ from pipeline_flux_fill_semantic import (
     to_rgb,
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
+from training_engines import Engine, find_engine
 from training_speed import CHECKPOINTING, choose_plan, memory_advice
 
 
@@ -1273,102 +1271,13 @@ def build_optimizer(groups: list[dict], args: argparse.Namespace) -> torch.optim
     return torch.optim.AdamW(groups, fused=on_gpu or None, **kwargs)
 
 
-# -- Engines ----------------------------------------------------------------------------------------------------------
-# What differs between one process or DDP, which hold all whole, and the engines that share it out, is here.
-
-
-def find_engine(accelerator: Accelerator, args: argparse.Namespace) -> str:
-    """`plain` (one process or DDP) or `fsdp2`, as the launch file says; what cannot be trained right is refused."""
-    kind = accelerator.distributed_type
-    # accelerate leaves FSDP out on CPUs, where PyTorch shards as well.
-    on_cpu = kind == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if kind == DistributedType.FSDP or on_cpu:
-        version = os.environ.get("FSDP_VERSION", "1")
-        if version != "2":
-            raise ValueError(f"FSDP is taken in version 2 only: set `fsdp_version: 2`, not {version}.")
-        engine = "fsdp2"
-    elif kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        return "plain"
-    else:
-        raise ValueError(
-            f"The training runs on one process, with DDP or with FSDP2, but accelerate is configured for {kind.value}."
-            " Run `accelerate config` or pass `--config_file`."
-        )
-    if args.optimizer != "adamw" or args.use_8bit_adam:
-        # Prodigy's step size and the 8-bit blocks are made of whole tensors.
-        raise ValueError(f"{engine} shares the weights out and needs --optimizer adamw without --use_8bit_adam.")
-    if args.fast or args.base_precision != "bf16":
-        raise ValueError(f"{engine} shares the base out in half precision: leave --base_precision and --fast out.")
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError(f"--mixed_precision fp16 scales the loss, which {engine} does not do here: use bf16.")
-    return engine
-
-
-def shard(model: SemanticFillModel, accelerator: Accelerator) -> None:
-    """
-    Shares the weights out over all processes (FSDP2), block by block, each weight in its own dtype: the frozen base
-    stays in half precision, what is trained and its gradients in float32, and autocast computes as it does with DDP.
-    """
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    transformer, module = model.transformer, model.semantic_attention
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        fully_shard(block, mesh=mesh)
-    # Groups of their own, so that painting can call them without the model around them.
-    fully_shard(transformer, mesh=mesh)
-    if module is not None:
-        fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    forward = model.forward
-
-    def forward_in_autocast(*args, **kwargs):
-        with accelerator.autocast():
-            return forward(*args, **kwargs)
-
-    model.forward = forward_in_autocast
-
-
-def whole(tree):
-    """A nested state without shards. Every process has to call it."""
-    if isinstance(tree, DTensor):
-        return tree.full_tensor()
-    if isinstance(tree, dict):
-        return {k: whole(v) for k, v in tree.items()}
-    return [whole(v) for v in tree] if isinstance(tree, (list, tuple)) else tree
-
-
-def whole_weights(model: SemanticFillModel) -> dict[str, torch.Tensor]:
-    """What is trained, by name, without shards. Every process has to call it."""
-    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Loads a state of whole tensors; where weights are shared out, each process takes its part of it."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def part(value, parameter):
-        if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-            value = value.to(parameter.device)
-            # All processes read the same file, so nothing has to be sent.
-            return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        return value
-
-    states = {i: {k: part(v, parameters[i]) for k, v in values.items()} for i, values in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": states})
-
-
-def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
-    """Scales the gradients down to `max_norm` and returns the norm that they had, over all shards."""
-    accelerator.unscale_gradients()
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
-
-
 # -- Save and resume --------------------------------------------------------------------------------------------------
 
 
 def save_weights(
     model: SemanticFillModel, weights: dict[str, torch.Tensor], folder: Path, args: argparse.Namespace
 ) -> None:
-    """LoRA and module as inference loads them, in the float32 they are trained in, from the `whole_weights`."""
+    """LoRA and module as inference loads them, in the float32 they are trained in, from `Engine.weights`."""
     lora, module = ({k.removeprefix(p): w for k, w in weights.items() if k.startswith(p)} for p in PARTS)
     semantic_attention = None
     if model.semantic_attention is not None:
@@ -1576,11 +1485,12 @@ def save_result(
 
 @torch.no_grad()
 def paint_samples(
-    model: SemanticFillModel, encoder: Encoder, step: int, accelerator: Accelerator, args: argparse.Namespace
+    model: SemanticFillModel, encoder: Encoder, step: int, engine: Engine, args: argparse.Namespace
 ) -> PIL.Image.Image | None:
     """A picture of visible | map | painted | target rows, drawn with the pipeline and the live weights."""
+    accelerator = engine.accelerator
     # Sharded weights take every process; one of them keeps the picture.
-    if not (accelerator.is_main_process or isinstance(model, FSDPModule)):
+    if not (accelerator.is_main_process or engine.joint_forward):
         return None
     source = encoder.pipeline
     components = {k: v for k, v in source.components.items() if k not in ("transformer", "semantic_attention")}
@@ -1606,7 +1516,7 @@ def paint_samples(
                 prompt = {name: tensor[None].to(accelerator.device) for name, tensor in prompt.items()}
             else:
                 prompt = encoder.encode_prompts([caption])
-            with accelerator.autocast():
+            with engine.autocast():
                 painted = pipeline(
                     image=views["visible"],
                     semantic_image=views["semantic"] if args.semantic_mode != "none" else None,
@@ -1869,12 +1779,11 @@ def train(
     args: argparse.Namespace,
 ) -> float:
     """Optimizer steps from `first_step` to `args.max_train_steps`; returns the last step's loss."""
-    bare = accelerator.unwrap_model(model)
+    engine, bare = find_engine(accelerator, args), accelerator.unwrap_model(model)
     sampler = RunSampler(len(dataset), args, accelerator.process_index, accelerator.num_processes, samples_seen)
     loader = torch.utils.data.DataLoader(
         SampleReader(step_fn.encoder), batch_sampler=sampler, collate_fn=list, num_workers=args.dataloader_num_workers
     )
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     bad_steps, skipped, loss = 0, 0, math.nan
     bar = tqdm(
         total=args.max_train_steps,
@@ -1891,19 +1800,18 @@ def train(
                 samples = next(batches)
                 # Dropout too is a function of the place in the run, so a resumed run repeats it.
                 torch.manual_seed(seed_of(args.seed, "dropout", step, micro_step, accelerator.process_index))
-                with accelerator.accumulate(model):
-                    if isinstance(model, FSDPModule):
-                        model.set_requires_gradient_sync(accelerator.sync_gradients)
+                with engine.accumulate(model, last=micro_step == args.gradient_accumulation_steps - 1):
                     micro_loss = step_fn(model, samples)
-                    accelerator.backward(micro_loss)
+                    engine.backward(model, micro_loss)
                     losses.append(micro_loss.detach())
             if _shape_log["enabled"]:
                 log_scales(bare.scales(), logging.DEBUG, digits=6)
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            gradient_norm = clip_gradients(accelerator, parameters, args.max_grad_norm)
+            gradient_norm = engine.clip(model, args.max_grad_norm)
             # A gradient scaler looks for overflow itself and lowers its scale.
-            if math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None):
-                optimizer.step()
+            finite = math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None)
+            engine.step(model, optimizer, finite)
+            if finite:
                 lr_scheduler.step()
                 bad_steps = 0
             else:
@@ -1911,7 +1819,6 @@ def train(
                 # Of all processes.
                 rows = [sampler.draws(samples_seen + i).index for i in range(samples_a_step(accelerator, args))]
                 logger.warning(f"Step {step} skipped: loss {loss}, gradient norm {gradient_norm}, rows {rows}")
-            optimizer.zero_grad()
             samples_seen += samples_a_step(accelerator, args)
 
             rates = lr_scheduler.get_last_lr()
@@ -1928,8 +1835,8 @@ def train(
             stopped = stop.received(accelerator)
             # A skipped step changed nothing, so the weights after it are good too.
             if step % args.checkpointing_steps == 0 or stopped or too_bad:
-                weights, state = whole_weights(bare), {"step": step, "samples_seen": samples_seen, "loss": loss}
-                state["optimizer"] = whole(optimizer.state_dict())
+                weights, state = engine.weights(bare), {"step": step, "samples_seen": samples_seen, "loss": loss}
+                state["optimizer"] = engine.optimizer_state(optimizer)
                 state["lr_scheduler"] = lr_scheduler.state_dict()
                 if accelerator.scaler is not None:
                     state["scaler"] = accelerator.scaler.state_dict()
@@ -1938,7 +1845,7 @@ def train(
                     if args.hub_strategy == "every_checkpoint":
                         push_checkpoint(folder, args)
             if args.validation_steps and step % args.validation_steps == 0:
-                paint_samples(bare, step_fn.encoder, step, accelerator, args)
+                paint_samples(bare, step_fn.encoder, step, engine, args)
             accelerator.wait_for_everyone()
             if too_bad:
                 raise RuntimeError(
@@ -2017,12 +1924,10 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"--fast chose {plan}: {reason}")
         set_seed(args.seed)
         engine = find_engine(accelerator, args)
-        # A model to be sharded never stands whole on an accelerator.
-        model = build_model(args, torch.device("cpu") if engine == "fsdp2" else accelerator.device, dtype)
+        model = build_model(args, engine.home, dtype)
         state = load_checkpoint(checkpoint, model) if checkpoint else {"step": 0, "samples_seen": 0, "loss": math.nan}
         announce(model, args)
-        if engine == "fsdp2":
-            shard(model, accelerator)
+        engine.shard(model)
         optimizer = build_optimizer(parameter_groups(model, args), args)
         if args.max_train_steps is None:
             args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
@@ -2034,8 +1939,9 @@ def main(args: argparse.Namespace) -> None:
             num_cycles=args.lr_num_cycles,
             power=args.lr_power,
         )
+        model, optimizer = engine.prepare(model, optimizer)
         if checkpoint:
-            load_optimizer(optimizer, state["optimizer"])
+            engine.load_optimizer(optimizer, state["optimizer"])
             lr_scheduler.load_state_dict(state["lr_scheduler"])
             logger.info(f"Resuming from {checkpoint} at step {state['step']}")
         step_fn = Step(
@@ -2044,10 +1950,8 @@ def main(args: argparse.Namespace) -> None:
             device=accelerator.device,
             dtype=dtype,
             shift=timestep_shift_factor(args, pipeline.scheduler, tokens),
-            guidance_embeds=model.transformer.config.guidance_embeds,
+            guidance_embeds=accelerator.unwrap_model(model).transformer.config.guidance_embeds,
         )
-        if engine == "plain":
-            model, optimizer = accelerator.prepare(model, optimizer)
         if "scaler" in state and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         if accelerator.is_main_process:
@@ -2075,9 +1979,9 @@ def main(args: argparse.Namespace) -> None:
             loss = state["loss"]
 
         bare = accelerator.unwrap_model(model)
-        weights = whole_weights(bare)
+        weights = engine.weights(bare)
         if args.validation_steps and args.max_train_steps % args.validation_steps:
-            paint_samples(bare, encoder, args.max_train_steps, accelerator, args)
+            paint_samples(bare, encoder, args.max_train_steps, engine, args)
         if accelerator.is_main_process:
             samples = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
             files = save_result(bare, weights, loss, samples, args)
