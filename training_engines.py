@@ -239,9 +239,16 @@ class ZeRO2Engine(SharingEngine):
         for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             kept.update(dict.fromkeys(kept))
 
+    @staticmethod
+    def link_states(optimizer) -> None:
+        # DeepSpeed does so once, when the first group of parameters alone has states.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
     def optimizer_state(self, optimizer):
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self.link_states(optimizer)
         inner, groups, states = optimizer.optimizer, [], {}
         for group, flat in zip(inner.param_groups, optimizer.bit16_groups, strict=True):
             first = len(states)
@@ -263,7 +270,7 @@ class ZeRO2Engine(SharingEngine):
             (partition,) = group["params"]
             values = state["state"][saved["params"][0]]
             inner.state[partition] = {k: torch.zeros_like(partition) if v.ndim else v for k, v in values.items()}
-        optimizer._lazy_init_hp_params_optimizer_state()
+        self.link_states(optimizer)
         for group in optimizer.bit16_groups:
             for parameter in group:
                 for name, value in state["state"][place].items():
