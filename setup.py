@@ -26,6 +26,7 @@ setup(
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "app": ["basemap-data", "gradio>=6"],
+        "deepspeed": ["deepspeed"],
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
         "evaluate": ["torchmetrics"],
         "test": [

@@ -1779,7 +1779,8 @@ def train(
     args: argparse.Namespace,
 ) -> float:
     """Optimizer steps from `first_step` to `args.max_train_steps`; returns the last step's loss."""
-    engine, bare = find_engine(accelerator, args), accelerator.unwrap_model(model)
+    engine = find_engine(accelerator, args)
+    bare = engine.bare(model)
     sampler = RunSampler(len(dataset), args, accelerator.process_index, accelerator.num_processes, samples_seen)
     loader = torch.utils.data.DataLoader(
         SampleReader(step_fn.encoder), batch_sampler=sampler, collate_fn=list, num_workers=args.dataloader_num_workers
@@ -1950,7 +1951,7 @@ def main(args: argparse.Namespace) -> None:
             device=accelerator.device,
             dtype=dtype,
             shift=timestep_shift_factor(args, pipeline.scheduler, tokens),
-            guidance_embeds=accelerator.unwrap_model(model).transformer.config.guidance_embeds,
+            guidance_embeds=engine.bare(model).transformer.config.guidance_embeds,
         )
         if "scaler" in state and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -1978,7 +1979,7 @@ def main(args: argparse.Namespace) -> None:
         if state["step"] >= args.max_train_steps:
             loss = state["loss"]
 
-        bare = accelerator.unwrap_model(model)
+        bare = engine.bare(model)
         weights = engine.weights(bare)
         if args.validation_steps and args.max_train_steps % args.validation_steps:
             paint_samples(bare, encoder, args.max_train_steps, engine, args)

@@ -68,6 +68,11 @@ class Engine:
         """Model and optimizer as they are to be called."""
         return self.accelerator.prepare(model, optimizer)
 
+    @staticmethod
+    def bare(model: torch.nn.Module) -> torch.nn.Module:
+        """The model within what `prepare` wrapped around it."""
+        return getattr(model, "module", model)
+
     def autocast(self):
         return self.accelerator.autocast()
 

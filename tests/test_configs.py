@@ -10,7 +10,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import assert_ended_well
 
 
@@ -19,6 +19,7 @@ ENGINES = {
     "one_gpu": (DistributedType.NO, prepare_simple_launcher_cmd_env),
     "ddp": (DistributedType.MULTI_GPU, prepare_multi_gpu_env),
     "fsdp2": (DistributedType.FSDP, prepare_multi_gpu_env),
+    "deepspeed_zero2": (DistributedType.DEEPSPEED, prepare_deepspeed_cmd_env),
 }
 
 
@@ -27,6 +28,7 @@ def launch_environment(path: Path) -> dict[str, str]:
     args = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
     args.nondefault = {"config_file"}
     args, _, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ""  # what the launcher adds for DeepSpeed's own configuration
     made = ENGINES[path.stem][1](args)
     return made[1] if isinstance(made, tuple) else made
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """Runs as users start them: launched processes, signals, and the way over the Hub."""
 
+import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -51,26 +53,79 @@ def assert_same_weights(one, two):
 LEARN = ["--lora_alpha", 4, "--semantic_scale_learning_rate", 0.1]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_processes_go_on_from_one_another(base_folder, triptych_folder, tmp_path, engine):
-    """Two processes equal one; and a run may change their number and the engine on its way, whatever wrote last."""
+def needs(engine):
+    return pytest.param(
+        engine,
+        marks=pytest.mark.skipif(
+            engine == "deepspeed_zero2" and importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(base_folder, triptych_folder, tmp_path_factory):
+    """What a single process trains in 5 steps of 4 samples, with a checkpoint on its way, and its encodings."""
+    folder = tmp_path_factory.mktemp("one")
+    more = ["--max_train_steps", 5, "--checkpointing_steps", 2, *LEARN]
+    assert "4 a step" in launch(folder, base_folder, triptych_folder, "one", 1, 4, "one_gpu", *more)
+    return folder
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in ("ddp", "fsdp2", "deepspeed_zero2")])
+def test_processes_go_on_from_one_another(base_folder, triptych_folder, one_process, tmp_path, engine):
+    """Two processes train what one does, and either goes on from the other's checkpoint."""
 
     def run(*args):
-        return launch(tmp_path, base_folder, triptych_folder, *args)
+        return launch(one_process, base_folder, triptych_folder, *args, *LEARN, "--max_train_steps", 5)
 
-    log = run("one", 1, 4, "one_gpu", "--max_train_steps", 5, "--checkpointing_steps", 2, *LEARN)
-    assert "4 a step" in log
+    one, two, onward, back = (one_process / name for name in ("one", engine, f"{engine}_onward", f"{engine}_back"))
     paint = ["--validation_steps", 5, "--validation_inference_steps", 2, "--num_validation_images", 1]
-    log = run("two", 2, 2, engine, "--max_train_steps", 5, "--checkpointing_steps", 2, *LEARN, *paint)
-    assert "4 a step" in log and "0 to make" in log  # the first run's encodings
-    assert_same_weights(tmp_path / "one", tmp_path / "two")
-    assert (tmp_path / "two" / "samples" / "step-000005.png").is_file()
-    assert {path.name for path in (tmp_path / "two").glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-4"}
+    log = run(two.name, 2, 2, engine, "--checkpointing_steps", 2, *paint)
+    assert "4 a step" in log and ", 0 to make" in log
+    assert_same_weights(one, two)
+    assert (two / "samples" / "step-000005.png").is_file()
+    assert {path.name for path in two.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-4"}
 
-    for name, source, shape in (("two_one", "two", (1, 4, "one_gpu")), ("one_two", "one", (2, 2, engine))):
-        more = ["--max_train_steps", 5, "--resume_from_checkpoint", tmp_path / source / "checkpoint-2", *LEARN]
-        assert "at step 2" in run(name, *shape, *more)
-        assert_same_weights(tmp_path / "one", tmp_path / name)
+    assert "at step 2" in run(onward.name, 2, 2, engine, "--resume_from_checkpoint", one / "checkpoint-2")
+    assert_same_weights(one, onward)
+    log = run(back.name, 1, 4, "one_gpu", "--resume_from_checkpoint", two / "checkpoint-2")
+    assert "at step 2" in log
+    assert_same_weights(one, back)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_what_each_process_does(base_folder, triptych_folder, tmp_path, engine):
+    more = ["--max_train_steps", 2, "--train_batch_size", 1, "--gradient_accumulation_steps", 3]
+    more += ["--checkpointing_steps", 1, "--checkpoints_total_limit", 1]
+    out = tmp_path / "out"
+    run = command(base_folder, triptych_folder, out, *more, config=engine, processes=2)
+    script = run.index(str(ROOT / "train_semantic_fill_lora.py"))
+    run[script : script + 1] = [str(ROOT / "tests" / "watched_run.py"), str(tmp_path)]
+    done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    assert_ended_well(done, processes=2)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+    # Every sample of the run is trained once, with noise of its own.
+    assert sorted(ranks[0]["rows"] + ranks[1]["rows"]) == list(range(12))
+    noise = [number for rank in ranks for drawn in rank["noise"] for number in drawn]
+    assert len(set(noise)) == len(noise) == 12
+    # The 6 samples are encoded once, shared out.
+    assert sum(len(rank["encoded"]) for rank in ranks) == 6
+    assert min(len(rank["encoded"]) for rank in ranks) > 0
+    # Gradients are shared in the last micro-step of each step only.
+    for rank in ranks:
+        before_1, before_2, after_1, *second = rank["reductions"]
+        assert before_1 == before_2 == 0 < after_1
+        assert second == [after_1, after_1, 2 * after_1]
+    # The logged loss is the mean over processes and micro-steps.
+    for step, logged in enumerate(ranks[0]["logged"]):
+        losses = [loss for rank in ranks for loss in rank["losses"][3 * step : 3 * step + 3]]
+        assert len(set(losses)) == 6
+        assert logged == pytest.approx(sum(losses) / 6)
+    # The first process alone writes, but for the encodings that are shared out.
+    assert any("checkpoint-1" in path for path in ranks[0]["written"])
+    assert all(path.startswith(str(out / "cache")) for path in ranks[1]["written"]), ranks[1]["written"]
+    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-2"}
 
 
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(base_folder, triptych_folder, tmp_path):

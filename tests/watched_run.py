@@ -1,0 +1,95 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The trainer as one of several processes, which notes what it draws, encodes, sends, logs and writes.
+
+    accelerate launch ... tests/watched_run.py FOLDER OPTIONS...
+
+leaves `FOLDER/rank0.json` and so on.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import train_semantic_fill_lora as trainer
+import training_engines
+
+
+seen = {"noise": [], "rows": [], "losses": [], "encoded": [], "reductions": [], "logged": [], "written": []}
+reductions = 0
+
+
+def note_writes(event, arguments):
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        seen["written"].append(str(arguments[0]))
+    elif event in ("os.mkdir", "os.rename"):
+        seen["written"].append(str(arguments[0]))
+
+
+def counted(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        global reductions
+        reductions += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def watched(owner, name, note):
+    function = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        note(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, call)
+
+
+def note_step(loss, step, model, samples):
+    seen["losses"].append(loss.item())
+    seen["rows"] += [sample["draws"].position for sample in samples]
+
+
+def note_backward(result, *args):
+    seen["reductions"].append(reductions)
+
+
+def note_log(result, accelerator, values, **kwargs):
+    seen["logged"].append(values["loss"])
+
+
+def hook_ddp(prepared, *args):
+    if isinstance(prepared[0], torch.nn.parallel.DistributedDataParallel):
+        prepared[0].register_comm_hook(None, counted(allreduce_hook))
+
+
+def main() -> None:
+    folder, *options = sys.argv[1:]
+    # FSDP2 shares gradients by one of these, as PyTorch's version has it; DDP's reducer is reached by its hook alone.
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
+        if hasattr(dist, name):
+            setattr(dist, name, counted(getattr(dist, name)))
+    watched(training_engines.Engine, "prepare", hook_ddp)
+    for engine in (training_engines.Engine, training_engines.FSDP2Engine):
+        watched(engine, "backward", note_backward)
+    watched(trainer, "draw_noise", lambda drawn, *args: seen["noise"].append(drawn[0].sum(dim=(1, 2)).tolist()))
+    watched(trainer.Step, "__call__", note_step)
+    watched(trainer.Encoder, "encode_views", lambda *args, **kwargs: seen["encoded"].append("views"))
+    watched(Accelerator, "log", note_log)
+    sys.addaudithook(note_writes)
+    args = trainer.parse_args(options)
+    trainer.main(args)
+    inside = str(Path(args.output_dir))
+    seen["written"] = sorted({path for path in seen["written"] if path.startswith(inside)})
+    Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+main()
