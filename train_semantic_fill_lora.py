@@ -1087,8 +1087,21 @@ class Step:
         if args.loss_region == "target":
             panel = torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
             self.region = (panel == mode.panels.index("target")).to(self.device)
+        self.stream = None
+        if self.device.type == "cuda":
+            # Copies from the host would wait for all that the stream of the passes still holds.
+            self.stream = torch.cuda.Stream(self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def __call__(self, model: torch.nn.Module, samples: list[dict]) -> torch.Tensor:
+        return self.loss(model, self.prepare(samples))
+
+    def prepare(self, samples: list[dict]) -> dict[str, torch.Tensor | None]:
+        """Read samples, encoded and noised: what `loss` takes. On a GPU it does not wait for what is under way there."""
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            return self._encode_and_noise(samples)
+
+    def _encode_and_noise(self, samples: list[dict]) -> dict[str, torch.Tensor | None]:
         draws = [sample["draws"] for sample in samples]
         generators = [torch.Generator().manual_seed(seed_of(self.args.seed, "step", d.position)) for d in draws]
         pipeline = self.encoder.pipeline
@@ -1097,29 +1110,41 @@ class Step:
         moments = (encoded["moments"], encoded["masked_moments"])
         x_0, x_cond, img_ids = pipeline.encode_diptych(None, self.mask, moments, generators, self.dtype)
         x_1, t, x_t = draw_noise(x_0, generators, self.shift, self.args)
-        guidance = torch.full_like(t, self.args.guidance_scale) if self.guidance_embeds else None
-        semantic = {}
+        batch = {
+            "x_0": x_0,
+            "x_1": x_1,
+            "x_t": x_t,
+            "x_cond": x_cond,
+            "t": t,
+            "prompt_embeds": encoded["prompt_embeds"].to(self.dtype),
+            "pooled_prompt_embeds": encoded["pooled_prompt_embeds"].to(self.dtype),
+            "img_ids": img_ids,
+            "guidance": torch.full_like(t, self.args.guidance_scale) if self.guidance_embeds else None,
+        }
         if "semantic" in encoded:
-            tokens = lay_under_panels(encoded["semantic"], self.rows, self.columns, self.panels).to(self.dtype)
-            keep_map = torch.tensor([not d.drop_map for d in draws], device=self.device)
-            semantic = {"semantic_tokens": tokens, "positions": self.positions, "keep_map": keep_map}
+            tokens = lay_under_panels(encoded["semantic"], self.rows, self.columns, self.panels)
+            batch["semantic_tokens"] = tokens.to(self.dtype)
+            batch["keep_map"] = torch.tensor([not d.drop_map for d in draws], device=self.device)
+        return batch
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        """Attends, predicts and compares."""
+        if self.stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self.stream)
+            for tensor in filter(torch.is_tensor, batch.values()):
+                tensor.record_stream(stream)
+        inputs = dict(batch)
+        x_0, x_1, t = inputs.pop("x_0"), inputs.pop("x_1"), inputs["t"]
+        if "semantic_tokens" in inputs:
+            inputs["positions"] = self.positions
         if _shape_log["enabled"]:
-            view = (len(draws), 3, self.args.resolution, self.args.width)
+            view = (len(t), 3, self.args.resolution, self.args.width)
             for name in PANELS:
                 logger.debug(f"{name}_img: {view}")
             logger.debug(f"diptych: {(*view[:3], self.panels * view[3])}")
-            log_shapes(x_0=x_0, x_cond=x_cond, **{k: v for k, v in semantic.items() if k == "semantic_tokens"})
-        pred = model(
-            x_t=x_t,
-            x_cond=x_cond,
-            t=t,
-            prompt_embeds=encoded["prompt_embeds"].to(self.dtype),
-            pooled_prompt_embeds=encoded["pooled_prompt_embeds"].to(self.dtype),
-            img_ids=img_ids,
-            guidance=guidance,
-            **semantic,
-        )
-        return compare(pred, x_0, x_1, t, self.args.weighting_scheme, self.region)
+            log_shapes(x_0=x_0, **{name: batch[name] for name in ("x_cond", "semantic_tokens") if name in batch})
+        return compare(model(**inputs), x_0, x_1, t, self.args.weighting_scheme, self.region)
 
 
 # -- Model and optimizer ----------------------------------------------------------------------------------------------
@@ -1793,22 +1818,28 @@ def train(
         disable=not accelerator.is_local_main_process,
     )
     with StopSignals() as stop:
-        batches = iter(loader)
+        batches = map(step_fn.prepare, loader)
+        batch = next(batches) if first_step < args.max_train_steps else None
         for step in range(first_step + 1, args.max_train_steps + 1):
             _shape_log["enabled"] = step <= first_step + 2 and logger.isEnabledFor(logging.DEBUG)
             losses = []
             for micro_step in range(args.gradient_accumulation_steps):
-                samples = next(batches)
                 # Dropout too is a function of the place in the run, so a resumed run repeats it.
                 torch.manual_seed(seed_of(args.seed, "dropout", step, micro_step, accelerator.process_index))
-                with engine.accumulate(model, last=micro_step == args.gradient_accumulation_steps - 1):
-                    micro_loss = step_fn(model, samples)
+                last = micro_step == args.gradient_accumulation_steps - 1
+                with engine.accumulate(model, last):
+                    micro_loss = step_fn.loss(model, batch)
                     engine.backward(model, micro_loss)
                     losses.append(micro_loss.detach())
+                # While a GPU is still at the passes.
+                if not (last and step == args.max_train_steps):
+                    batch = next(batches)
             if _shape_log["enabled"]:
                 log_scales(bare.scales(), logging.DEBUG, digits=6)
-            loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            gradient_norm = engine.clip(model, args.max_grad_norm)
+            # The one place of a step where the host waits for the device, and processes for each other.
+            loss, gradient_norm, signal_number = engine.gather(
+                torch.stack(losses).mean(), engine.clip(model, args.max_grad_norm), stop.number
+            )
             # A gradient scaler looks for overflow itself and lowers its scale.
             finite = math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None)
             engine.step(model, optimizer, finite)
@@ -1833,7 +1864,8 @@ def train(
                 log_scales(scales, logging.INFO, digits=3)
 
             too_bad = bad_steps >= args.max_bad_steps
-            stopped = stop.received(accelerator)
+            # Of any process: all of them have to stop after the same step.
+            stopped = int(signal_number)
             # A skipped step changed nothing, so the weights after it are good too.
             if step % args.checkpointing_steps == 0 or stopped or too_bad:
                 weights, state = engine.weights(bare), {"step": step, "samples_seen": samples_seen, "loss": loss}
@@ -1845,9 +1877,10 @@ def train(
                     folder = save_checkpoint(bare, weights, state, args)
                     if args.hub_strategy == "every_checkpoint":
                         push_checkpoint(folder, args)
+                accelerator.wait_for_everyone()
             if args.validation_steps and step % args.validation_steps == 0:
                 paint_samples(bare, step_fn.encoder, step, engine, args)
-            accelerator.wait_for_everyone()
+                accelerator.wait_for_everyone()
             if too_bad:
                 raise RuntimeError(
                     f"{bad_steps} steps in a row had a loss or gradient that is not finite, the last on rows {rows}."
@@ -1876,12 +1909,6 @@ class StopSignals:
     def __exit__(self, *exc):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-    def received(self, accelerator: Accelerator) -> int:
-        """The signal that any process got: all of them have to stop after the same step."""
-        if accelerator.num_processes == 1:
-            return self.number
-        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 
 def main(args: argparse.Namespace) -> None:

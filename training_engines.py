@@ -85,11 +85,17 @@ class Engine:
     def backward(self, model: torch.nn.Module, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip(self, model: torch.nn.Module, max_norm: float) -> float:
+    def clip(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Scales the gradients down to `max_norm` and returns the norm that they had, over all processes."""
         self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+        return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+    def gather(self, loss: torch.Tensor, gradient_norm: torch.Tensor, number: int) -> tuple[float, float, float]:
+        """The mean loss of the processes, their gradient norm and the largest `number` of them, in one exchange."""
+        values = torch.stack([loss.float(), gradient_norm.float(), torch.tensor(float(number), device=loss.device)])
+        losses, norms, numbers = self.accelerator.gather(values).view(-1, len(values)).unbind(dim=1)
+        return tuple(torch.stack([losses.mean(), norms.max(), numbers.max()]).tolist())
 
     def step(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, finite: bool) -> None:
         """Applies the gradients if they are `finite`; they are gone afterwards."""
@@ -230,7 +236,8 @@ class ZeRO2Engine(SharingEngine):
         # DeepSpeed itself clips, by the configured norm, as it steps. Its norm of what is not finite is a number.
         optimizer = model.optimizer
         optimizer.check_overflow(partition_gradients=True)
-        return math.nan if optimizer.overflow else float(optimizer.scaled_global_norm())
+        norm = math.nan if optimizer.overflow else float(optimizer.scaled_global_norm())
+        return torch.tensor(norm, device=self.accelerator.device)
 
     def step(self, model, optimizer, finite):
         if finite:

@@ -48,8 +48,8 @@ class Recorder:
     def __getattr__(self, name):
         return getattr(self.step, name)
 
-    def __call__(self, model, samples):
-        loss = self.step(model, samples)
+    def loss(self, model, batch):
+        loss = self.step.loss(model, batch)
         self.losses.append(loss.detach())
         return loss
 

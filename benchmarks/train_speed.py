@@ -237,13 +237,13 @@ class Bench:
         model, optimizer = accelerator.prepare(model, optimizer)
         profiled = 2 if profile and device.type == "cuda" else 0
         args.max_train_steps = self.args.warm_up + self.args.steps + 1 + profiled
-        clock = Clock(step, device, profile_from=self.args.warm_up + self.args.steps + 1 if profiled else None)
+        clock = Clock(step, profile_from=self.args.warm_up + self.args.steps + 1 if profiled else None)
         trainer.train(accelerator, model, optimizer, scheduler, clock, dataset, 0, 0, args)
         seconds = clock.seconds(self.args.warm_up, self.args.steps)
         result = self.figures(seconds, args.train_batch_size, args.max_sequence_length, **notes)
         if profiled:
-            clock.profiler.stop()
-            self.report.note(**{f"profile {profile}": breakdown(clock.profiler, 2, self.args.rank)})
+            clock.stop_profile()
+            self.report.note(**{f"profile {profile}": breakdown(*clock.profiles, self.args.rank)})
         return result
 
     def fast(self, *more, **kwargs) -> dict:
@@ -262,45 +262,69 @@ class Bench:
     def profile(self, name: str, step) -> None:
         if self.device.type != "cuda":
             return
-        with make_profiler() as profiler:
-            step()
-        self.report.note(**{f"profile {name}": breakdown(profiler, 1, self.args.rank)})
+        profiles = []
+        for with_host in (False, True):
+            with make_profiler(with_host) as profiler:
+                step()
+            profiles.append(profiler)
+        self.report.note(**{f"profile {name}": breakdown(*profiles, self.args.rank)})
 
 
 class Clock:
-    """Stands before a `Step` and notes when each is called: from one call to the next is a whole optimizer step."""
+    """Stands before a `Step` and notes when each loss is asked for: from one to the next is a whole optimizer step."""
 
-    def __init__(self, step, device: torch.device, profile_from: int | None = None):
-        self.step, self.device, self.profile_from, self.calls = step, device, profile_from, []
-        self.profiler = None if profile_from is None else make_profiler()
+    def __init__(self, step, profile_from: int | None = None):
+        self.step, self.profile_from, self.calls, self.profiles = step, profile_from, [], []
+        # The host's events slow it down and so add idle time: a step without them, then one with.
+        self.kinds = [] if profile_from is None else [{"with_host": False}, {"with_host": True}]
 
     def __getattr__(self, name):
         return getattr(self.step, name)
 
-    def __call__(self, model, samples):
-        synchronise(self.device)
-        if len(self.calls) == self.profile_from:
-            self.profiler.start()
+    def loss(self, model, batch):
+        if self.profile_from is not None and len(self.calls) >= self.profile_from:
+            self.stop_profile()
+            if self.kinds:
+                self.profiles.append(make_profiler(**self.kinds.pop(0)))
+                self.profiles[-1].start()
+        # The host has just read the last step's loss, so the device is through with its passes.
         self.calls.append(time.perf_counter())
-        return self.step(model, samples)
+        return self.step.loss(model, batch)
+
+    def stop_profile(self) -> None:
+        if self.profiles and len(self.calls) - self.profile_from == len(self.profiles):
+            torch.cuda.synchronize()
+            self.profiles[-1].stop()
 
     def seconds(self, first: int, count: int) -> list[float]:
         return [b - a for a, b in zip(self.calls[first:], self.calls[first + 1 : first + 1 + count])]
 
 
-def make_profiler() -> torch.profiler.profile:
+def make_profiler(with_host: bool) -> torch.profiler.profile:
     activities = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[activities.CPU, activities.CUDA], record_shapes=True)
+    return torch.profiler.profile(
+        activities=[activities.CUDA] + [activities.CPU] * with_host, record_shapes=with_host
+    )
 
 
-def breakdown(profiler: torch.profiler.profile, steps: int, rank: int) -> dict:
-    """Milliseconds a step by kind of kernel, and the kernels that take most."""
-    kernels, first, last = {}, float("inf"), 0.0
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kernels[event.name] = kernels.get(event.name, 0) + event.time_range.elapsed_us() / 1e3 / steps
-            first, last = min(first, event.time_range.start), max(last, event.time_range.end)
-    kinds = dict.fromkeys(("GEMM", "LoRA", "attention", "quantisation", "elementwise", "copies"), 0.0)
+def device_kernels(profiler: torch.profiler.profile) -> list:
+    kernels = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sorted((e for e in kernels if not e.is_user_annotation), key=lambda e: e.time_range.start)
+
+
+def breakdown(plain: torch.profiler.profile, with_host: torch.profiler.profile, rank: int) -> dict:
+    """Milliseconds of a step by kind of kernel, the kernels that take most, and where the device waits longest."""
+    kernels, gaps, busy_until = {}, [], None
+    kinds = dict.fromkeys(("GEMM", "LoRA", "attention", "quantisation", "elementwise", "copies", "idle"), 0.0)
+    for event in device_kernels(plain):
+        start, end = event.time_range.start, event.time_range.end
+        if busy_until is None:
+            first = busy_until = start
+        elif start > busy_until:
+            kinds["idle"] += (start - busy_until) / 1e3
+            gaps.append(((start - busy_until) / 1e3, (busy_until - first) / 1e3, event.name[:80]))
+        busy_until = max(busy_until, end)
+        kernels[event.name] = kernels.get(event.name, 0) + (end - start) / 1e3
     for name, milliseconds in kernels.items():
         lowered = name.lower()
         # The compiler names a kernel after the operations that it fused, products in front of them included.
@@ -308,16 +332,21 @@ def breakdown(profiler: torch.profiler.profile, steps: int, rank: int) -> dict:
         candidates = ("quantisation",) if own else ("attention", "GEMM", "quantisation", "copies")
         kind = next((k for k in candidates if any(part in lowered for part in KINDS[k])), "elementwise")
         kinds[kind] += milliseconds
-    for event in profiler.key_averages(group_by_input_shape=True):
+    # Only the host knows the shapes.
+    for event in with_host.key_averages(group_by_input_shape=True):
         if event.key in ("aten::mm", "aten::addmm"):
             shapes = [shape for shape in event.input_shapes if len(shape) == 2]
             if any(rank in shape for shape in shapes):
-                milliseconds = event.self_device_time_total / 1e3 / steps
+                milliseconds = event.self_device_time_total / 1e3
                 kinds["LoRA"] += milliseconds
                 kinds["GEMM"] -= milliseconds
-    kinds["idle"] = (last - first) / 1e3 / steps - sum(kinds.values())
     top = sorted(kernels.items(), key=lambda item: -item[1])[:25]
-    return {"ms a step": kinds, "kernels": {name[:160]: milliseconds for name, milliseconds in top}}
+    return {
+        "ms a step": kinds,
+        "kernels": {name[:160]: milliseconds for name, milliseconds in top},
+        "gaps (ms, ms into the step, kernel after)": sorted(gaps, reverse=True)[:12],
+        "gaps": len(gaps),
+    }
 
 
 def picture(seed: int, resolution: int) -> bytes:
