@@ -319,7 +319,11 @@ class MasterWeightLora(peft.tuners.lora.Linear):
             if name in self.lora_A:
                 down, up = (layer[name].weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
                 low = F.linear(self.lora_dropout[name](x), down).flatten(0, -2)
-                result = torch.addmm(result, low, up.t(), alpha=self.scaling[name])
+                if torch.compiler.is_compiling():
+                    # `addmm` would copy the whole result first; a sum becomes part of what follows.
+                    result = result + low @ (self.scaling[name] * up).t()
+                else:
+                    result = torch.addmm(result, low, up.t(), alpha=self.scaling[name])
         return result.view(shape)
 
 

@@ -23,7 +23,8 @@ import signal
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -242,15 +243,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--attention_backend",
-        default="native",
         choices=[backend.value for backend in AttentionBackendName],
-        help="As in diffusers' `set_attention_backend`.",
+        help="As in diffusers' `set_attention_backend`. Default: native, or with --fast cuDNN's where its backward works.",
     )
     add(
         "--fast",
         action="store_true",
-        help="Choose --base_precision, --checkpointing and --compile by the GPU and its free memory, and prompts as"
-        " long as the data's longest. What is passed beside it stays.",
+        help="Choose --base_precision, --checkpointing, --compile and --attention_backend by the GPU and its free memory,"
+        " and prompts as long as the data's longest. What is passed beside it stays.",
     )
     add("--cache_latents", action=boolean, default=True, help="Encode pictures and prompts once, before training.")
     add("--cache_root", help="Where encodings are kept. Default: OUTPUT_DIR/cache.")
@@ -526,6 +526,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     if not args.fast:
         args.base_precision = args.base_precision or "bf16"
         args.checkpointing = args.checkpointing or "none"
+        args.attention_backend = args.attention_backend or "native"
     args.lora_alpha = args.lora_alpha or args.rank
     if args.semantic_learning_rate is None:
         args.semantic_learning_rate = args.learning_rate
@@ -1817,9 +1818,7 @@ def train(
         desc="Steps",
         disable=not accelerator.is_local_main_process,
     )
-    with StopSignals() as stop:
-        batches = map(step_fn.prepare, loader)
-        batch = next(batches) if first_step < args.max_train_steps else None
+    with StopSignals() as stop, contextlib.closing(prepared_batches(step_fn, loader)) as batches:
         for step in range(first_step + 1, args.max_train_steps + 1):
             _shape_log["enabled"] = step <= first_step + 2 and logger.isEnabledFor(logging.DEBUG)
             losses = []
@@ -1828,18 +1827,14 @@ def train(
                 torch.manual_seed(seed_of(args.seed, "dropout", step, micro_step, accelerator.process_index))
                 last = micro_step == args.gradient_accumulation_steps - 1
                 with engine.accumulate(model, last):
-                    micro_loss = step_fn.loss(model, batch)
+                    micro_loss = step_fn.loss(model, next(batches))
                     engine.backward(model, micro_loss)
                     losses.append(micro_loss.detach())
-                # While a GPU is still at the passes.
-                if not (last and step == args.max_train_steps):
-                    batch = next(batches)
             if _shape_log["enabled"]:
                 log_scales(bare.scales(), logging.DEBUG, digits=6)
             # The one place of a step where the host waits for the device, and processes for each other.
-            loss, gradient_norm, signal_number = engine.gather(
-                torch.stack(losses).mean(), engine.clip(model, args.max_grad_norm), stop.number
-            )
+            gradient_norm = engine.clip(model, args.max_grad_norm)
+            loss, gradient_norm, signal_number = engine.gather(torch.stack(losses).mean(), gradient_norm, stop.number)
             # A gradient scaler looks for overflow itself and lowers its scale.
             finite = math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None)
             engine.step(model, optimizer, finite)
@@ -1894,6 +1889,23 @@ def train(
     return loss
 
 
+def prepared_batches(step_fn: Step, loader: torch.utils.data.DataLoader) -> Iterator[dict]:
+    """Batches as `Step.loss` takes them; on a GPU the next one is made in a thread while a step has its passes."""
+    samples = iter(loader)
+    if step_fn.stream is None:
+        yield from map(step_fn.prepare, samples)
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+
+        def prepare():
+            return step_fn.prepare(next(samples))
+
+        following = pool.submit(prepare)
+        while True:
+            batch, following = following.result(), pool.submit(prepare)
+            yield batch
+
+
 class StopSignals:
     """Turns SIGTERM and Ctrl-C into a stop after the current step. A second one ends the run at once."""
 
@@ -1945,8 +1957,8 @@ def main(args: argparse.Namespace) -> None:
         # Model, optimizer, schedule
         tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
         if args.fast:
-            text_and_image = args.train_batch_size * (tokens + args.max_sequence_length)
             # The processes may differ in free memory but must not differ in precision.
+            text_and_image = tokens + args.max_sequence_length
             plan, reason = broadcast_object_list([*choose_plan(args, text_and_image, accelerator.device, dtype)])
             vars(args).update(vars(plan))
             logger.info(f"--fast chose {plan}: {reason}")

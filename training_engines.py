@@ -55,6 +55,7 @@ class Engine:
 
     def __init__(self, accelerator: Accelerator, args: argparse.Namespace):
         self.accelerator, self.args = accelerator, args
+        self.trained = None
 
     @property
     def home(self) -> torch.device:
@@ -88,8 +89,10 @@ class Engine:
     def clip(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Scales the gradients down to `max_norm` and returns the norm that they had, over all processes."""
         self.accelerator.unscale_gradients()
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        if self.trained is None:
+            # Once: there are thousands of modules to look through.
+            self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return whole(torch.nn.utils.clip_grad_norm_(self.trained, max_norm))
 
     def gather(self, loss: torch.Tensor, gradient_norm: torch.Tensor, number: int) -> tuple[float, float, float]:
         """The mean loss of the processes, their gradient norm and the largest `number` of them, in one exchange."""

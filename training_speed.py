@@ -3,6 +3,8 @@
 
 import argparse
 import functools
+import subprocess
+import sys
 import types
 from dataclasses import dataclass, replace
 
@@ -85,17 +87,18 @@ class Plan:
     base_precision: str
     checkpointing: str
     compile: bool
+    attention_backend: str = "native"
 
     def __str__(self):
         return (
             f"--base_precision {self.base_precision} --checkpointing {self.checkpointing}"
-            f" --{'' if self.compile else 'no-'}compile"
+            f" --{'' if self.compile else 'no-'}compile --attention_backend {self.attention_backend}"
         )
 
 
 # Fastest first.
 PLANS = [
-    Plan(precision, checkpointing, compile=precision != "nf4")
+    Plan(precision, checkpointing, compile=True)
     for precision, checkpointing in (
         ("fp8x2", "none"),
         ("fp8", "none"),
@@ -159,15 +162,50 @@ def empty_transformer(args: argparse.Namespace) -> FluxTransformer2DModel:
         return FluxTransformer2DModel.from_config(config)
 
 
+CUDNN = "_native_cudnn"
+CUDNN_TRIAL = """
+import sys, torch, torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+*shape, dtype, device = sys.argv[1:]
+shape, options = tuple(map(int, shape)), {"dtype": getattr(torch, dtype), "device": device}
+inputs = [torch.randn(shape, **options).transpose(1, 2).requires_grad_() for _ in range(3)]
+out_grad = torch.randn(shape, **options).transpose(1, 2)
+grads = {}
+for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(*inputs)
+    grads[backend] = torch.autograd.grad(out, inputs, out_grad)
+for ours, theirs in zip(*grads.values()):
+    assert (ours - theirs).float().norm() < 0.02 * theirs.float().norm()
+"""
+
+
+def cudnn_attends(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
+    """
+    Whether cuDNN's attention, the fastest there is from compute capability 9.0 on, gets through a backward pass and
+    agrees with another kernel. Versions of it crash at some shapes, which ends the process: the trial has one of its own.
+
+    Args:
+        shape (`tuple[int, int, int, int]`):
+            Batch, tokens, heads and channels of a head.
+    """
+    where = [*map(str, shape), str(dtype).removeprefix("torch."), str(device)]
+    try:
+        trial = subprocess.run([sys.executable, "-c", CUDNN_TRIAL, *where], capture_output=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return False
+    return trial.returncode == 0
+
+
 def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Plan, str]:
     """
     The fastest of `PLANS` that fits the free memory of the device, with what the run fixed itself taken as it is.
 
     Args:
         args (`argparse.Namespace`):
-            `base_precision`, `checkpointing` and `compile` are fixed where they are not `None`.
+            `base_precision`, `checkpointing`, `compile` and `attention_backend` are fixed where they are not `None`.
         tokens (`int`):
-            Image and text tokens of a micro-batch.
+            Image and text tokens of one sample.
         device, dtype:
             Where the run computes, and in which dtype.
 
@@ -190,10 +228,14 @@ def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dty
     for plan in dict.fromkeys(map(fixed, PLANS)):
         if plan.base_precision.startswith("fp8") and not multiplies_fp8 and args.base_precision is None:
             continue
-        peak = estimate_peak(plan, transformer, tokens, args)
+        peak = estimate_peak(plan, transformer, args.train_batch_size * tokens, args)
         tried.append(f"{plan} about {peak / 2**30:.1f} GiB")
         if peak <= limit:
             break
+    config = transformer.config
+    shape = (args.train_batch_size, tokens, config.num_attention_heads, config.attention_head_dim)
+    if args.attention_backend is None and major >= 9 and cudnn_attends(shape, device, dtype):
+        plan = replace(plan, attention_backend=CUDNN)
     products = "fp8 products" if multiplies_fp8 else f"no fp8 products (compute capability {major}.{minor}, {dtype})"
     verdict = "" if peak <= limit else "; nothing fits, this needs least"
     return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Looked at: {'; '.join(tried)}"

@@ -52,16 +52,13 @@ class TimestepGate(LateLead):
 
 
 class HiddenUpdate(LateLead):
-    """Aligned low-rank updates of the hidden states: after the embedder, or before every block."""
+    """Aligned low-rank updates of the hidden states: after the embedder, or before every 2nd block."""
 
     every_block = False
 
     def attach(self, transformer):
-        channels, width = self.config.in_channels, transformer.inner_dim
-        rank = self.config.num_heads * self.config.head_dim
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks][::2]
-        places = len(blocks) if self.every_block else 1
-        self.layers = nn.ModuleList(HiddenLayer(channels, rank, width) for _ in range(places))
+        self.hidden_layers, self.now = self.make_layers(transformer), None
+        self.drop_unused_layers()
 
         def remember(module, args, kwargs):
             self.now = self.take()
@@ -71,7 +68,7 @@ class HiddenUpdate(LateLead):
         if not self.every_block:
             transformer.x_embedder.register_forward_hook(lambda m, args, out: self.update(0, out))
             return
-        for place, block in enumerate(blocks):
+        for place, block in enumerate(self.blocks(transformer)):
 
             def hook(module, args, kwargs, place=place):
                 kwargs["hidden_states"] = self.update(place, kwargs["hidden_states"])
@@ -79,15 +76,122 @@ class HiddenUpdate(LateLead):
 
             block.register_forward_pre_hook(hook, with_kwargs=True)
 
+    def blocks(self, transformer) -> list[nn.Module]:
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks][::2]
+
+    def make_layers(self, transformer) -> nn.ModuleList:
+        rank = self.config.num_heads * self.config.head_dim
+        places = len(self.blocks(transformer)) if self.every_block else 1
+        return nn.ModuleList(HiddenLayer(self.config.in_channels, rank, transformer.inner_dim) for _ in range(places))
+
+    def drop_unused_layers(self) -> None:
+        self.layers = nn.ModuleList()
+
     def update(self, place: int, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.now is None:
             return hidden_states
         tokens, _, strength = self.now
-        return hidden_states + strength * self.layers[place](tokens)
+        return hidden_states + strength * self.hidden_layers[place](tokens)
+
+    def scales(self):
+        return [layer.scale.detach().abs().mean().item() for layer in self.hidden_layers]
 
 
 class EveryBlockUpdate(HiddenUpdate):
     every_block = True
+
+
+class TwoDoors:
+    """Mixed in before a `HiddenUpdate`: the transformer's input is enhanced as well."""
+
+    def enhance(self, hidden_states, semantic_tokens, positions=None, semantic_scale=1.0):
+        super().enhance(hidden_states, semantic_tokens, positions, semantic_scale)
+        return self.enhance_input(hidden_states, semantic_tokens, positions, semantic_scale)
+
+    def enhance_input(self, *args):
+        return SemanticAttentionModel.enhance(self, *args)
+
+    def drop_unused_layers(self):
+        pass
+
+
+class InputAndEmbedder(TwoDoors, HiddenUpdate):
+    pass
+
+
+class InputAndBlocks(TwoDoors, EveryBlockUpdate):
+    pass
+
+
+def where_painted(before: torch.Tensor, after: torch.Tensor, channels: int = 64) -> torch.Tensor:
+    """The transformer's input: `after` where the mask, its last channels, is 1, else `before`."""
+    mask = before[..., 2 * channels :].mean(dim=-1, keepdim=True)
+    return torch.lerp(before, after, mask)
+
+
+class WherePainted(Lead):
+    """The condition is enhanced where the mask is 1 alone, so that the visible picture stays as it is."""
+
+    def enhance(self, hidden_states, *args, **kwargs):
+        return where_painted(hidden_states, super().enhance(hidden_states, *args, **kwargs))
+
+
+class RawLayer(nn.Module):
+    """The map's latents themselves, without a norm, through a linear map that starts as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.scale = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, hidden_states, semantic_tokens, rotary_emb=None, semantic_scale=1.0):
+        return hidden_states + semantic_scale * self.scale * self.linear(semantic_tokens)
+
+
+class RawTokens(WherePainted):
+    def attach(self, transformer):
+        self.layers = nn.ModuleList([RawLayer(self.config.in_channels)])
+
+
+class DeepLayer(nn.Module):
+    """Two layers with a nonlinearity in between, on the map's latents as they are."""
+
+    def __init__(self, channels: int, inner: int = 256):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(channels, inner), nn.GELU(), nn.Linear(inner, channels))
+        self.linear = nn.Linear(channels, channels)
+        nn.init.eye_(self.linear.weight)
+        self.scale = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, hidden_states, semantic_tokens, rotary_emb=None, semantic_scale=1.0):
+        update = self.linear(semantic_tokens) + self.net(semantic_tokens)
+        return hidden_states + semantic_scale * self.scale * update
+
+
+class DeepTokens(WherePainted):
+    def attach(self, transformer):
+        self.layers = nn.ModuleList([DeepLayer(self.config.in_channels)])
+
+
+class RawDoor:
+    """Mixed in before `TwoDoors`: raw latents where painted."""
+
+    def attach(self, transformer):
+        super().attach(transformer)
+        self.layers = nn.ModuleList([RawLayer(self.config.in_channels)])
+
+    def enhance_input(self, hidden_states, *args):
+        return where_painted(hidden_states, super().enhance_input(hidden_states, *args))
+
+
+class RawAndEmbedder(RawDoor, InputAndEmbedder):
+    pass
+
+
+class RawAndBlocks(RawDoor, InputAndBlocks):
+    pass
 
 
 class HiddenLayer(nn.Module):

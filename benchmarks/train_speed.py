@@ -11,6 +11,7 @@ same batch, rank, canvas and prompt length. Then each lever alone, and all but i
 import argparse
 import io
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -53,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warm_up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2, help="Turns of peer and trainer.")
     parser.add_argument("--rows", default="speed,memory,levers", help="Which groups, in this order.")
+    parser.add_argument("--only", default="", help="A regular expression: rows whose names it finds.")
     args = parser.parse_args()
     args.resolution = args.resolution or (512 if args.shape == "flux" else 32)
     return args
@@ -212,7 +214,7 @@ class Bench:
             pipeline.text_encoder = pipeline.text_encoder_2 = None
         free(device)
         if args.fast:
-            tokens = args.train_batch_size * (self.image_tokens + args.max_sequence_length)
+            tokens = self.image_tokens + args.max_sequence_length
             plan, reason = choose_plan(args, tokens, device, dtype)
             vars(args).update(vars(plan))
             self.report.note(fast=f"{plan}: {reason}")
@@ -385,9 +387,18 @@ def main() -> None:
             )
         ],
         "memory": [
-            (f"batch 1, {precision}, full checkpointing, eager", bench.trainer, options, {"batch": 1})
+            (f"batch 1, {precision}, full checkpointing, compiled", bench.trainer, options, {"batch": 1})
             for precision in ("bf16", "nf4", "int8", "fp8")
-            for options in [(f"--base_precision={precision}", "--checkpointing=full", same_tokens, "--use_8bit_adam")]
+            for options in [(*compiled, f"--base_precision={precision}", "--checkpointing=full", "--use_8bit_adam")]
+        ],
+        "attention": [
+            (
+                f"--fast, {backend}",
+                bench.fast,
+                [same_tokens, f"--attention_backend={backend}"],
+                {"profile": f"fast {backend}"},
+            )
+            for backend in ("native", "_flash_3", "flash")
         ],
         "levers": [
             ("--fast (prompts as long as the data's)", bench.fast, [], {}),
@@ -423,6 +434,8 @@ def main() -> None:
     }
     for group in args.rows.split(","):
         for name, measure, positional, named in groups[group]:
+            if not re.search(args.only, name):
+                continue
             bench.row(name, measure, *positional, **named)
     print(json.dumps(bench.report.about | bench.report.more, indent=1))
     print(bench.report.table())

@@ -398,12 +398,14 @@ def gpu(monkeypatch, tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(FLUX_FILL))
 
-    def choose(gibibytes, *options, capability=(9, 0), tokens=4 * 2560):
+    def choose(gibibytes, *options, capability=(9, 0), batch=4, cudnn=False):
+        monkeypatch.setattr(training_speed, "cudnn_attends", lambda *shape: cudnn)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gibibytes * 2**30, 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         args = arguments(tmp_path, "out", "--rank", 16, "--fast", *options, "--train_data_dir", "d")
-        return choose_plan(args, tokens, torch.device("cuda", 0), torch.bfloat16)
+        args.train_batch_size = batch
+        return choose_plan(args, 2560, torch.device("cuda", 0), torch.bfloat16)
 
     return choose
 
@@ -411,13 +413,23 @@ def gpu(monkeypatch, tmp_path):
 def test_fast_takes_what_fits(gpu):
     assert gpu(139)[0] == Plan("fp8x2", "none", True)
     assert gpu(78)[0] == Plan("fp8", "none", True)
-    assert gpu(22, tokens=2560)[0] == Plan("fp8", "full", True)
-    assert gpu(12, tokens=2560)[0] == Plan("nf4", "full", False)
-    plan, reason = gpu(4, tokens=2560)
-    assert plan == Plan("nf4", "full", False) and "nothing fits" in reason
-    # An older GPU multiplies no fp8.
-    plan, reason = gpu(139, capability=(8, 0))
+    assert gpu(22, batch=1)[0] == Plan("fp8", "full", True)
+    assert gpu(12, batch=1)[0] == Plan("nf4", "full", True)
+    plan, reason = gpu(4, batch=1)
+    assert plan == Plan("nf4", "full", True) and "nothing fits" in reason
+    # An older GPU multiplies no fp8, and its attention is not tried.
+    plan, reason = gpu(139, capability=(8, 0), cudnn=True)
     assert plan == Plan("bf16", "none", True) and "no fp8 products" in reason
+
+
+def test_fast_takes_cudnn_attention_where_it_works(gpu):
+    assert gpu(78, cudnn=True)[0] == Plan("fp8", "none", True, "_native_cudnn")
+    assert gpu(78, "--attention_backend", "native", cudnn=True)[0].attention_backend == "native"
+
+
+def test_a_trial_of_cudnn_that_dies_is_no_error():
+    # There is no GPU at that place.
+    assert not training_speed.cudnn_attends((1, 16, 2, 16), torch.device("cuda", 99), torch.bfloat16)
 
 
 def test_fast_leaves_what_was_passed(gpu):
@@ -450,7 +462,7 @@ def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, cap
     with caplog.at_level("INFO", "train_semantic_fill_lora"):
         run(base_folder, tmp_path, "--fast", "--max_train_steps", 1, data=triptych_folder)
     (message,) = [record.message for record in caplog.records if "--fast chose" in record.message]
-    assert "--base_precision bf16 --checkpointing none --no-compile: cpu gains nothing" in message
+    assert "--base_precision bf16 --checkpointing none --no-compile --attention_backend native: cpu gains nothing" in message
 
 
 # -- The recipe of the README -------------------------------------------------------------------------------------------
