@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import uuid
@@ -1678,9 +1679,12 @@ def push_to_hub(repo_id: str, files: list[str], args: argparse.Namespace) -> Non
             allow_patterns=files,
         )
     except Exception as error:
+        # Without --include it would upload checkpoints and cache too.
+        command = ["hf", "upload", repo_id, str(args.output_dir), "."]
+        command += [part for file in files for part in ("--include", file)]
         raise RuntimeError(
             f"Training is done and saved in {args.output_dir}, but the upload to {repo_id} failed: {error}. Upload it"
-            f" with `hf upload {repo_id} {args.output_dir}`."
+            f" with `{shlex.join(command)}`."
         ) from error
 
 
