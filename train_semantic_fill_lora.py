@@ -1573,7 +1573,7 @@ def save_model_card(path: Path, args: argparse.Namespace, loss: float, samples: 
     repo = args.hub_model_id or Path(args.output_dir).resolve().name
     guided = "semantic_image=semantic_map, " if args.semantic_mode != "none" else ""
     widgets = "\n\n".join(f"![{sample.stem}](samples/{sample.name})" for sample in samples[-1:])
-    options = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(args).items() if value is not None)
+    options = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(args).items())
     base = args.pretrained_model_name_or_path
     on_hub = is_hub_id(base)
     by_flux = base.startswith("black-forest-labs/FLUX.1")
@@ -1606,7 +1606,11 @@ painted = pipe(
 
 ## Training
 
+<details><summary>All arguments</summary>
+
 {options}
+
+</details>
 
 Versions: torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}, peft
 {peft.__version__}.
