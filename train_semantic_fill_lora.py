@@ -90,7 +90,8 @@ FLUX_LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/bl
 GO_ON = "Earlier checkpoints are whole: go on with --resume_from_checkpoint latest."
 # Where the weights of LoRA and module stand in `SemanticFillModel`.
 PARTS = ("transformer.", "semantic_attention.")
-# Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples.
+# Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples; the transformer's last layer
+# is called `proj_out` too.
 LORA_TARGETS = [
     "attn.to_k",
     "attn.to_q",
@@ -172,7 +173,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="Rank of the LoRA.")
     add("--lora_alpha", type=int, help="Default: the rank.")
     add("--lora_dropout", type=float, default=0.0)
-    add("--lora_layers", help="Comma-separated module names. Default: attention and feed-forward of all blocks.")
+    add("--lora_layers", help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer.")
     add("--lora_weights", help="Trained LoRA to start from: a folder or Hub repository.")
 
     # Objective
