@@ -527,7 +527,7 @@ def main(args: argparse.Namespace) -> dict:
         gathered = Figures(networks, palette, len(dataset), args)
         for painted, target in paint(pipeline, dataset, kind, args):
             gathered.add(painted, target)
-            columns.setdefault(f"{kind} map", []).extend(painted)
+            columns.setdefault("no map" if kind == "none" else f"{kind} map", []).extend(painted)
         figures[kind], samples[kind] = gathered.summary(), gathered.samples
     columns = {name: column[: len(shown)] for name, column in columns.items()}
 
