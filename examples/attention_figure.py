@@ -77,7 +77,7 @@ def draw_figure(pipeline, views: list[dict], classes: list[str], steps: int, see
             )
             axis = row[2 + classes.index(name)]
             enlarged = view["map"].resize((512, 512), PIL.Image.Resampling.NEAREST)
-            axis.imshow(seen.overlay(enlarged, point=index, opacity=0.6))
+            axis.imshow(seen.overlay(enlarged, point=index))
             shares = sorted(((share[0, 0, index], each) for each, share in mass.items()), reverse=True)
             looks = ", ".join(f"{each} {share:.0%}" for share, each in shares[:2] if share >= 0.005)
             axis.set_title(f"{name} looks at\n{looks}", fontsize=8)
