@@ -238,8 +238,8 @@ def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
 class LPIPS(nn.Module):
     """
     Learned perceptual distance (https://huggingface.co/papers/1801.03924), version 0.1 with AlexNet, of the backbone
-    in torchvision's file and of the weights that torchmetrics brings. Unlike the metric of torchmetrics it needs no
-    torchvision.
+    in torchvision's file and of the weights that torchmetrics brings. Own code because torchmetrics' metric, whose values
+    it has, gets the backbone from torchvision alone: not from a file, and not without a torchvision that fits torch.
     """
 
     def __init__(self, backbone: dict[str, torch.Tensor]):
@@ -527,7 +527,7 @@ def main(args: argparse.Namespace) -> dict:
         gathered = Figures(networks, palette, len(dataset), args)
         for painted, target in paint(pipeline, dataset, kind, args):
             gathered.add(painted, target)
-            columns.setdefault(f"{kind} map", []).extend(painted)
+            columns.setdefault("no map" if kind == "none" else f"{kind} map", []).extend(painted)
         figures[kind], samples[kind] = gathered.summary(), gathered.samples
     columns = {name: column[: len(shown)] for name, column in columns.items()}
 

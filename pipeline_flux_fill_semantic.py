@@ -147,7 +147,7 @@ class SemanticAttentionOutput(BaseOutput):
         picture: int = 0,
         step: int = 0,
         point: int = 0,
-        opacity: float = 0.75,
+        opacity: float = 0.6,
     ) -> PIL.Image.Image:
         r"""
         One heat map, brightest at its largest weight, over a picture, with a ring around its point.
@@ -157,7 +157,7 @@ class SemanticAttentionOutput(BaseOutput):
                 The semantic map, or any view of the same scene.
             picture, step, point (`int`, default to 0):
                 Places in `maps`. Heads are averaged.
-            opacity (`float`, defaults to 0.75):
+            opacity (`float`, defaults to 0.6):
                 Share of the heat, in [0, 1].
 
         Returns:

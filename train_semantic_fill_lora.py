@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import uuid
@@ -90,7 +91,8 @@ FLUX_LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/bl
 GO_ON = "Earlier checkpoints are whole: go on with --resume_from_checkpoint latest."
 # Where the weights of LoRA and module stand in `SemanticFillModel`.
 PARTS = ("transformer.", "semantic_attention.")
-# Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples.
+# Attention and feed-forward of both kinds of blocks, as in the diffusers FLUX LoRA examples; the transformer's last layer
+# is called `proj_out` too.
 LORA_TARGETS = [
     "attn.to_k",
     "attn.to_q",
@@ -172,7 +174,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="Rank of the LoRA.")
     add("--lora_alpha", type=int, help="Default: the rank.")
     add("--lora_dropout", type=float, default=0.0)
-    add("--lora_layers", help="Comma-separated module names. Default: attention and feed-forward of all blocks.")
+    add("--lora_layers", help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer.")
     add("--lora_weights", help="Trained LoRA to start from: a folder or Hub repository.")
 
     # Objective
@@ -1598,7 +1600,7 @@ def save_model_card(path: Path, args: argparse.Namespace, loss: float, samples: 
     repo = args.hub_model_id or Path(args.output_dir).resolve().name
     guided = "semantic_image=semantic_map, " if args.semantic_mode != "none" else ""
     widgets = "\n\n".join(f"![{sample.stem}](samples/{sample.name})" for sample in samples[-1:])
-    options = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(args).items() if value is not None)
+    options = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(args).items())
     base = args.pretrained_model_name_or_path
     on_hub = is_hub_id(base)
     by_flux = base.startswith("black-forest-labs/FLUX.1")
@@ -1631,7 +1633,11 @@ painted = pipe(
 
 ## Training
 
+<details><summary>All arguments</summary>
+
 {options}
+
+</details>
 
 Versions: torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}, peft
 {peft.__version__}.
@@ -1704,9 +1710,12 @@ def push_to_hub(repo_id: str, files: list[str], args: argparse.Namespace) -> Non
             allow_patterns=files,
         )
     except Exception as error:
+        # Without --include it would upload checkpoints and cache too.
+        command = ["hf", "upload", repo_id, str(args.output_dir), "."]
+        command += [part for file in files for part in ("--include", file)]
         raise RuntimeError(
             f"Training is done and saved in {args.output_dir}, but the upload to {repo_id} failed: {error}. Upload it"
-            f" with `hf upload {repo_id} {args.output_dir}`."
+            f" with `{shlex.join(command)}`."
         ) from error
 
 

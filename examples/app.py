@@ -50,10 +50,14 @@ MAX_PIXELS = 50_000_000
 Palette = dict[str, tuple[int, int, int]]
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: auto !important }
+.gradio-container { width: 100%; max-width: 1180px !important; margin: auto !important }
 .legend { display: flex; flex-wrap: wrap; gap: .3em 1.2em }
 .legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.12em;
             border: 1px solid #8888; border-radius: 3px }
+/* gradio's own rows of pictures do not wrap: they held the page, and with it the editor's canvas, at their width. */
+#samples .grid-container { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)) }
+#samples .grid-wrap { min-height: 0 !important; max-height: 240px !important }
+@media (max-width: 600px) { #map { height: 420px !important } }
 #notice { padding: .6em 1em; border-left: 4px solid #e0a030; background: #e0a03022 }
 """
 
@@ -311,8 +315,6 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
             gallery = gr.Gallery(
                 [enlarge(painter.fit(visible, size)) for visible, _ in samples],
                 show_label=False,
-                columns=8,
-                height=150,
                 object_fit="contain",
                 allow_preview=False,
                 interactive=False,
@@ -354,10 +356,20 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
         button = gr.Button("Paint", variant="primary", elem_id="paint")
         with gr.Row():
             painted = gr.Image(
-                label="Painting", interactive=False, format="png", buttons=["download"], elem_id="painted"
+                label="Painting",
+                interactive=False,
+                format="png",
+                min_width=300,
+                buttons=["download"],
+                elem_id="painted",
             )
             slider = gr.ImageSlider(
-                label="Before / after", interactive=False, format="png", buttons=[], elem_id="slider"
+                label="Before / after",
+                interactive=False,
+                format="png",
+                min_width=300,
+                buttons=[],
+                elem_id="slider",
             )
             with gr.Column():
                 attention = gr.Image(

@@ -16,16 +16,13 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-from demo import MAX_SEQUENCE_LENGTH, TRAINED_BASE, read_views
+from demo import MAX_SEQUENCE_LENGTH, TRAINED_BASE, read_views, save_small
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-
-MAX_BYTES = 300_000
 
 
 def point_on(semantic: PIL.Image.Image, name: str) -> tuple[int, int] | None:
@@ -41,8 +38,9 @@ def point_on(semantic: PIL.Image.Image, name: str) -> tuple[int, int] | None:
 
 
 def draw_figure(pipeline, views: list[dict], classes: list[str], steps: int, seed: int) -> PIL.Image.Image:
+    columns = 2 + len(classes)
     figure, axes = plt.subplots(
-        len(views), 2 + len(classes), figsize=(2.1 * (2 + len(classes)), 2.35 * len(views)), squeeze=False
+        len(views), columns, figsize=(2.1 * columns, 2.5 * len(views)), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -66,27 +64,27 @@ def draw_figure(pipeline, views: list[dict], classes: list[str], steps: int, see
         mass = seen.class_mass(view["map"], colours)
         for index, (name, (x, y)) in enumerate(points.items()):
             row[1].plot(x, y, "wo", markersize=5, markeredgecolor="black")
-            row[1].annotate(name, (x, y), (4, 4), textcoords="offset points", color="white", fontsize=7)
+            # On the side where there is room for it.
+            left = x > view["visible"].width / 2
+            row[1].annotate(
+                name,
+                (x, y),
+                (-5 if left else 5, 4),
+                textcoords="offset points",
+                horizontalalignment="right" if left else "left",
+                color="white",
+                fontsize=7,
+            )
             axis = row[2 + classes.index(name)]
-            axis.imshow(seen.overlay(view["map"].resize((512, 512), PIL.Image.Resampling.NEAREST), point=index))
-            shares = sorted(((share[0, 0, index], each) for each, share in mass.items()), reverse=True)[:2]
-            looks = ", ".join(f"{each} {share:.0%}" for share, each in shares)
+            enlarged = view["map"].resize((512, 512), PIL.Image.Resampling.NEAREST)
+            axis.imshow(seen.overlay(enlarged, point=index))
+            shares = sorted(((share[0, 0, index], each) for each, share in mass.items()), reverse=True)
+            looks = ", ".join(f"{each} {share:.0%}" for share, each in shares[:2] if share >= 0.005)
             axis.set_title(f"{name} looks at\n{looks}", fontsize=8)
-    figure.tight_layout(pad=0.4)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
+    figure.savefig(buffer, dpi=100)
     plt.close(figure)
     return PIL.Image.open(buffer).convert("RGB")
-
-
-def save_small(picture: PIL.Image.Image, path: Path) -> None:
-    """As PNG of as many colours as `MAX_BYTES` allow."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for colours in (256, 128, 64, 32):
-        picture.quantize(colours).save(path, "PNG", optimize=True)
-        if path.stat().st_size <= MAX_BYTES:
-            return
-    raise ValueError(f"{path} has {path.stat().st_size} bytes even with {colours} colours. Draw fewer --views.")
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -96,8 +94,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     add("--base", type=Path, help="The base it trained on. Default: examples/base, or the one in --demo_dir.")
     add("--weights", type=Path, help="Trained weights. Default: cross_attention in --demo_dir.")
     add("--output", type=Path, default=Path("docs/attention.png"))
-    add("--views", type=int, nargs="+", default=[0, 1, 2], help="Which held-out views, counted from 0.")
-    add("--classes", nargs="+", default=["ocean", "land"], choices=earth.PALETTE)
+    add("--views", type=int, nargs="+", default=[0, 2], help="Which held-out views, counted from 0.")
+    add("--classes", nargs="+", default=["ocean", "land", "river"], choices=earth.PALETTE)
     add("--num_inference_steps", type=int, default=20)
     add("--seed", type=int, default=0)
     return parser.parse_args(args)

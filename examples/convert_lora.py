@@ -27,6 +27,7 @@ from safetensors import safe_open
 
 
 PREFIX = "transformer."
+KOHYA_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 # Original layer -> its parts in diffusers, with the rows (outputs) of each part in units of the model's width.
 DOUBLE_BLOCK = {
@@ -50,6 +51,8 @@ BLOCKS = {
     "transformer_blocks": ("lora_unet_double_blocks", DOUBLE_BLOCK),
     "single_transformer_blocks": ("lora_unet_single_blocks", SINGLE_BLOCK),
 }
+# The transformer's last layer, which PEFT adapts too where `proj_out` is named for the single blocks.
+LAST_MODULE, LAST_LAYER = "proj_out", "lora_unet_final_layer_linear"
 
 
 def layer_alphas(modules: dict[str, tuple[torch.Tensor, torch.Tensor]], metadata: dict | None) -> dict[str, float]:
@@ -83,6 +86,26 @@ def read_modules(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[torch.T
                 f"`state_dict` has to hold lora_A and lora_B of every module, got one only of {module!r}."
             )
     return {module: (pair["A"], pair["B"]) for module, pair in modules.items()}
+
+
+def original_layer(module: str) -> tuple[str, dict[str, int]]:
+    """The name of the layer that a module is or is a part of, and all its parts with their rows in units.
+
+    Raises:
+        ValueError: If the kohya layout has no such layer.
+    """
+    if module == LAST_MODULE:
+        return LAST_LAYER, {module: 1}
+    match = re.fullmatch(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)", module)
+    prefix, layers = BLOCKS[match[1]] if match else (None, {})
+    for layer, parts in layers.items():
+        if match[3] in parts:
+            block = f"{match[1]}.{match[2]}."
+            return f"{prefix}_{match[2]}_{layer}", {block + part: rows for part, rows in parts.items()}
+    raise ValueError(
+        "`state_dict` may hold LoRAs on the linear layers of the FLUX blocks and on the last layer only, got one on"
+        f" {module!r}."
+    )
 
 
 def fuse(
@@ -131,33 +154,30 @@ def to_kohya(state_dict: dict[str, torch.Tensor], metadata: dict | None = None) 
     alphas = layer_alphas(modules, metadata)
     converted, done = {}, set()
     for module in modules:
-        match = re.fullmatch(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)", module)
-        prefix, layers = BLOCKS[match[1]] if match else (None, {})
-        layer = next((layer for layer, parts in layers.items() if match[3] in parts), None)
-        if layer is None:
-            raise ValueError(
-                f"`state_dict` may hold LoRAs on the linear layers of the FLUX blocks only, got one on {module!r}."
-            )
-        name = f"{prefix}_{match[2]}_{layer}"
+        name, parts = original_layer(module)
         if name in done:
             continue
         done.add(name)
-        parts = {f"{match[1]}.{match[2]}.{part}": width for part, width in layers[layer].items()}
         # The model's width, from any part that is there.
         width = next(modules[part][1].shape[0] // units for part, units in parts.items() if part in modules)
         down, up, alpha = fuse(
             [(*modules[part], alphas[part]) if part in modules else None for part in parts],
             [units * width for units in parts.values()],
         )
-        converted[f"{name}.lora_down.weight"] = down.contiguous()
-        converted[f"{name}.lora_up.weight"] = up.contiguous()
-        converted[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        weights = (down.contiguous(), up.contiguous(), torch.tensor(alpha, dtype=torch.float32))
+        converted |= {f"{name}.{part}": weight for part, weight in zip(KOHYA_PARTS, weights)}
     return converted
 
 
 def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A kohya FLUX LoRA in diffusers' key names, alpha multiplied in, by diffusers' own reader."""
-    converted = _convert_kohya_flux_lora_to_diffusers(dict(state_dict))
+    state_dict = dict(state_dict)
+    # Its reader leaves the prefix and the alpha of this layer out.
+    down, up, alpha = (state_dict.pop(f"{LAST_LAYER}.{part}", None) for part in KOHYA_PARTS)
+    converted = _convert_kohya_flux_lora_to_diffusers(state_dict)
+    if down is not None:
+        converted[f"{PREFIX}{LAST_MODULE}.lora_A.weight"] = down * (1 if alpha is None else alpha.item() / down.shape[0])
+        converted[f"{PREFIX}{LAST_MODULE}.lora_B.weight"] = up
     # Chunks of one stacked tensor share memory, which safetensors does not save.
     return {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in converted.items()}
 

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED_BASE = ROOT / "examples" / "base"
 MAX_SEQUENCE_LENGTH = 32
+MAX_BYTES = 250_000
 # Trained modes, and what is painted with each: name -> (mode or None for the plain base, which map, semantic_scale).
 MODES = ("none", "cross_attention")
 PAINTINGS = {
@@ -128,6 +129,17 @@ def as_picture(figure) -> PIL.Image.Image:
     figure.savefig(buffer, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return PIL.Image.open(buffer).convert("RGB")
+
+
+def save_small(picture: PIL.Image.Image, path: Path) -> None:
+    """As PNG of as many colours as `MAX_BYTES` allow: pictures of a README are loaded by all who read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for colours in (256, 128, 64, 32):
+        # The default method blends colours that few pixels have, as a map's rivers.
+        picture.quantize(colours, method=PIL.Image.Quantize.MAXCOVERAGE, kmeans=3).save(path, "PNG", optimize=True)
+        if path.stat().st_size <= MAX_BYTES:
+            return
+    raise ValueError(f"{path} has {path.stat().st_size} bytes even with {colours} colours. Draw fewer views.")
 
 
 def draw_grid(columns: dict[str, list], rows: int) -> PIL.Image.Image:
@@ -257,9 +269,9 @@ def main(args: argparse.Namespace) -> None:
         columns[name] = paint(pipeline, views, which_map, scale, args)
 
     metrics = {name: figures(columns[name], views) for name in PAINTINGS}
-    grid, curves = draw_grid(columns, rows=min(8, len(views))), draw_curves(args)
+    grid, curves = draw_grid(columns, rows=min(6, len(views))), draw_curves(args)
     attention = draw_attention(pipeline, views[0], args)
-    grid.save(args.output_dir / "grid.png")
+    save_small(grid, args.output_dir / "grid.png")
     attention.save(args.output_dir / "attention.png")
     header = "".join(f"<th>{name}</th>" for name in ("", *metrics["plain base"]))
     table = f"<table><tr>{header}</tr>" + "".join(

@@ -15,6 +15,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_training import LORA_FILE, run, weights_of
 
 
 WIDTH = 3072  # diffusers' reader knows the real FLUX's width only
@@ -35,6 +36,7 @@ MODULES += [
     for block in (0, 37)
     for name in [*ATTENTION[:3], "proj_mlp", "proj_out"]
 ]
+MODULES.append("proj_out")
 
 
 def make_lora(modules: list[str], ranks: dict[str, int] | int = 2) -> dict[str, torch.Tensor]:
@@ -42,7 +44,8 @@ def make_lora(modules: list[str], ranks: dict[str, int] | int = 2) -> dict[str, 
     state_dict = {}
     for module in modules:
         rank = ranks if isinstance(ranks, int) else ranks[module]
-        rows, columns = next(shape for name, shape in SHAPES.items() if module.endswith(f".{name}"))
+        shapes = (shape for name, shape in SHAPES.items() if module.endswith(f".{name}"))
+        rows, columns = (64, WIDTH) if module == "proj_out" else next(shapes)
         state_dict[f"transformer.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
         state_dict[f"transformer.{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
     return state_dict
@@ -71,7 +74,7 @@ def test_names_and_shapes_are_those_of_the_original_code():
     assert kohya["lora_unet_single_blocks_0_linear2.lora_down.weight"].shape == (2, 5 * WIDTH)
 
 
-# The linear layers of the blocks as BFL's checkpoint of FLUX.1-Fill-dev holds them, with their shapes. ComfyUI looks for
+# The linear layers of the blocks and the last one as BFL's checkpoint of FLUX.1-Fill-dev holds them, with their shapes. ComfyUI looks for
 # "lora_unet_", the name with "_" for "." and without ".weight", then ".lora_up.weight", ".lora_down.weight", ".alpha".
 CHECKPOINT = {
     "double_blocks.0.img_attn.proj.weight": (3072, 3072),
@@ -87,6 +90,7 @@ CHECKPOINT = {
     "single_blocks.37.linear1.weight": (21504, 3072),
     "single_blocks.37.linear2.weight": (3072, 15360),
     "single_blocks.37.modulation.lin.weight": (9216, 3072),
+    "final_layer.linear.weight": (64, 3072),
 }
 COMFYUI = {
     "lora_unet_double_blocks_0_img_attn_proj": "double_blocks.0.img_attn.proj.weight",
@@ -102,6 +106,7 @@ COMFYUI = {
     "lora_unet_single_blocks_37_linear1": "single_blocks.37.linear1.weight",
     "lora_unet_single_blocks_37_linear2": "single_blocks.37.linear2.weight",
     "lora_unet_single_blocks_37_modulation_lin": "single_blocks.37.modulation.lin.weight",
+    "lora_unet_final_layer_linear": "final_layer.linear.weight",
 }
 
 
@@ -111,7 +116,7 @@ def test_keys_are_those_that_comfyui_looks_for():
         "transformer_blocks.0.norm1_context.linear": 6 * WIDTH,
         "single_transformer_blocks.37.norm.linear": 3 * WIDTH,
     }
-    lora = make_lora([module for module in MODULES if re.search(r"^transformer_blocks\.0\.|_blocks\.37\.", module)])
+    lora = make_lora([module for module in MODULES if re.search(r"^transformer_blocks\.0\.|_blocks\.37\.|^proj_out", module)])
     for module, rows in modulations.items():
         lora[f"transformer.{module}.lora_A.weight"] = torch.ones(2, WIDTH)
         lora[f"transformer.{module}.lora_B.weight"] = torch.ones(rows, 2)
@@ -169,7 +174,7 @@ def test_ranks_and_alphas_may_differ_and_parts_may_lack():
     "key, message",
     [
         ("transformer.x_embedder.lora_A.weight", "x_embedder"),
-        ("transformer.proj_out.lora_A.weight", "'proj_out'"),
+        ("transformer.norm_out.linear.lora_A.weight", "'norm_out.linear'"),
         ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector", "lora_magnitude_vector"),
         ("text_encoder.layers.0.lora_A.weight", "text_encoder"),
     ],
@@ -185,6 +190,53 @@ def test_half_a_pair_is_refused():
     lora.popitem()
     with pytest.raises(ValueError, match="to_q"):
         convert_lora.to_kohya(lora)
+
+
+# Where ComfyUI puts a module of diffusers: the layer of the block, and the first row of it in widths of the model.
+PLACES = {
+    "transformer_blocks": {
+        "attn.to_q": ("img_attn_qkv", 0),
+        "attn.to_k": ("img_attn_qkv", 1),
+        "attn.to_v": ("img_attn_qkv", 2),
+        "attn.add_q_proj": ("txt_attn_qkv", 0),
+        "attn.add_k_proj": ("txt_attn_qkv", 1),
+        "attn.add_v_proj": ("txt_attn_qkv", 2),
+        "attn.to_out.0": ("img_attn_proj", 0),
+        "attn.to_add_out": ("txt_attn_proj", 0),
+        "ff.net.0.proj": ("img_mlp_0", 0),
+        "ff.net.2": ("img_mlp_2", 0),
+        "ff_context.net.0.proj": ("txt_mlp_0", 0),
+        "ff_context.net.2": ("txt_mlp_2", 0),
+    },
+    "single_transformer_blocks": {
+        "attn.to_q": ("linear1", 0),
+        "attn.to_k": ("linear1", 1),
+        "attn.to_v": ("linear1", 2),
+        "proj_mlp": ("linear1", 3),
+        "proj_out": ("linear2", 0),
+    },
+}
+
+
+def test_what_the_trainer_writes_is_converted(base, base_folder, triptych_folder, tmp_path):
+    options = ["--max_train_steps", 1, "--learning_rate", "1e-2", "--lora_alpha", 12]
+    out = run(base_folder, tmp_path / "out", *options, data=triptych_folder)
+    convert_lora.convert_file(out / LORA_FILE, tmp_path / "kohya.safetensors")
+    lora, kohya = weights_of(out), load_file(tmp_path / "kohya.safetensors")
+    config = base.transformer.config
+    width, seen = config.num_attention_heads * config.attention_head_dim, set()
+    for key in [key for key in lora if ".lora_A." in key]:
+        added = 12 / 4 * lora[key.replace("lora_A", "lora_B")] @ lora[key]
+        assert added.abs().max() > 0
+        kind, number, part = re.fullmatch(r"transformer\.(\w+)\.(?:(\d+)\.)?(?:(.+)\.)?lora_A\.weight", key).groups()
+        layer, first = ("final_layer_linear", 0) if kind == "proj_out" else PLACES[kind][part]
+        if number is not None:
+            layer = f"{'single' if kind.startswith('single') else 'double'}_blocks_{number}_{layer}"
+        seen.add(f"lora_unet_{layer}")
+        down, up, alpha = (kohya[f"lora_unet_{layer}.{name}"] for name in ("lora_down.weight", "lora_up.weight", "alpha"))
+        rows = slice(first * width, first * width + len(added))
+        torch.testing.assert_close((alpha / down.shape[0] * up @ down)[rows], added)
+    assert {key.split(".")[0] for key in kohya} == seen and len(seen) > 10
 
 
 def saved_lora(folder: Path) -> Path:

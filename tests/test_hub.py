@@ -25,7 +25,7 @@ import train_semantic_fill_lora as trainer
 TOKEN = "hf_planted_secret"
 # Each client is another machine: a fresh process with a home of its own.
 PREAMBLE = """
-import logging, os, sys
+import logging, os, re, subprocess, sys
 from pathlib import Path
 sys.path[:0] = {paths}
 from test_training import arguments, run
@@ -140,6 +140,9 @@ for name in ("exists", "once500", "once-cut"):
 for name, status in (("gone", "404"), ("conflict", "409")):
     said = refused(RuntimeError, lambda: push(name))
     assert "Training is done and saved in" in said and status in said and "hf upload user/" + name in said, said
+# What it advises uploads what the push would have.
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+subprocess.run(re.search("with `(hf upload .*)`", said)[1], shell=True, check=True)
 for name in ("../up", "someone/else"):
     said = refused(RuntimeError, lambda: push(name))
     assert "--push_to_hub cannot write to" in said and "hf auth login" in said, said
@@ -163,17 +166,20 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
         (tmp_path / name / "pipeline.py").write_bytes(code)
         samples = [Path("samples/step-000007.png")]
         trainer.save_model_card(tmp_path / name / "README.md", args, 0.5, samples, code)
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    (tmp_path / "out" / "checkpoint-1" / "training_state.json").write_text("{}")
     hub.add_repo("user/exists")
     hub.fail("POST", "/once500/commit/", 500)
     hub.fail("POST", "/once-cut/commit/", "cut")
     hub.fail("POST", "/gone/commit/", 404)
     hub.fail("POST", "/conflict/commit/", 409)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     client(FAULTS, "pusher")
     assert hub.repos["model", "user/once500"].private
     for name in ("exists", "once500", "once-cut"):
         assert hub.files(f"user/{name}")["pipeline.py"] == before[tmp_path / "out" / "pipeline.py"]
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    assert set(hub.files("user/conflict")) - {".gitattributes"} == {"README.md", "pipeline.py"}
 
     card = ModelCard.load(tmp_path / "named" / "README.md")
     data = card.data.to_dict()
@@ -185,7 +191,7 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     compile(snippet, "card", "exec")
     for name, value in trainer.public_config(args).items():
-        assert value is None or f"- `{name}`: `{value}`" in card.text
+        assert f"- `{name}`: `{value}`\n" in card.text
     # A folder of this machine is no model of the Hub, and nobody else's business.
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "base_model" not in card.data.to_dict() and card.data.license_name == "as-base-model"
