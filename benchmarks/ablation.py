@@ -20,6 +20,7 @@ import logging
 import multiprocessing
 import os
 import random
+import resource
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -63,6 +64,10 @@ LEADS = {
     "condition and every 2nd block": (CONDITION, "InputAndBlocks"),
     "condition where painted": (CONDITION, "WherePainted"),
     "raw condition": (CONDITION, "RawTokens"),
+    "raw condition, everywhere": (CONDITION, "RawEverywhere"),
+    "raw condition, by half": (CONDITION, "RawByHalf"),
+    "raw condition, and over the noise": (CONDITION, "RawOverNoise"),
+    "raw condition, and for the noise": (CONDITION, "RawForNoise"),
     "deep condition": (CONDITION, "DeepTokens"),
     "raw condition and embedder": (CONDITION, "RawAndEmbedder"),
     "raw condition and every 2nd block": (CONDITION, "RawAndBlocks"),
@@ -121,7 +126,7 @@ def encoded_rows(task: str, mode: str, args: argparse.Namespace) -> tuple:
     run, _ = trainer_args(task, next(v for v in MAIN if mode in v), 0, args)
     device = torch.device(args.device)
     pipeline = trainer.load_encoders(run, device, torch.float32).to(device)
-    dataset = trainer.TriptychDataset(read_rows(Path(run.train_data_dir)), run)
+    dataset = trainer.TriptychDataset(read_rows(Path(run.train_data_dir))[: args.num_train], run)
     encoder = trainer.Encoder(pipeline, dataset, run)
     latents = {}
     for drop in (False, True):
@@ -254,7 +259,8 @@ def run_cell(task: str, variant: str, seed: int, args: argparse.Namespace) -> di
 
 
 def run_cost(task: str, variant: str, args: argparse.Namespace) -> dict:
-    """Milliseconds a step and peak memory of one variant, alone."""
+    """Milliseconds a step and peak memory of one variant, in a process of its own and with few encodings in memory."""
+    args.num_train = 4 * args.batch_size
     _, _, _, train_step, _, _ = build(task, variant, 0, args)
     cuda = args.device == "cuda"
     for _ in range(5):
@@ -268,7 +274,8 @@ def run_cost(task: str, variant: str, args: argparse.Namespace) -> dict:
     if cuda:
         torch.cuda.synchronize()
     milliseconds = 1000 * (time.monotonic() - start) / args.cost_steps
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else float("nan")
+    # Of the device, or without one of the process.
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"task": task, "variant": variant, "step_ms": milliseconds, "peak_mib": peak}
 
 
@@ -283,14 +290,18 @@ def start_worker(numbers, devices: int) -> None:
     logging.disable(logging.WARNING)
 
 
-def run_all(function, cells: list[tuple], jobs: int, devices: int, args, output: Path) -> list[dict]:
+def run_all(
+    function, cells: list[tuple], jobs: int, devices: int, args, output: Path, cells_a_process: int | None = None
+) -> list[dict]:
     """Shares the cells out over processes and writes each row when it is there."""
     context = multiprocessing.get_context("spawn")
     numbers = context.Manager().Queue()
-    for number in range(jobs):
+    for number in range(jobs if cells_a_process is None else len(cells) + jobs):
         numbers.put(number)
     rows = []
-    with ProcessPoolExecutor(jobs, context, start_worker, (numbers, devices)) as pool:
+    with ProcessPoolExecutor(
+        jobs, context, start_worker, (numbers, devices), max_tasks_per_child=cells_a_process
+    ) as pool:
         futures = {pool.submit(function, *cell, args): cell for cell in cells}
         for future in tqdm(as_completed(futures), total=len(futures), mininterval=10):
             try:
@@ -348,6 +359,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--num_train", type=int, help="Train on the first so many rows alone.")
     parser.add_argument("--num_test", type=int, default=64)
     parser.add_argument("--num_inference_steps", type=int, default=8)
     parser.add_argument("--cost_steps", type=int, default=20, help="Timed steps of each variant; 0 leaves costs out.")
@@ -375,7 +387,7 @@ def main(args: argparse.Namespace) -> None:
         run_all(run_cell, cells, args.jobs, devices, shared, args.output)
         if args.cost_steps:
             cost_cells = [(t, v) for t in args.tasks for v in args.variants]
-            run_all(run_cost, cost_cells, max(devices, 1), devices, shared, costs_file)
+            run_all(run_cost, cost_cells, 1, min(devices, 1), shared, costs_file, cells_a_process=1)
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     costs = [json.loads(line) for line in costs_file.read_text().splitlines()] if costs_file.exists() else []
     for task in args.tasks:

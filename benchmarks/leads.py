@@ -155,6 +155,52 @@ class RawTokens(WherePainted):
         self.layers = nn.ModuleList([RawLayer(self.config.in_channels)])
 
 
+class RawEverywhere(Lead):
+    """Raw latents in the whole condition, over the visible picture too."""
+
+    def attach(self, transformer):
+        self.layers = nn.ModuleList([RawLayer(self.config.in_channels)])
+
+
+class RawByHalf(Lead):
+    """Raw latents in the whole condition, by a linear map and a gate of its own where the mask is 1 and where it is 0."""
+
+    def attach(self, transformer):
+        self.layers = nn.ModuleList(RawLayer(self.config.in_channels) for _ in range(2))
+
+    def enhance(self, hidden_states, semantic_tokens, positions=None, semantic_scale=1.0):
+        channels = self.config.in_channels
+        seen, painted = (self.update(layer, hidden_states, semantic_tokens, semantic_scale) for layer in self.layers)
+        return where_painted(seen, painted, channels)
+
+    def update(self, layer, hidden_states, semantic_tokens, semantic_scale):
+        before, part, after = self.split_input(hidden_states)
+        return torch.cat((before, layer(part, semantic_tokens, None, semantic_scale), after), dim=-1)
+
+
+class RawOverNoise(RawByHalf):
+    """
+    Raw latents in the condition where the mask is 1. Where it is 0, the noisy latents tell nothing that the condition
+    does not: there the map is added to them.
+    """
+
+    def update(self, layer, hidden_states, semantic_tokens, semantic_scale):
+        if layer is self.layers[1]:
+            return super().update(layer, hidden_states, semantic_tokens, semantic_scale)
+        x_t, x_cond = hidden_states.tensor_split((self.config.in_channels,), dim=-1)
+        return torch.cat((self.over_noise(layer, x_t, semantic_tokens, semantic_scale), x_cond), dim=-1)
+
+    def over_noise(self, layer, x_t, semantic_tokens, semantic_scale):
+        return layer(x_t, semantic_tokens, None, semantic_scale)
+
+
+class RawForNoise(RawOverNoise):
+    """The same, with the noise fading as the gate opens."""
+
+    def over_noise(self, layer, x_t, semantic_tokens, semantic_scale):
+        return layer((1 - semantic_scale * layer.scale) * x_t, semantic_tokens, None, semantic_scale)
+
+
 class DeepLayer(nn.Module):
     """Two layers with a nonlinearity in between, on the map's latents as they are."""
 

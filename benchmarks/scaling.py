@@ -36,15 +36,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shape", choices=["flux", "test"], default="flux")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warm_up", type=int, default=5, help="First steps that are not timed.")
-    parser.add_argument("--batch", type=int, default=2, help="Samples a GPU and step.")
+    parser.add_argument("--batch", type=int, default=4, help="Samples a GPU and step.")
     parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 32 with --shape test.")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--checkpointing", default="full", help="As the trainer's option.")
-    parser.add_argument("--compile", action="store_true", help="As the trainer's option.")
+    # Eager steps wait for the host, whose pace says nothing about the GPUs.
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="As the trainer's option. Default: yes, but not with --shape test.",
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="No run is begun after so many, or lasts longer.")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.resolution = args.resolution or (512 if args.shape == "flux" else 32)
+    args.compile = args.shape == "flux" if args.compile is None else args.compile
     if min(args.gpus) < 2 or not 0 < args.warm_up < args.steps:
         parser.error("--gpus have to be above 1, and --warm_up above 0 and below --steps.")
     return args
