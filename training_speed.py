@@ -113,7 +113,9 @@ PLANS = [
 ]
 # Kept bytes for each token, block and channel of the transformer's width, as measured at FLUX's shape
 # (benchmarks/RESULTS.md), compiled and eager.
-KEPT_BYTES = {"none": (30, 37), "selective": (24, 25), "full": (2.1, 2.1)}
+KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1)}
+# What the compiler keeps beside that where products are in fp8 and nothing is computed again.
+FP8_KEPT_BYTES = 6.3
 # What the estimate leaves free: the CUDA context grows, and the allocator cannot use every gap.
 SPARE_SHARE, SPARE_BYTES = 0.06, 2**30
 
@@ -142,7 +144,10 @@ def estimate_peak(plan: Plan, transformer: FluxTransformer2DModel, tokens: int, 
     # Weight, gradient and the optimizer's two moments.
     trained = lora * (4 + 4 + (2 if args.use_8bit_adam else 8))
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    kept = KEPT_BYTES[plan.checkpointing][0 if plan.compile else 1] * tokens * len(blocks) * width
+    kept = KEPT_BYTES[plan.checkpointing][0 if plan.compile else 1]
+    if plan.compile and plan.checkpointing == "none" and plan.base_precision.startswith("fp8"):
+        kept += FP8_KEPT_BYTES
+    kept *= tokens * len(blocks) * width
     # While a block is computed again, it keeps what it would without checkpointing.
     again = KEPT_BYTES["none"][0 if plan.compile else 1] * tokens * width * 2 * (plan.checkpointing != "none")
     # A scale for each row hardly counts; the quantised scales of nf4 are an eighth of a bit a weight.

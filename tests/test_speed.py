@@ -440,18 +440,23 @@ def test_fast_leaves_what_was_passed(gpu):
 
 
 @pytest.mark.parametrize(
-    "plan, tokens, gibibytes",
+    "plan, tokens, gibibytes, options",
     [
-        (Plan("bf16", "full", False), 4 * 2560, 28.8),
-        (Plan("bf16", "none", False), 4 * 2560, 83.2),
-        (Plan("bf16", "full", True), 4 * 2560, 27.7),
-        (Plan("bf16", "none", True), 4 * 2560, 71.9),
-        (Plan("bf16", "none", True), 4 * 2176, 64.6),
-        (Plan("bf16", "full", False), 2560, 24.5),
+        (Plan("bf16", "full", False), 4 * 2560, 28.8, []),
+        (Plan("bf16", "none", False), 4 * 2560, 83.2, []),
+        (Plan("bf16", "full", True), 4 * 2560, 27.7, []),
+        (Plan("bf16", "none", True), 4 * 2560, 71.9, []),
+        (Plan("bf16", "none", True), 4 * 2176, 64.6, []),
+        (Plan("bf16", "full", False), 2560, 24.5, []),
+        (Plan("fp8", "none", True), 4 * 2560, 72.1, []),
+        (Plan("fp8x2", "none", True), 4 * 2128, 73.1, []),
+        (Plan("bf16", "full", True), 2560, 23.9, ["--use_8bit_adam"]),
+        (Plan("int8", "full", True), 2560, 13.0, ["--use_8bit_adam"]),
+        (Plan("nf4", "full", True), 2560, 7.53, ["--use_8bit_adam"]),
     ],
 )
-def test_estimate_agrees_with_what_was_measured(gpu, tmp_path, plan, tokens, gibibytes):
-    args = arguments(tmp_path, "out", "--rank", 16, "--train_data_dir", "d")
+def test_estimate_agrees_with_what_was_measured(gpu, tmp_path, plan, tokens, gibibytes, options):
+    args = arguments(tmp_path, "out", "--rank", 16, "--train_data_dir", "d", *options)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(FLUX_FILL)
     estimate = training_speed.estimate_peak(plan, transformer, tokens, args) / 2**30
