@@ -311,6 +311,12 @@ def _attends(args: argparse.Namespace) -> bool:
 MODULE_OPTIONS = [f"semantic_{name}" for name in ("num_layers", "num_heads", "head_dim", "position", "injection")]
 CONTRADICTIONS = [
     Contradiction(
+    Contradiction(
+        "revision",
+        "a local --pretrained_model_name_or_path",
+        lambda a: os.path.isdir(a.pretrained_model_name_or_path),
+        "a folder has no revisions",
+    ),
         "dataset_config_name",
         "--train_data_dir",
         lambda a: a.train_data_dir is not None,
@@ -389,6 +395,12 @@ CONTRADICTIONS = [
         "it means full",
     ),
     Contradiction("use_8bit_adam", "--optimizer prodigy", lambda a: a.optimizer != "adamw", "it is an AdamW"),
+    Contradiction(
+        "base_precision",
+        "a --mixed_precision other than bf16",
+        lambda a: a.base_precision == "fp8x2" and a.mixed_precision in ("no", "fp16"),
+        "the second copy of fp8x2 is for products that take bf16; fp8 is half as large",
+    ),
     *(
         Contradiction(name, "--optimizer adamw", lambda a: a.optimizer != "prodigy", "it is Prodigy's")
         for name in ("prodigy_use_bias_correction", "prodigy_safeguard_warmup")
@@ -449,6 +461,8 @@ def check_data_args(args: argparse.Namespace) -> None:
     if any(views) and not all(views):
         raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
     if args.max_train_samples is not None and args.max_train_samples < 1:
+    if args.target_column and args.target_column in (args.visible_column, args.semantic_column):
+        raise ValueError(f"--target_column {args.target_column} is what is to be painted and cannot be shown as well.")
         raise ValueError(f"--max_train_samples has to be at least 1 but is {args.max_train_samples}.")
 
 
@@ -488,6 +502,13 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
         raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
     check_data_args(args)
     for name in ("caption_dropout", "semantic_dropout", "lora_dropout", "fusion_alpha"):
+    if args.train_data_dir is not None and Path(args.train_data_dir).is_dir():
+        listed = any(Path(args.train_data_dir, f"metadata.{form}").is_file() for form in ("jsonl", "csv", "parquet"))
+        if not listed and Path(args.output_dir).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
+            raise ValueError(
+                f"--output_dir {args.output_dir} cannot lie in --train_data_dir {args.train_data_dir}: without a metadata"
+                " file, a later run would take what this one paints for data."
+            )
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be within [0, 1] but is {getattr(args, name)}.")
     for name in (
@@ -573,7 +594,10 @@ def load_rows(args: argparse.Namespace, split: str = "train") -> "datasets.Datas
                 f"--dataset_name {folder} has to hold rows in {builder} files, but: {error.__cause__ or error}"
             ) from error
     else:
-        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **kwargs)
+        try:
+            rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **kwargs)
+        except Exception as error:
+            raise ValueError(f"--dataset_name {args.dataset_name} cannot be loaded: {error}") from error
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
     if len(rows) == 0:
@@ -1930,8 +1954,6 @@ def main(args: argparse.Namespace) -> None:
         announce(model, args)
         engine.shard(model)
         optimizer = build_optimizer(parameter_groups(model, args), args)
-        if args.max_train_steps is None:
-            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer=optimizer,
@@ -1987,6 +2009,13 @@ def main(args: argparse.Namespace) -> None:
             samples = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
             files = save_result(bare, weights, loss, samples, args)
             if repo_id is not None:
+        if args.max_train_steps is None:
+            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
+            if 0 < args.max_train_steps <= args.lr_warmup_steps:
+                raise ValueError(
+                    f"--lr_warmup_steps {args.lr_warmup_steps} has to be below the {args.max_train_steps} steps that"
+                    f" --num_train_epochs {args.num_train_epochs} makes."
+                )
                 push_to_hub(repo_id, [*files, *(f"samples/{sample.name}" for sample in samples)], args)
         # The others have nothing left to do, but must not take the process group down while the first still saves.
         accelerator.wait_for_everyone()
