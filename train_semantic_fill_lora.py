@@ -1833,8 +1833,7 @@ def train(
                 log_scales(bare.scales(), logging.DEBUG, digits=6)
             loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             gradient_norm = engine.clip(model, args.max_grad_norm)
-            # A gradient scaler looks for overflow itself and lowers its scale.
-            finite = math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None)
+            finite = math.isfinite(loss) and math.isfinite(gradient_norm)
             engine.step(model, optimizer, finite)
             if finite:
                 lr_scheduler.step()
@@ -1924,6 +1923,10 @@ def main(args: argparse.Namespace) -> None:
         with accelerator.main_process_first():
             dataset = TriptychDataset(load_rows(args), args)
         checkpoint = find_checkpoint(args)
+            elif engine.settle_scale(lower=math.isfinite(loss)):
+                # Too large a scale of fp16's gradients, of which a run finds out by trying.
+                skipped += 1
+                logger.info(f"Step {step} skipped: its gradients overflowed, their scale is lowered")
 
         # Encode, with the encoders alone on the accelerator
         pipeline = load_encoders(args, accelerator.device, dtype)

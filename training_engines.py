@@ -97,6 +97,19 @@ class Engine:
             optimizer.step()
         optimizer.zero_grad()
 
+    def settle_scale(self, lower: bool) -> bool:
+        """
+        After a step that was not applied: readies the gradient scaler for the next one. Where `lower`, it lowers the
+        scale, unless that is down to 1 and so not to blame. Returns whether it did.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return False
+        scale = scaler.get_scale()
+        lower = lower and scale > 1
+        scaler.update(None if lower else scale)
+        return lower
+
     def weights(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What is trained, whole, by its name in the bare `model`."""
         return {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
