@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import signal
+import time
 import uuid
 import warnings
 import zlib
@@ -847,11 +848,13 @@ class Encoder:
 
     def read(self, draws: Draws) -> dict[str, torch.Tensor]:
         """One sample, encoded if the run keeps a cache, as views and caption otherwise."""
+        if accelerator.is_main_process:
+            remove_leftovers(self.folder)
         prompt = "" if draws.drop_caption else self.dataset.caption(draws.index)
         if not self.args.cache_latents:
             return {"draws": draws, "views": self.dataset.views(draws.index, draws.flip), "prompt": prompt}
-        latents = safetensors.torch.load_file(self.latent_file(draws.index, draws.flip, draws.drop_map))
-        return {"draws": draws, "encoded": latents | safetensors.torch.load_file(self.prompt_file(prompt))}
+        latents = read_encoding(self.latent_file(draws.index, draws.flip, draws.drop_map))
+        return {"draws": draws, "encoded": latents | read_encoding(self.prompt_file(prompt))}
 
     def encode_batch(self, samples: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
         """Read samples -> batched encodings on the device, from the cache or made now."""
@@ -874,19 +877,40 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
     return str(value)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether an encoding is there and holds what was written."""
+def read_encoding(path: Path) -> dict[str, torch.Tensor]:
+    """
+    What was written to the file.
+
+    Raises:
+        `ValueError`: where it is not there, or holds anything else.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if tensors and (file.metadata() or {}).get("crc32") == checksum(tensors):
-                return True
-    except FileNotFoundError:
+            found = (file.metadata() or {}).get("crc32")
+    except (safetensors.SafetensorError, OSError) as error:
+        damage = f"{type(error).__name__}: {error}"
+    else:
+        if tensors and found == checksum(tensors):
+            return tensors
+        damage = "its content is not what was written"
+    # The encoders are gone by the time that steps read.
+    raise ValueError(
+        f"The encoding {path} was damaged while the run was under way ({damage}). The next start makes it anew: go on"
+        " with --resume_from_checkpoint latest."
+    )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an encoding is there and holds what was written."""
+    if not path.exists():
         return False
-    except (safetensors.SafetensorError, OSError):
-        pass
-    logger.warning(f"{path} is damaged and made anew")
-    return False
+    try:
+        read_encoding(path)
+    except ValueError:
+        logger.warning(f"{path} is damaged and made anew")
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -938,6 +962,14 @@ class RunSampler(torch.utils.data.Sampler):
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(seed_of(self.args.seed, "epoch", epoch))
             self.epoch, self.permutation = epoch, torch.randperm(self.num_rows, generator=generator).tolist()
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs left of `write_atomically`: files that nobody has written to for a day."""
+    for path in folder.glob(".*.safetensors.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
+                path.unlink()
+
+
         return self.permutation[place]
 
     def draws(self, position: int) -> Draws:
@@ -1536,7 +1568,7 @@ def paint_samples(
         for index in range(min(args.num_validation_images, len(encoder.dataset))):
             views, caption = encoder.dataset.views(index), encoder.dataset.caption(index)
             if args.cache_latents:
-                prompt = safetensors.torch.load_file(encoder.prompt_file(caption))
+                prompt = read_encoding(encoder.prompt_file(caption))
                 prompt = {name: tensor[None].to(accelerator.device) for name, tensor in prompt.items()}
             else:
                 prompt = encoder.encode_prompts([caption])
