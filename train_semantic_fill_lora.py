@@ -1387,6 +1387,16 @@ def save_checkpoint(
     try:
         with explained_write_errors("--output_dir", GO_ON):
             save_weights(model, weights, beside, args)
+def fixed_options(model: SemanticFillModel, args: argparse.Namespace) -> dict:
+    """What a run that goes on cannot change: the shape of what is trained, and whose the optimizer's state is."""
+    names = ("semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam")
+    fixed = {name: getattr(args, name) for name in names}
+    if model.semantic_attention is not None:
+        # As it is: that of --semantic_weights has its own.
+        fixed |= {name: model.semantic_attention.config[name.removeprefix("semantic_")] for name in MODULE_OPTIONS}
+    return fixed
+
+
             tensors = {}
             described = split_tensors(state, "state", tensors)
             safetensors.torch.save_file(tensors, beside / "training_state.safetensors")
@@ -1408,6 +1418,7 @@ def save_checkpoint(
         # Those behind this step are of a run that was given up: damaged, or another checkpoint was gone on from.
         others.sort(key=lambda path: checkpoint_step(path) < state["step"])
         for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
+            (beside / "options.json").write_text(json.dumps(fixed_options(model, args)))
             # Renamed first, so that no half of it is ever found.
             gone = old.with_name(f".{old.name}.gone")
             os.replace(old, gone)
@@ -1431,7 +1442,7 @@ def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or `None`."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        lacking = {LORA_WEIGHT_NAME_SAFE, "training_state.json", "training_state.safetensors"} - set(manifest)
+        lacking = {LORA_WEIGHT_NAME_SAFE, "options.json", "training_state.json", "training_state.safetensors"} - set(manifest)
         if lacking:
             return f"manifest.json does not name {sorted(lacking)}"
         for name, (size, digest) in manifest.items():
@@ -1484,6 +1495,16 @@ def download_checkpoint(repo_id: str, cache_dir: str | None) -> Path:
             f"--resume_from_checkpoint {repo_id} is no folder, and no Hub repository that can be read: {error}"
         ) from error
     path = Path(folder, HUB_CHECKPOINT)
+def check_resumed(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Refuses to go on from a checkpoint with options that its state does not fit, before anything is loaded."""
+    for name, value in json.loads((checkpoint / "options.json").read_text()).items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} cannot go with --resume_from_checkpoint: {checkpoint} was trained with"
+                f" {value}. Pass that, or start anew from its weights by --lora_weights and --semantic_weights."
+            )
+
+
     if not path.is_dir():
         raise ValueError(
             f"--resume_from_checkpoint {repo_id} has no `{HUB_CHECKPOINT}/`, which --hub_strategy every_checkpoint"
@@ -1519,6 +1540,21 @@ def save_result(
     try:
         with explained_write_errors("--output_dir", GO_ON):
             save_weights(model, weights, beside, args)
+def resume_optimizer(
+    engine: Engine, optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict
+) -> None:
+    """Puts the states of optimizer and schedule in place; rates and other settings are those of this run."""
+    rates, names = lr_scheduler.base_lrs, ("initial_lr", "betas", "eps", "weight_decay")
+    settings = [{name: group[name] for name in names} for group in lr_scheduler.optimizer.param_groups]
+    engine.load_optimizer(optimizer, state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    lr_scheduler.base_lrs = rates
+    factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+    lr_scheduler._last_lr = [rate * factor for rate, factor in zip(rates, factors)]
+    for group, setting, rate in zip(lr_scheduler.optimizer.param_groups, settings, lr_scheduler.get_last_lr()):
+        group |= setting | {"lr": rate}
+
+
             code = single_file_pipeline().encode()
             (beside / "pipeline.py").write_bytes(code)
             save_model_card(beside / "README.md", args, loss, samples, code)
@@ -1955,10 +1991,8 @@ def main(args: argparse.Namespace) -> None:
         with accelerator.main_process_first():
             dataset = TriptychDataset(load_rows(args), args)
         checkpoint = find_checkpoint(args)
-            elif engine.settle_scale(lower=math.isfinite(loss)):
-                # Too large a scale of fp16's gradients, of which a run finds out by trying.
-                skipped += 1
-                logger.info(f"Step {step} skipped: its gradients overflowed, their scale is lowered")
+        if checkpoint:
+            check_resumed(checkpoint, args)
 
         # Encode, with the encoders alone on the accelerator
         pipeline = load_encoders(args, accelerator.device, dtype)
@@ -1999,8 +2033,7 @@ def main(args: argparse.Namespace) -> None:
         )
         model, optimizer = engine.prepare(model, optimizer)
         if checkpoint:
-            engine.load_optimizer(optimizer, state["optimizer"])
-            lr_scheduler.load_state_dict(state["lr_scheduler"])
+            resume_optimizer(engine, optimizer, lr_scheduler, state)
             logger.info(f"Resuming from {checkpoint} at step {state['step']}")
         step_fn = Step(
             encoder=encoder,
