@@ -312,12 +312,12 @@ def _attends(args: argparse.Namespace) -> bool:
 MODULE_OPTIONS = [f"semantic_{name}" for name in ("num_layers", "num_heads", "head_dim", "position", "injection")]
 CONTRADICTIONS = [
     Contradiction(
-    Contradiction(
         "revision",
         "a local --pretrained_model_name_or_path",
         lambda a: os.path.isdir(a.pretrained_model_name_or_path),
         "a folder has no revisions",
     ),
+    Contradiction(
         "dataset_config_name",
         "--train_data_dir",
         lambda a: a.train_data_dir is not None,
@@ -395,13 +395,13 @@ CONTRADICTIONS = [
         lambda a: a.checkpointing not in (None, "full"),
         "it means full",
     ),
-    Contradiction("use_8bit_adam", "--optimizer prodigy", lambda a: a.optimizer != "adamw", "it is an AdamW"),
     Contradiction(
         "base_precision",
         "a --mixed_precision other than bf16",
         lambda a: a.base_precision == "fp8x2" and a.mixed_precision in ("no", "fp16"),
         "the second copy of fp8x2 is for products that take bf16; fp8 is half as large",
     ),
+    Contradiction("use_8bit_adam", "--optimizer prodigy", lambda a: a.optimizer != "adamw", "it is an AdamW"),
     *(
         Contradiction(name, "--optimizer adamw", lambda a: a.optimizer != "prodigy", "it is Prodigy's")
         for name in ("prodigy_use_bias_correction", "prodigy_safeguard_warmup")
@@ -461,9 +461,9 @@ def check_data_args(args: argparse.Namespace) -> None:
     views = [args.visible_column, args.target_column, args.semantic_column]
     if any(views) and not all(views):
         raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
-    if args.max_train_samples is not None and args.max_train_samples < 1:
     if args.target_column and args.target_column in (args.visible_column, args.semantic_column):
         raise ValueError(f"--target_column {args.target_column} is what is to be painted and cannot be shown as well.")
+    if args.max_train_samples is not None and args.max_train_samples < 1:
         raise ValueError(f"--max_train_samples has to be at least 1 but is {args.max_train_samples}.")
 
 
@@ -502,7 +502,6 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     if args.seed >= 2**32:
         raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
     check_data_args(args)
-    for name in ("caption_dropout", "semantic_dropout", "lora_dropout", "fusion_alpha"):
     if args.train_data_dir is not None and Path(args.train_data_dir).is_dir():
         listed = any(Path(args.train_data_dir, f"metadata.{form}").is_file() for form in ("jsonl", "csv", "parquet"))
         if not listed and Path(args.output_dir).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
@@ -510,6 +509,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
                 f"--output_dir {args.output_dir} cannot lie in --train_data_dir {args.train_data_dir}: without a metadata"
                 " file, a later run would take what this one paints for data."
             )
+    for name in ("caption_dropout", "semantic_dropout", "lora_dropout", "fusion_alpha"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be within [0, 1] but is {getattr(args, name)}.")
     for name in (
@@ -712,17 +712,25 @@ class TriptychDataset(torch.utils.data.Dataset):
 
 def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:
     """The pipeline without its transformer: training encodes with the code that inference encodes with."""
-    pipeline = FluxFillSemanticPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-        use_safetensors=True,
-        semantic_mode=args.semantic_mode,
-        fusion_alpha=args.fusion_alpha,
-    )
+    try:
+        pipeline = FluxFillSemanticPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            semantic_mode=args.semantic_mode,
+            fusion_alpha=args.fusion_alpha,
+        )
+    # transformers does not say which file.
+    except safetensors.SafetensorError as error:
+        source = Path(args.pretrained_model_name_or_path)
+        damaged = ", ".join(str(path) for path in sorted(source.rglob("*.safetensors")) if not has_whole_head(path))
+        raise ValueError(
+            f"--pretrained_model_name_or_path {source} holds a damaged file ({damaged or 'of a text encoder'}): {error}"
+        ) from error
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
     if not args.cache_latents:
@@ -730,6 +738,14 @@ def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.d
     # One at a time on the device: together they would need more than a quantised transformer does.
     pipeline.enable_model_cpu_offload(device=device)
     return pipeline
+
+
+def has_whole_head(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def longest_prompt(tokenizer: transformers.PreTrainedTokenizerBase, dataset: TriptychDataset) -> int:
@@ -832,6 +848,8 @@ class Encoder:
         logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
         with explained_write_errors("--cache_root"):
             self.folder.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            remove_leftovers(self.folder)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         # All ranks have to know what is missing before one of them makes it.
         accelerator.wait_for_everyone()
@@ -848,8 +866,6 @@ class Encoder:
 
     def read(self, draws: Draws) -> dict[str, torch.Tensor]:
         """One sample, encoded if the run keeps a cache, as views and caption otherwise."""
-        if accelerator.is_main_process:
-            remove_leftovers(self.folder)
         prompt = "" if draws.drop_caption else self.dataset.caption(draws.index)
         if not self.args.cache_latents:
             return {"draws": draws, "views": self.dataset.views(draws.index, draws.flip), "prompt": prompt}
@@ -946,6 +962,14 @@ def write_atomically(path: Path, write) -> None:
         beside.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs left of `write_atomically`: files that nobody has written to for a day."""
+    for path in folder.glob(".*.safetensors.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
+                path.unlink()
+
+
 class RunSampler(torch.utils.data.Sampler):
     """
     This process's micro-batches of `Draws`, without end. Sample number p of the run is the same, with the same draws,
@@ -962,14 +986,6 @@ class RunSampler(torch.utils.data.Sampler):
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(seed_of(self.args.seed, "epoch", epoch))
             self.epoch, self.permutation = epoch, torch.randperm(self.num_rows, generator=generator).tolist()
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs left of `write_atomically`: files that nobody has written to for a day."""
-    for path in folder.glob(".*.safetensors.*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
-                path.unlink()
-
-
         return self.permutation[place]
 
     def draws(self, position: int) -> Draws:
@@ -1247,7 +1263,7 @@ def load_semantic_attention(source: str, cache_dir: str | None) -> SemanticAtten
             return SemanticAttentionModel.from_pretrained(
                 source, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True, dtype=torch.float32
             )
-        except OSError as error:
+        except (OSError, safetensors.SafetensorError) as error:
             errors.append(str(error))
     raise ValueError(f"--semantic_weights {source} holds no trained module: {errors[0]}")
 
@@ -1262,7 +1278,8 @@ def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, ca
             cache_dir=cache_dir,
             return_lora_metadata=True,
         )
-    except OSError as error:
+    # A damaged file is an error of safetensors, which does not name it.
+    except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{source} holds no trained LoRA: {error}") from error
     config = transformer.peft_config["default"]
     rank = next((weight.shape[0] for name, weight in weights.items() if ".lora_A." in name), None)
@@ -1370,6 +1387,16 @@ def join_tensors(tree, tensors: dict[str, torch.Tensor]):
     return [join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
 
+def fixed_options(model: SemanticFillModel, args: argparse.Namespace) -> dict:
+    """What a run that goes on cannot change: the shape of what is trained, and whose the optimizer's state is."""
+    names = ("semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam")
+    fixed = {name: getattr(args, name) for name in names}
+    if model.semantic_attention is not None:
+        # As it is: that of --semantic_weights has its own.
+        fixed |= {name: model.semantic_attention.config[name.removeprefix("semantic_")] for name in MODULE_OPTIONS}
+    return fixed
+
+
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -1387,20 +1414,11 @@ def save_checkpoint(
     try:
         with explained_write_errors("--output_dir", GO_ON):
             save_weights(model, weights, beside, args)
-def fixed_options(model: SemanticFillModel, args: argparse.Namespace) -> dict:
-    """What a run that goes on cannot change: the shape of what is trained, and whose the optimizer's state is."""
-    names = ("semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam")
-    fixed = {name: getattr(args, name) for name in names}
-    if model.semantic_attention is not None:
-        # As it is: that of --semantic_weights has its own.
-        fixed |= {name: model.semantic_attention.config[name.removeprefix("semantic_")] for name in MODULE_OPTIONS}
-    return fixed
-
-
             tensors = {}
             described = split_tensors(state, "state", tensors)
             safetensors.torch.save_file(tensors, beside / "training_state.safetensors")
             (beside / "training_state.json").write_text(json.dumps(described))
+            (beside / "options.json").write_text(json.dumps(fixed_options(model, args)))
             files = sorted(path for path in beside.rglob("*") if path.is_file())
             manifest = {path.relative_to(beside).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
             (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
@@ -1418,7 +1436,6 @@ def fixed_options(model: SemanticFillModel, args: argparse.Namespace) -> dict:
         # Those behind this step are of a run that was given up: damaged, or another checkpoint was gone on from.
         others.sort(key=lambda path: checkpoint_step(path) < state["step"])
         for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
-            (beside / "options.json").write_text(json.dumps(fixed_options(model, args)))
             # Renamed first, so that no half of it is ever found.
             gone = old.with_name(f".{old.name}.gone")
             os.replace(old, gone)
@@ -1478,6 +1495,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return None
 
 
+def check_resumed(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Refuses to go on from a checkpoint with options that its state does not fit, before anything is loaded."""
+    for name, value in json.loads((checkpoint / "options.json").read_text()).items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} cannot go with --resume_from_checkpoint: {checkpoint} was trained with"
+                f" {value}. Pass that, or start anew from its weights by --lora_weights and --semantic_weights."
+            )
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name`, which may be a path as well, can be a repository `user/name`."""
     try:
@@ -1495,16 +1522,6 @@ def download_checkpoint(repo_id: str, cache_dir: str | None) -> Path:
             f"--resume_from_checkpoint {repo_id} is no folder, and no Hub repository that can be read: {error}"
         ) from error
     path = Path(folder, HUB_CHECKPOINT)
-def check_resumed(checkpoint: Path, args: argparse.Namespace) -> None:
-    """Refuses to go on from a checkpoint with options that its state does not fit, before anything is loaded."""
-    for name, value in json.loads((checkpoint / "options.json").read_text()).items():
-        if getattr(args, name) != value:
-            raise ValueError(
-                f"--{name} {getattr(args, name)} cannot go with --resume_from_checkpoint: {checkpoint} was trained with"
-                f" {value}. Pass that, or start anew from its weights by --lora_weights and --semantic_weights."
-            )
-
-
     if not path.is_dir():
         raise ValueError(
             f"--resume_from_checkpoint {repo_id} has no `{HUB_CHECKPOINT}/`, which --hub_strategy every_checkpoint"
@@ -1521,6 +1538,21 @@ def load_checkpoint(folder: Path, model: SemanticFillModel) -> dict:
         model.semantic_attention.load_state_dict(safetensors.torch.load_file(path))
     tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
     return join_tensors(json.loads((folder / "training_state.json").read_text()), tensors)
+
+
+def resume_optimizer(
+    engine: Engine, optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict
+) -> None:
+    """Puts the states of optimizer and schedule in place; rates and other settings are those of this run."""
+    rates, names = lr_scheduler.base_lrs, ("initial_lr", "betas", "eps", "weight_decay")
+    settings = [{name: group[name] for name in names} for group in lr_scheduler.optimizer.param_groups]
+    engine.load_optimizer(optimizer, state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    lr_scheduler.base_lrs = rates
+    factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+    lr_scheduler._last_lr = [rate * factor for rate, factor in zip(rates, factors)]
+    for group, setting, rate in zip(lr_scheduler.optimizer.param_groups, settings, lr_scheduler.get_last_lr()):
+        group |= setting | {"lr": rate}
 
 
 def save_result(
@@ -1540,21 +1572,6 @@ def save_result(
     try:
         with explained_write_errors("--output_dir", GO_ON):
             save_weights(model, weights, beside, args)
-def resume_optimizer(
-    engine: Engine, optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict
-) -> None:
-    """Puts the states of optimizer and schedule in place; rates and other settings are those of this run."""
-    rates, names = lr_scheduler.base_lrs, ("initial_lr", "betas", "eps", "weight_decay")
-    settings = [{name: group[name] for name in names} for group in lr_scheduler.optimizer.param_groups]
-    engine.load_optimizer(optimizer, state["optimizer"])
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    lr_scheduler.base_lrs = rates
-    factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
-    lr_scheduler._last_lr = [rate * factor for rate, factor in zip(rates, factors)]
-    for group, setting, rate in zip(lr_scheduler.optimizer.param_groups, settings, lr_scheduler.get_last_lr()):
-        group |= setting | {"lr": rate}
-
-
             code = single_file_pipeline().encode()
             (beside / "pipeline.py").write_bytes(code)
             save_model_card(beside / "README.md", args, loss, samples, code)
@@ -1906,6 +1923,10 @@ def train(
             if finite:
                 lr_scheduler.step()
                 bad_steps = 0
+            elif engine.settle_scale(lower=math.isfinite(loss)):
+                # Too large a scale of fp16's gradients, of which a run finds out by trying.
+                skipped += 1
+                logger.info(f"Step {step} skipped: its gradients overflowed, their scale is lowered")
             else:
                 bad_steps, skipped = bad_steps + 1, skipped + 1
                 # Of all processes.
@@ -1990,6 +2011,13 @@ def main(args: argparse.Namespace) -> None:
         # Read
         with accelerator.main_process_first():
             dataset = TriptychDataset(load_rows(args), args)
+        if args.max_train_steps is None:
+            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
+            if 0 < args.max_train_steps <= args.lr_warmup_steps:
+                raise ValueError(
+                    f"--lr_warmup_steps {args.lr_warmup_steps} has to be below the {args.max_train_steps} steps that"
+                    f" --num_train_epochs {args.num_train_epochs} makes."
+                )
         checkpoint = find_checkpoint(args)
         if checkpoint:
             check_resumed(checkpoint, args)
@@ -2077,13 +2105,6 @@ def main(args: argparse.Namespace) -> None:
             samples = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
             files = save_result(bare, weights, loss, samples, args)
             if repo_id is not None:
-        if args.max_train_steps is None:
-            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
-            if 0 < args.max_train_steps <= args.lr_warmup_steps:
-                raise ValueError(
-                    f"--lr_warmup_steps {args.lr_warmup_steps} has to be below the {args.max_train_steps} steps that"
-                    f" --num_train_epochs {args.num_train_epochs} makes."
-                )
                 push_to_hub(repo_id, [*files, *(f"samples/{sample.name}" for sample in samples)], args)
         # The others have nothing left to do, but must not take the process group down while the first still saves.
         accelerator.wait_for_everyone()
