@@ -277,7 +277,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help=f"What is pushed: the result, or each checkpoint as `{HUB_CHECKPOINT}/` as well.",
     )
     # Known only to be refused: an unknown argument would be printed with its value.
-    add("--hub_token", help=argparse.SUPPRESS)
+    add("--hub_token", "--token", "--hf_token", "--use_auth_token", help=argparse.SUPPRESS)
 
     args = parser.parse_args(input_args)
     # A second time without defaults, which tells what was passed from what was not.
@@ -482,7 +482,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     """
     if args.hub_token is not None:
         raise ValueError(
-            "--hub_token is not taken, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
+            "A token is not taken, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
         )
     del args.hub_token
     for contradiction in CONTRADICTIONS:
