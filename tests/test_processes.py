@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,13 +100,17 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     with pytest.raises(AssertionError):
         assert_same_weights(one, two / "checkpoint-6")
 
-    # Either goes on from the other's checkpoint. A signal to one of two processes stops both after the same step.
-    resume = "--resume_from_checkpoint"
-    onward, done, ranks = watch("onward", [[1, 5, "SIGTERM"]], resume, one / "checkpoint-2")
+    # Either goes on from the other's checkpoint. A signal to one of them, or to the launcher, stops both after the same
+    # step.
+    resume, (kind, number) = "--resume_from_checkpoint", ("SIGTERM", 15) if engine == "ddp" else ("Ctrl-C", 2)
+    more = (resume, one / "checkpoint-2", "--max_train_steps", 1000)
+    onward, done, ranks = watch("onward", [[1, 5, kind]], *more)
     assert ", 0 to make" in done.stderr and "at step 2" in done.stderr and done.returncode != 0
-    assert "Stopped by 15 at step 5. Go on with --resume_from_checkpoint latest." in done.stderr
-    assert [len(rank["losses"]) for rank in ranks] == [6, 6]
-    assert not (onward / "checkpoint-6").exists() and checkpoint_damage(onward / "checkpoint-5") is None
+    (step,) = re.findall(rf"Stopped by {number} at step (\d+). Go on with --resume_from_checkpoint latest", done.stderr)
+    assert engine != "ddp" or step == "5"
+    assert [len(rank["losses"]) for rank in ranks] == [2 * (int(step) - 2)] * 2
+    last = list_checkpoints(onward)[-1]
+    assert last.name == f"checkpoint-{step}" and checkpoint_damage(last) is None
     assert_same_weights(one / "checkpoint-5", onward / "checkpoint-5")
     caplog.set_level("INFO", logger="train_semantic_fill_lora")
     more = (*RUN, "--train_batch_size", 4, "--cache_root", tmp_path / "cache", resume, two / "checkpoint-2")
@@ -143,7 +148,8 @@ def check_what_each_did(ranks, out, cache, engine):
     assert all(path.startswith(str(cache)) for path in ranks[1]["written"]), ranks[1]["written"]
     # Each waits until the other has encoded, and the second whenever the first writes.
     last_encoded = max(at for rank in ranks for event, at in rank["times"] if event == "encoded")
-    steps, saved = ([at for event, at in rank["times"] if event == what] for rank, what in zip(ranks[::-1], ("step", "checkpoint")))
+    steps = [at for event, at in ranks[1]["times"] if event == "step"]
+    saved = [at for event, at in ranks[0]["times"] if event == "checkpoint"]
     assert all(last_encoded < min(at for event, at in rank["times"] if event == "step") for rank in ranks)
     assert len(steps) == 14 and len(saved) == 7
     assert all(at < steps[2 * step] for step, at in enumerate(saved[:-1], start=1))

@@ -3,8 +3,8 @@
 
     accelerate launch ... tests/watched_run.py FOLDER FAULTS OPTIONS...
 
-leaves `FOLDER/rank0.json` and so on. Faults are JSON, `[[rank, number of the loss from 1, "nan" or "SIGTERM"], ...]`.
-What other processes are to wait for takes its time.
+leaves `FOLDER/rank0.json` and so on. Faults are JSON, `[[rank, number of the loss from 1, kind], ...]`: "nan",
+"SIGTERM" to this process, or "Ctrl-C", which a launcher gets. What other processes are to wait for takes its time.
 """
 
 import functools
@@ -72,6 +72,8 @@ def with_faults(compare, faults):
         loss = compare(*args)
         if faults.get(count) == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
+        if faults.get(count) == "Ctrl-C":
+            os.kill(os.getppid(), signal.SIGINT)
         return loss * float("nan") if faults.get(count) == "nan" else loss
 
     return call
@@ -126,6 +128,8 @@ def main() -> None:
     trainer.compare = with_faults(trainer.compare, {call: kind for at, call, kind in json.loads(faults) if at == rank})
     sys.addaudithook(note_writes)
     args = trainer.parse_args(options)
+    # A launcher ends all processes with the first, which would cost the notes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         trainer.main(args)
     finally:
