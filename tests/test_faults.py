@@ -376,6 +376,10 @@ def test_overflow_is_the_gradient_scalers_until_it_is_down_to_1(
     state = json.loads((out / "checkpoint-20" / "training_state.json").read_text())
     assert dict(dict(state["__dict__"])["scaler"]["__dict__"])["scale"] == scalers[0].get_scale()
     assert dict(dict(state["__dict__"])["lr_scheduler"]["__dict__"])["last_epoch"] == 20 - 1 - overflows
+    # What was found out is not found out again.
+    more[1] = 21
+    run(base_folder, out, *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
+    assert scalers[1].get_scale() == scalers[0].get_scale() and caplog.text.count("overflowed") == overflows
 
 
 def test_overflow_without_end_stops_the_run(base_folder, triptych_folder, tmp_path, monkeypatch):

@@ -199,6 +199,12 @@ def test_folders_that_hold_no_triptychs(base_folder, tmp_path, fault):
         trainer.TriptychDataset(trainer.load_rows(args), args)
 
 
+def test_a_data_set_that_cannot_be_had_is_named(base_folder, tmp_path):
+    args = arguments(base_folder, "unused", "--dataset_name", "user/none", "--cache_dir", tmp_path)
+    with pytest.raises(ValueError, match="--dataset_name user/none cannot be loaded: "):
+        trainer.load_rows(args)
+
+
 def test_pictures_are_converted_as_they_look():
     red = PIL.Image.new("RGB", (4, 4), (255, 0, 0))
     for mode in ("CMYK", "P", "RGBA"):
