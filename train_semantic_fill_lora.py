@@ -447,6 +447,12 @@ CONTRADICTIONS = [
         Contradiction(name, "without --push_to_hub", lambda a: not a.push_to_hub, "nothing would be pushed")
         for name in ("hub_strategy", "hub_private_repo")
     ),
+    Contradiction(
+        "hub_strategy",
+        "a --checkpointing_steps above --max_train_steps",
+        lambda a: a.hub_strategy != "end" and a.checkpointing_steps > (a.max_train_steps or math.inf),
+        "there would be no checkpoint to push",
+    ),
     Contradiction("logging_dir", "--report_to none", lambda a: a.report_to == "none", "nothing is logged there"),
 ]
 
@@ -482,7 +488,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     """
     if args.hub_token is not None:
         raise ValueError(
-            "A token is not taken, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
+            "--hub_token is not taken, by any name, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
         )
     del args.hub_token
     for contradiction in CONTRADICTIONS:

@@ -70,6 +70,9 @@ EXAMPLES = {
     ("validation_guidance_scale", "without --validation_steps"): "--validation_guidance_scale 1.0",
     ("hub_strategy", "without --push_to_hub"): "--hub_strategy every_checkpoint",
     ("hub_private_repo", "without --push_to_hub"): "--hub_private_repo",
+    ("hub_strategy", "a --checkpointing_steps above --max_train_steps"): (
+        "--push_to_hub --max_train_steps 5 --hub_strategy every_checkpoint"
+    ),
     ("logging_dir", "--report_to none"): "--report_to none --logging_dir l",
 }
 
