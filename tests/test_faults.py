@@ -162,6 +162,18 @@ def test_stopped_by_a_signal_and_resumed(runs, base_folder, triptych_folder, tmp
     assert_same_result(out, undisturbed)
 
 
+@pytest.mark.parametrize("phase, times, left", [("step", 2, [2, 4]), ("encoding", 1, [])])
+def test_a_second_signal_and_one_while_encoding_end_the_run_at_once(
+    runs, base_folder, triptych_folder, tmp_path, undisturbed, phase, times, left
+):
+    out = tmp_path / "out"
+    moment = Moment(phase, 5, Signal(signal.SIGTERM, times))
+    assert runs.end(base_folder, triptych_folder, out, moment=moment) == -signal.SIGTERM, said(out)
+    assert whole_checkpoints(out) == left
+    assert runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest") == 0, said(out)
+    assert_same_result(out, undisturbed)
+
+
 # The second checkpoint fails: too long for the system, or at its first operation.
 @pytest.mark.parametrize(
     "phase, count, action, error",
