@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, assert_ended_well, write_triptychs
 from hub_server import HubServer
 from test_faults import spoil
@@ -65,15 +66,19 @@ RUN = ["--max_train_steps", 7, "--gradient_accumulation_steps", 2, "--checkpoint
 
 @pytest.fixture(scope="module")
 def one(base_folder, triptych_folder, tmp_path_factory):
-    """What a single process trains."""
+    """What a single process trains, and the norms of its gradients."""
+    norms = []
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, {12: lambda loss: loss * float("nan")})
+        patch.setattr(Accelerator, "log", lambda self, values, step: norms.append(values["gradient_norm"]))
         out = tmp_path_factory.mktemp("one") / "out"
-        return run_here(base_folder, out, *RUN, "--train_batch_size", 4, data=triptych_folder)
+        return run_here(base_folder, out, *RUN, "--train_batch_size", 4, data=triptych_folder), norms
 
 
 @pytest.mark.parametrize("engine", [needs(engine) for engine in ("ddp", "fsdp2", "deepspeed_zero2")])
 def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tmp_path, caplog, engine):
+    one, norms = one
+
     def watch(name, faults, *more):
         """A run of two processes with faults: how it ended, and what each of them noted."""
         (tmp_path / name).mkdir()
@@ -91,6 +96,8 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     assert_ended_well(done, processes=2)
     assert "8 a step" in done.stderr
     assert_same_weights(one / "checkpoint-5", two / "checkpoint-5")
+    # AdamW's steps are the same for gradients of any scale.
+    assert ranks[0]["norms"] == pytest.approx(norms, rel=1e-3, nan_ok=True) and len(norms) == 7
     assert (two / "samples" / "step-000007.png").is_file()
     check_what_each_did(ranks, two, tmp_path / "cache", engine)
     # All skip the step that went wrong in one of them, and the next is as good as a single process's.

@@ -24,7 +24,7 @@ import train_semantic_fill_lora as trainer
 import training_engines
 
 
-NOTES = ("noise", "rows", "losses", "encoded", "reductions", "logged", "written", "times")
+NOTES = ("noise", "rows", "losses", "encoded", "reductions", "logged", "norms", "written", "times")
 seen = {name: [] for name in NOTES}
 reductions = 0
 
@@ -99,6 +99,7 @@ def note_backward(result, *args):
 
 def note_log(result, accelerator, values, **kwargs):
     seen["logged"].append(values["loss"])
+    seen["norms"].append(values["gradient_norm"])
 
 
 def hook_ddp(prepared, *args):
