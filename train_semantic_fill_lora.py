@@ -488,7 +488,8 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     """
     if args.hub_token is not None:
         raise ValueError(
-            "--hub_token is not taken, by any name, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
+            "--hub_token is not taken, by any name, as command lines are seen by others: log in with `hf auth login` or"
+            " set HF_TOKEN."
         )
     del args.hub_token
     for contradiction in CONTRADICTIONS:
@@ -1465,7 +1466,8 @@ def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or `None`."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        lacking = {LORA_WEIGHT_NAME_SAFE, "options.json", "training_state.json", "training_state.safetensors"} - set(manifest)
+        needed = {LORA_WEIGHT_NAME_SAFE, "options.json", "training_state.json", "training_state.safetensors"}
+        lacking = needed - set(manifest)
         if lacking:
             return f"manifest.json does not name {sorted(lacking)}"
         for name, (size, digest) in manifest.items():
@@ -1503,11 +1505,17 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 def check_resumed(checkpoint: Path, args: argparse.Namespace) -> None:
     """Refuses to go on from a checkpoint with options that its state does not fit, before anything is loaded."""
+
+    def spelled(name, value) -> str:
+        return f"without --{name}" if value in (None, False) else f"with --{name} {'' if value is True else value}".strip()
+
     for name, value in json.loads((checkpoint / "options.json").read_text()).items():
-        if getattr(args, name) != value:
+        wanted = vars(args).get(name, value)
+        if wanted != value:
             raise ValueError(
-                f"--{name} {getattr(args, name)} cannot go with --resume_from_checkpoint: {checkpoint} was trained with"
-                f" {value}. Pass that, or start anew from its weights by --lora_weights and --semantic_weights."
+                f"--resume_from_checkpoint: {checkpoint} was trained {spelled(name, value)}, so that a run"
+                f" {spelled(name, wanted)} cannot go on from it, but can start from its weights with --lora_weights and"
+                " --semantic_weights."
             )
 
 
