@@ -509,7 +509,7 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     if args.seed >= 2**32:
         raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
     check_data_args(args)
-    if args.train_data_dir is not None and Path(args.train_data_dir).is_dir():
+    if args.validation_steps is not None and args.train_data_dir is not None and Path(args.train_data_dir).is_dir():
         listed = any(Path(args.train_data_dir, f"metadata.{form}").is_file() for form in ("jsonl", "csv", "parquet"))
         if not listed and Path(args.output_dir).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
             raise ValueError(

@@ -117,7 +117,10 @@ def test_what_says_the_same_twice_is_accepted(options):
         ("--width 0", "--width has to be a positive multiple of 16 but is 0"),
         ("--lora_alpha 0", "--lora_alpha has to be at least 1 but is 0"),
         ("--lr_scheduler piecewise_constant", "argument --lr_scheduler: invalid choice"),
-        ("--train_data_dir . --output_dir ./out/x", "--output_dir ./out/x cannot lie in --train_data_dir ."),
+        (
+            "--train_data_dir . --output_dir ./out/x --validation_steps 1",
+            "--output_dir ./out/x cannot lie in --train_data_dir .",
+        ),
         (
             "--visible_column a --target_column b --semantic_column b",
             "--target_column b is what is to be painted and cannot be shown as well",
