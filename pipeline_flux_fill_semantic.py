@@ -883,8 +883,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 As in [`~loaders.FluxLoraLoaderMixin.load_lora_weights`].
 
         Raises:
-            `ValueError`: where the weights were trained with `"cross_attention"` but the module is missing, or where a
-                pickle is asked for.
+            `ValueError`: where the weights were trained with `"cross_attention"` but the module is missing, where the
+                LoRA's file is damaged, or where a pickle is asked for.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict):
@@ -909,8 +909,13 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         trained_with = {"semantic_mode": "cross_attention", "fusion_alpha": self.config.fusion_alpha}
         trained_with["max_sequence_length"] = self.config.max_sequence_length
         if lora_file is not None:
-            with safetensors.safe_open(lora_file, framework="pt") as weights:
-                trained_with |= json.loads((weights.metadata() or {}).get(SEMANTIC_METADATA_KEY, "{}"))
+            try:
+                with safetensors.safe_open(lora_file, framework="pt") as weights:
+                    trained_with |= json.loads((weights.metadata() or {}).get(SEMANTIC_METADATA_KEY, "{}"))
+            except safetensors.SafetensorError as error:
+                raise ValueError(
+                    f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {lora_file}: {error}"
+                ) from error
 
         before = self.semantic_attention, {name: self.config[name] for name in trained_with}
         module = None

@@ -21,6 +21,7 @@ import random
 import shlex
 import shutil
 import signal
+import time
 import uuid
 import warnings
 import zlib
@@ -278,7 +279,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help=f"What is pushed: the result, or each checkpoint as `{HUB_CHECKPOINT}/` as well.",
     )
     # Known only to be refused: an unknown argument would be printed with its value.
-    add("--hub_token", help=argparse.SUPPRESS)
+    add("--hub_token", "--token", "--hf_token", "--use_auth_token", help=argparse.SUPPRESS)
 
     args = parser.parse_args(input_args)
     # A second time without defaults, which tells what was passed from what was not.
@@ -312,6 +313,12 @@ def _attends(args: argparse.Namespace) -> bool:
 
 MODULE_OPTIONS = [f"semantic_{name}" for name in ("num_layers", "num_heads", "head_dim", "position", "injection")]
 CONTRADICTIONS = [
+    Contradiction(
+        "revision",
+        "a local --pretrained_model_name_or_path",
+        lambda a: os.path.isdir(a.pretrained_model_name_or_path),
+        "a folder has no revisions",
+    ),
     Contradiction(
         "dataset_config_name",
         "--train_data_dir",
@@ -390,6 +397,12 @@ CONTRADICTIONS = [
         lambda a: a.checkpointing not in (None, "full"),
         "it means full",
     ),
+    Contradiction(
+        "base_precision",
+        "a --mixed_precision other than bf16",
+        lambda a: a.base_precision == "fp8x2" and a.mixed_precision in ("no", "fp16"),
+        "the second copy of fp8x2 is for products that take bf16; fp8 is half as large",
+    ),
     Contradiction("use_8bit_adam", "--optimizer prodigy", lambda a: a.optimizer != "adamw", "it is an AdamW"),
     *(
         Contradiction(name, "--optimizer adamw", lambda a: a.optimizer != "prodigy", "it is Prodigy's")
@@ -436,6 +449,12 @@ CONTRADICTIONS = [
         Contradiction(name, "without --push_to_hub", lambda a: not a.push_to_hub, "nothing would be pushed")
         for name in ("hub_strategy", "hub_private_repo")
     ),
+    Contradiction(
+        "hub_strategy",
+        "a --checkpointing_steps above --max_train_steps",
+        lambda a: a.hub_strategy != "end" and a.checkpointing_steps > (a.max_train_steps or math.inf),
+        "there would be no checkpoint to push",
+    ),
     Contradiction("logging_dir", "--report_to none", lambda a: a.report_to == "none", "nothing is logged there"),
 ]
 
@@ -450,6 +469,8 @@ def check_data_args(args: argparse.Namespace) -> None:
     views = [args.visible_column, args.target_column, args.semantic_column]
     if any(views) and not all(views):
         raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
+    if args.target_column and args.target_column in (args.visible_column, args.semantic_column):
+        raise ValueError(f"--target_column {args.target_column} is what is to be painted and cannot be shown as well.")
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise ValueError(f"--max_train_samples has to be at least 1 but is {args.max_train_samples}.")
 
@@ -469,7 +490,8 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     """
     if args.hub_token is not None:
         raise ValueError(
-            "--hub_token is not taken, as command lines are seen by others: log in with `hf auth login` or set HF_TOKEN."
+            "--hub_token is not taken, by any name, as command lines are seen by others: log in with `hf auth login` or"
+            " set HF_TOKEN."
         )
     del args.hub_token
     for contradiction in CONTRADICTIONS:
@@ -489,6 +511,13 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     if args.seed >= 2**32:
         raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
     check_data_args(args)
+    if args.validation_steps is not None and args.train_data_dir is not None and Path(args.train_data_dir).is_dir():
+        listed = any(Path(args.train_data_dir, f"metadata.{form}").is_file() for form in ("jsonl", "csv", "parquet"))
+        if not listed and Path(args.output_dir).resolve().is_relative_to(Path(args.train_data_dir).resolve()):
+            raise ValueError(
+                f"--output_dir {args.output_dir} cannot lie in --train_data_dir {args.train_data_dir}: without a metadata"
+                " file, a later run would take what this one paints for data."
+            )
     for name in ("caption_dropout", "semantic_dropout", "lora_dropout", "fusion_alpha"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} has to be within [0, 1] but is {getattr(args, name)}.")
@@ -576,7 +605,10 @@ def load_rows(args: argparse.Namespace, split: str = "train") -> "datasets.Datas
                 f"--dataset_name {folder} has to hold rows in {builder} files, but: {error.__cause__ or error}"
             ) from error
     else:
-        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **kwargs)
+        try:
+            rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **kwargs)
+        except Exception as error:
+            raise ValueError(f"--dataset_name {args.dataset_name} cannot be loaded: {error}") from error
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
     if len(rows) == 0:
@@ -690,17 +722,25 @@ class TriptychDataset(torch.utils.data.Dataset):
 
 def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:
     """The pipeline without its transformer: training encodes with the code that inference encodes with."""
-    pipeline = FluxFillSemanticPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        transformer=None,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=dtype,
-        use_safetensors=True,
-        semantic_mode=args.semantic_mode,
-        fusion_alpha=args.fusion_alpha,
-    )
+    try:
+        pipeline = FluxFillSemanticPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            transformer=None,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            semantic_mode=args.semantic_mode,
+            fusion_alpha=args.fusion_alpha,
+        )
+    # transformers does not say which file.
+    except safetensors.SafetensorError as error:
+        source = Path(args.pretrained_model_name_or_path)
+        damaged = ", ".join(str(path) for path in sorted(source.rglob("*.safetensors")) if not has_whole_head(path))
+        raise ValueError(
+            f"--pretrained_model_name_or_path {source} holds a damaged file ({damaged or 'of a text encoder'}): {error}"
+        ) from error
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
     if not args.cache_latents:
@@ -708,6 +748,14 @@ def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.d
     # One at a time on the device: together they would need more than a quantised transformer does.
     pipeline.enable_model_cpu_offload(device=device)
     return pipeline
+
+
+def has_whole_head(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def longest_prompt(tokenizer: transformers.PreTrainedTokenizerBase, dataset: TriptychDataset) -> int:
@@ -810,6 +858,8 @@ class Encoder:
         logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
         with explained_write_errors("--cache_root"):
             self.folder.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            remove_leftovers(self.folder)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         # All ranks have to know what is missing before one of them makes it.
         accelerator.wait_for_everyone()
@@ -829,8 +879,8 @@ class Encoder:
         prompt = "" if draws.drop_caption else self.dataset.caption(draws.index)
         if not self.args.cache_latents:
             return {"draws": draws, "views": self.dataset.views(draws.index, draws.flip), "prompt": prompt}
-        latents = safetensors.torch.load_file(self.latent_file(draws.index, draws.flip, draws.drop_map))
-        return {"draws": draws, "encoded": latents | safetensors.torch.load_file(self.prompt_file(prompt))}
+        latents = read_encoding(self.latent_file(draws.index, draws.flip, draws.drop_map))
+        return {"draws": draws, "encoded": latents | read_encoding(self.prompt_file(prompt))}
 
     def encode_batch(self, samples: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
         """Read samples -> batched encodings on the device, from the cache or made now."""
@@ -853,19 +903,40 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
     return str(value)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether an encoding is there and holds what was written."""
+def read_encoding(path: Path) -> dict[str, torch.Tensor]:
+    """
+    What was written to the file.
+
+    Raises:
+        `ValueError`: where it is not there, or holds anything else.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if tensors and (file.metadata() or {}).get("crc32") == checksum(tensors):
-                return True
-    except FileNotFoundError:
+            found = (file.metadata() or {}).get("crc32")
+    except (safetensors.SafetensorError, OSError) as error:
+        damage = f"{type(error).__name__}: {error}"
+    else:
+        if tensors and found == checksum(tensors):
+            return tensors
+        damage = "its content is not what was written"
+    # The encoders are gone by the time that steps read.
+    raise ValueError(
+        f"The encoding {path} was damaged while the run was under way ({damage}). The next start makes it anew: go on"
+        " with --resume_from_checkpoint latest."
+    )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an encoding is there and holds what was written."""
+    if not path.exists():
         return False
-    except (safetensors.SafetensorError, OSError):
-        pass
-    logger.warning(f"{path} is damaged and made anew")
-    return False
+    try:
+        read_encoding(path)
+    except ValueError:
+        logger.warning(f"{path} is damaged and made anew")
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -899,6 +970,14 @@ def write_atomically(path: Path, write) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs left of `write_atomically`: files that nobody has written to for a day."""
+    for path in folder.glob(".*.safetensors.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
+                path.unlink()
 
 
 class RunSampler(torch.utils.data.Sampler):
@@ -1219,7 +1298,7 @@ def load_semantic_attention(source: str, cache_dir: str | None) -> SemanticAtten
             return SemanticAttentionModel.from_pretrained(
                 source, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True, dtype=torch.float32
             )
-        except OSError as error:
+        except (OSError, safetensors.SafetensorError) as error:
             errors.append(str(error))
     raise ValueError(f"--semantic_weights {source} holds no trained module: {errors[0]}")
 
@@ -1234,7 +1313,8 @@ def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, ca
             cache_dir=cache_dir,
             return_lora_metadata=True,
         )
-    except OSError as error:
+    # A damaged file is an error of safetensors, which does not name it.
+    except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{source} holds no trained LoRA: {error}") from error
     config = transformer.peft_config["default"]
     rank = next((weight.shape[0] for name, weight in weights.items() if ".lora_A." in name), None)
@@ -1342,6 +1422,16 @@ def join_tensors(tree, tensors: dict[str, torch.Tensor]):
     return [join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
 
+def fixed_options(model: SemanticFillModel, args: argparse.Namespace) -> dict:
+    """What a run that goes on cannot change: the shape of what is trained, and whose the optimizer's state is."""
+    names = ("semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam")
+    fixed = {name: getattr(args, name) for name in names}
+    if model.semantic_attention is not None:
+        # As it is: that of --semantic_weights has its own.
+        fixed |= {name: model.semantic_attention.config[name.removeprefix("semantic_")] for name in MODULE_OPTIONS}
+    return fixed
+
+
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -1363,6 +1453,7 @@ def save_checkpoint(
             described = split_tensors(state, "state", tensors)
             safetensors.torch.save_file(tensors, beside / "training_state.safetensors")
             (beside / "training_state.json").write_text(json.dumps(described))
+            (beside / "options.json").write_text(json.dumps(fixed_options(model, args)))
             files = sorted(path for path in beside.rglob("*") if path.is_file())
             manifest = {path.relative_to(beside).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
             (beside / "manifest.json").write_text(json.dumps(manifest, indent=2))
@@ -1403,7 +1494,8 @@ def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or `None`."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        lacking = {LORA_WEIGHT_NAME_SAFE, "training_state.json", "training_state.safetensors"} - set(manifest)
+        needed = {LORA_WEIGHT_NAME_SAFE, "options.json", "training_state.json", "training_state.safetensors"}
+        lacking = needed - set(manifest)
         if lacking:
             return f"manifest.json does not name {sorted(lacking)}"
         for name, (size, digest) in manifest.items():
@@ -1439,6 +1531,22 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return None
 
 
+def check_resumed(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Refuses to go on from a checkpoint with options that its state does not fit, before anything is loaded."""
+
+    def spelled(name, value) -> str:
+        return f"without --{name}" if value in (None, False) else f"with --{name} {'' if value is True else value}".strip()
+
+    for name, value in json.loads((checkpoint / "options.json").read_text()).items():
+        wanted = vars(args).get(name, value)
+        if wanted != value:
+            raise ValueError(
+                f"--resume_from_checkpoint: {checkpoint} was trained {spelled(name, value)}, so that a run"
+                f" {spelled(name, wanted)} cannot go on from it, but can start from its weights with --lora_weights and"
+                " --semantic_weights."
+            )
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name`, which may be a path as well, can be a repository `user/name`."""
     try:
@@ -1472,6 +1580,21 @@ def load_checkpoint(folder: Path, model: SemanticFillModel) -> dict:
         model.semantic_attention.load_state_dict(safetensors.torch.load_file(path))
     tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
     return join_tensors(json.loads((folder / "training_state.json").read_text()), tensors)
+
+
+def resume_optimizer(
+    engine: Engine, optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict
+) -> None:
+    """Puts the states of optimizer and schedule in place; rates and other settings are those of this run."""
+    rates, names = lr_scheduler.base_lrs, ("initial_lr", "betas", "eps", "weight_decay")
+    settings = [{name: group[name] for name in names} for group in lr_scheduler.optimizer.param_groups]
+    engine.load_optimizer(optimizer, state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    lr_scheduler.base_lrs = rates
+    factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+    lr_scheduler._last_lr = [rate * factor for rate, factor in zip(rates, factors)]
+    for group, setting, rate in zip(lr_scheduler.optimizer.param_groups, settings, lr_scheduler.get_last_lr()):
+        group |= setting | {"lr": rate}
 
 
 def save_result(
@@ -1540,7 +1663,7 @@ def paint_samples(
         for index in range(min(args.num_validation_images, len(encoder.dataset))):
             views, caption = encoder.dataset.views(index), encoder.dataset.caption(index)
             if args.cache_latents:
-                prompt = safetensors.torch.load_file(encoder.prompt_file(caption))
+                prompt = read_encoding(encoder.prompt_file(caption))
                 prompt = {name: tensor[None].to(accelerator.device) for name, tensor in prompt.items()}
             else:
                 prompt = encoder.encode_prompts([caption])
@@ -1834,8 +1957,7 @@ def train(
             for micro_step in range(args.gradient_accumulation_steps):
                 # Dropout too is a function of the place in the run, so a resumed run repeats it.
                 torch.manual_seed(seed_of(args.seed, "dropout", step, micro_step, accelerator.process_index))
-                last = micro_step == args.gradient_accumulation_steps - 1
-                with engine.accumulate(model, last):
+                with engine.accumulate(model, last=micro_step == args.gradient_accumulation_steps - 1):
                     micro_loss = step_fn.loss(model, next(batches))
                     engine.backward(model, micro_loss)
                     losses.append(micro_loss.detach())
@@ -1844,12 +1966,15 @@ def train(
             # The one place of a step where the host waits for the device, and processes for each other.
             gradient_norm = engine.clip(model, args.max_grad_norm)
             loss, gradient_norm, signal_number = engine.gather(torch.stack(losses).mean(), gradient_norm, stop.number)
-            # A gradient scaler looks for overflow itself and lowers its scale.
-            finite = math.isfinite(loss) and (math.isfinite(gradient_norm) or accelerator.scaler is not None)
+            finite = math.isfinite(loss) and math.isfinite(gradient_norm)
             engine.step(model, optimizer, finite)
             if finite:
                 lr_scheduler.step()
                 bad_steps = 0
+            elif engine.settle_scale(lower=math.isfinite(loss)):
+                # Too large a scale of fp16's gradients, of which a run finds out by trying.
+                skipped += 1
+                logger.info(f"Step {step} skipped: its gradients overflowed, their scale is lowered")
             else:
                 bad_steps, skipped = bad_steps + 1, skipped + 1
                 # Of all processes.
@@ -1947,7 +2072,16 @@ def main(args: argparse.Namespace) -> None:
         # Read
         with accelerator.main_process_first():
             dataset = TriptychDataset(load_rows(args), args)
+        if args.max_train_steps is None:
+            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
+            if 0 < args.max_train_steps <= args.lr_warmup_steps:
+                raise ValueError(
+                    f"--lr_warmup_steps {args.lr_warmup_steps} has to be below the {args.max_train_steps} steps that"
+                    f" --num_train_epochs {args.num_train_epochs} makes."
+                )
         checkpoint = find_checkpoint(args)
+        if checkpoint:
+            check_resumed(checkpoint, args)
 
         # Encode, with the encoders alone on the accelerator
         pipeline = load_encoders(args, accelerator.device, dtype)
@@ -1978,8 +2112,6 @@ def main(args: argparse.Namespace) -> None:
         announce(model, args)
         engine.shard(model)
         optimizer = build_optimizer(parameter_groups(model, args), args)
-        if args.max_train_steps is None:
-            args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer=optimizer,
@@ -1990,8 +2122,7 @@ def main(args: argparse.Namespace) -> None:
         )
         model, optimizer = engine.prepare(model, optimizer)
         if checkpoint:
-            engine.load_optimizer(optimizer, state["optimizer"])
-            lr_scheduler.load_state_dict(state["lr_scheduler"])
+            resume_optimizer(engine, optimizer, lr_scheduler, state)
             logger.info(f"Resuming from {checkpoint} at step {state['step']}")
         step_fn = Step(
             encoder=encoder,

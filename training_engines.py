@@ -28,6 +28,12 @@ def find_engine(accelerator: Accelerator, args: argparse.Namespace) -> "Engine":
         `ValueError`: for an engine, or options with it, that would not train right.
     """
     kind = accelerator.distributed_type
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched > accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate finds no accelerators for them and takes each for a run"
+            " of its own. On CPUs, set ACCELERATE_USE_CPU=true."
+        )
     on_cpus = kind == DistributedType.MULTI_CPU
     if kind == DistributedType.FSDP or on_cpus and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         version = os.environ.get("FSDP_VERSION", "1")
@@ -105,6 +111,19 @@ class Engine:
         if finite:
             optimizer.step()
         optimizer.zero_grad()
+
+    def settle_scale(self, lower: bool) -> bool:
+        """
+        After a step that was not applied: readies the gradient scaler for the next one. Where `lower`, it lowers the
+        scale, unless that is down to 1 and so not to blame. Returns whether it did.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return False
+        scale = scaler.get_scale()
+        lower = lower and scale > 1
+        scaler.update(None if lower else scale)
+        return lower
 
     def weights(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What is trained, whole, by its name in the bare `model`."""

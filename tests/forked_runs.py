@@ -52,9 +52,11 @@ class Kill:
 @dataclass(frozen=True)
 class Signal:
     number: int
+    times: int = 1
 
     def __call__(self):
-        os.kill(os.getpid(), self.number)
+        for _ in range(self.times):
+            os.kill(os.getpid(), self.number)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,21 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The accelerate launch files, read by accelerate's own launcher."""
+"""The accelerate launch files, read by accelerate's own launcher, and what is refused of the engines that they ask for.
 
-import os
-import subprocess
-import sys
+`test_processes.py` starts each of them.
+"""
+
+import types
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from conftest import assert_ended_well
+from test_training import arguments
+
+from training_engines import find_engine
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -45,32 +49,39 @@ def test_config_is_read(path):
     assert launch_environment(path)["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
-@pytest.mark.parametrize("name, processes", [("one_gpu", 1), ("ddp", 2)])
-def test_config_starts_processes_that_share_gradients(name, processes, tmp_path):
-    script = tmp_path / "step.py"
-    script.write_text(
-        "import torch\n"
-        "from accelerate import Accelerator\n"
-        "def main():\n"
-        "    accelerator = Accelerator(cpu=True)\n"
-        "    model = accelerator.prepare(torch.nn.Linear(2, 1, bias=False))\n"
-        "    accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())\n"
-        "    (parameter,) = model.parameters()\n"
-        f"    open(f'{tmp_path}/rank{{accelerator.process_index}}', 'w').write(str(parameter.grad.tolist()))\n"
-        "    accelerator.wait_for_everyone()\n"
-        "    accelerator.end_training()\n"
-        "main()\n"
+@pytest.mark.parametrize(
+    "kind, environment, precision, options, message",
+    [
+        ("FSDP", {"FSDP_VERSION": "1"}, "bf16", "", "set `fsdp_version: 2`, not 1"),
+        ("DEEPSPEED", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "bf16", "", "set `zero_stage: 2`, not 3"),
+        ("MEGATRON_LM", {}, "bf16", "", "accelerate is configured for MEGATRON_LM"),
+        *(
+            (kind, {"FSDP_VERSION": "2"}, precision, options, f"{name} {message}")
+            for kind, name in (("FSDP", "FSDP2"), ("DEEPSPEED", "DeepSpeed ZeRO-2"))
+            for precision, options, message in (
+                ("bf16", "--optimizer prodigy", "shares optimizer states out"),
+                ("bf16", "--use_8bit_adam", "shares optimizer states out"),
+                ("bf16", "--fast", "takes the base in half precision"),
+                ("bf16", "--base_precision nf4", "takes the base in half precision"),
+                ("fp16", "", "does not scale the loss"),
+            )
+        ),
+    ],
+)
+def test_engines_that_would_not_train_right_are_refused(monkeypatch, kind, environment, precision, options, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    accelerator = types.SimpleNamespace(
+        distributed_type=DistributedType[kind], num_processes=2, mixed_precision=precision, device=torch.device("cpu")
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    config = next(path for path in CONFIGS if path.stem == name)
-    done = subprocess.run(
-        [*command, "--main_process_port", "0", "--config_file", str(config), str(script)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert_ended_well(done, processes)
-    mean = (1 + processes) / 2  # each rank's gradient is its index + 1
-    assert sorted(path.name for path in tmp_path.glob("rank*")) == [f"rank{rank}" for rank in range(processes)]
-    assert {path.read_text() for path in tmp_path.glob("rank*")} == {str([[mean, mean]])}
+    with pytest.raises(ValueError, match=message):
+        find_engine(accelerator, arguments("unused", "unused", *options.split(), data="unused"))
+
+
+def test_processes_that_do_not_find_one_another_are_refused(monkeypatch):
+    """What accelerate makes of the file for several GPUs where there is none: single runs, one beside the other."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = types.SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1)
+    with pytest.raises(ValueError, match="2 processes were launched, but .* set ACCELERATE_USE_CPU=true"):
+        find_engine(alone, arguments("unused", "unused", data="unused"))

@@ -2,11 +2,16 @@
 """Faults, injected into real runs: what is lost, what is said, and how the run goes on."""
 
 import errno
+import itertools
 import json
+import math
 import multiprocessing.connection
+import os
 import random
 import re
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import forked_runs
@@ -18,6 +23,7 @@ from forked_runs import Fail, Kill, LimitFileSize, Meet, Moment, Signal
 from test_training import arguments, run
 
 import train_semantic_fill_lora as trainer
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from training_speed import CHECKPOINTING, memory_advice
 
 
@@ -152,6 +158,18 @@ def test_stopped_by_a_signal_and_resumed(runs, base_folder, triptych_folder, tmp
     assert runs.end(base_folder, triptych_folder, out, moment=moment) == 128 + number, said(out)
     assert "at step 5. Go on with --resume_from_checkpoint latest." in said(out)
     assert whole_checkpoints(out) == [4, 5]
+    assert runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest") == 0, said(out)
+    assert_same_result(out, undisturbed)
+
+
+@pytest.mark.parametrize("phase, times, left", [("step", 2, [2, 4]), ("encoding", 1, [])])
+def test_a_second_signal_and_one_while_encoding_end_the_run_at_once(
+    runs, base_folder, triptych_folder, tmp_path, undisturbed, phase, times, left
+):
+    out = tmp_path / "out"
+    moment = Moment(phase, 5, Signal(signal.SIGTERM, times))
+    assert runs.end(base_folder, triptych_folder, out, moment=moment) == -signal.SIGTERM, said(out)
+    assert whole_checkpoints(out) == left
     assert runs.end(base_folder, triptych_folder, out, "--resume_from_checkpoint", "latest") == 0, said(out)
     assert_same_result(out, undisturbed)
 
@@ -310,6 +328,199 @@ def test_bad_steps_leave_a_checkpoint_to_go_on_from(base_folder, triptych_folder
     run(base_folder, tmp_path / "out", *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
 
 
+def spoil(monkeypatch, spoiled: dict) -> None:
+    """Puts a run's losses, counted from 1, through functions."""
+    compare, count = trainer.compare, itertools.count(1)
+
+    def spoiled_compare(pred, *args):
+        return spoiled.get(next(count), lambda loss: loss)(compare(pred, *args))
+
+    monkeypatch.setattr(trainer, "compare", spoiled_compare)
+
+
+def finite_without_gradient(loss):
+    """The loss as it is, with gradients that are not a number."""
+    return loss + (loss * 0).sqrt()
+
+
+def with_scaler(monkeypatch, scale: float) -> list:
+    """Has the next run compute as --mixed_precision fp16 does, which accelerate refuses on a CPU and PyTorch does not."""
+    setup, made = trainer.setup, []
+
+    def setup_and_scale(args):
+        accelerator = setup(args)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        made.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(trainer, "setup", setup_and_scale)
+    return made
+
+
+def test_gradients_that_are_not_finite_are_not_applied(base_folder, triptych_folder, tmp_path, monkeypatch, caplog):
+    spoil(monkeypatch, {2: finite_without_gradient})
+    more = ["--max_train_steps", 3, "--checkpointing_steps", 1]
+    out = run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+    assert len(re.findall(r"Step 2 skipped: loss \d\S+, gradient norm nan, rows \[\d, \d\]", caplog.text)) == 1
+    first, second, third = (out / f"checkpoint-{step}" for step in (1, 2, 3))
+    assert_same_result(second, first)
+    state = "training_state.safetensors"
+    assert (second / state).read_bytes() == (first / state).read_bytes()
+    with pytest.raises(AssertionError):
+        assert_same_result(third, second)
+
+
+def test_overflow_is_the_gradient_scalers_until_it_is_down_to_1(
+    base_folder, triptych_folder, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", logger="train_semantic_fill_lora")
+    # Several times in a row too much for float16.
+    scalers = with_scaler(monkeypatch, 2.0**26)
+    spoil(monkeypatch, {1: lambda loss: loss * math.nan})
+    more = ["--max_train_steps", 20, "--checkpointing_steps", 20, "--max_bad_steps", 3]
+    out = run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+    overflows = caplog.text.count("its gradients overflowed")
+    assert 3 < overflows < 19 and caplog.text.count("skipped: loss nan") == 1
+    # The step without a finite loss says nothing of the scale.
+    assert scalers[0].get_scale() == 2.0 ** (26 - overflows)
+    assert any(w.abs().max() > 0 for n, w in safetensors.torch.load_file(out / WEIGHTS[0]).items() if "lora_B" in n)
+    state = json.loads((out / "checkpoint-20" / "training_state.json").read_text())
+    assert dict(dict(state["__dict__"])["scaler"]["__dict__"])["scale"] == scalers[0].get_scale()
+    assert dict(dict(state["__dict__"])["lr_scheduler"]["__dict__"])["last_epoch"] == 20 - 1 - overflows
+    # What was found out is not found out again.
+    more[1] = 21
+    run(base_folder, out, *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
+    assert scalers[1].get_scale() == scalers[0].get_scale() and caplog.text.count("overflowed") == overflows
+
+
+def test_overflow_without_end_stops_the_run(base_folder, triptych_folder, tmp_path, monkeypatch):
+    # Twice there is a scale to lower.
+    scalers = with_scaler(monkeypatch, 4.0)
+    spoil(monkeypatch, {step: finite_without_gradient for step in range(1, 10)})
+    more = ["--max_train_steps", 9, "--max_bad_steps", 3]
+    with pytest.raises(RuntimeError, match=r"3 steps in a row .*checkpoint-5 holds the last good weights"):
+        run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+    assert scalers[0].get_scale() == 1
+
+
+def test_a_resumed_run_has_its_own_rates(base_folder, triptych_folder, tmp_path, monkeypatch):
+    out, more = tmp_path / "out", ["--checkpointing_steps", 2, "--lr_scheduler", "linear"]
+    run(base_folder, out, "--max_train_steps", 2, *more, data=triptych_folder)
+    seen = []
+    train = trainer.train
+
+    def look(accelerator, model, optimizer, lr_scheduler, *args):
+        seen.append([(group["lr"], group["weight_decay"], group["name"]) for group in optimizer.param_groups])
+        assert lr_scheduler.last_epoch == 2 and optimizer.state_dict()["state"][0]["step"] == 2
+        return train(accelerator, model, optimizer, lr_scheduler, *args)
+
+    monkeypatch.setattr(trainer, "train", look)
+    more += ["--resume_from_checkpoint", "latest", "--learning_rate", 1e-5, "--adam_weight_decay", 0.5]
+    run(base_folder, out, "--max_train_steps", 4, *more, data=triptych_folder)
+    # Half of the longer run's way down.
+    rates = [(pytest.approx(rate / 2), 0.5, name) for rate, name in ((1e-5, "lora"), (1e-5, "module"), (1e-4, "scale"))]
+    assert seen == [rates]
+    assert whole_checkpoints(out) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "options, before",
+    [
+        ("--rank 8", "with --rank 4"),
+        ("--semantic_position rope", "with --semantic_position none"),
+        ("--semantic_mode none", "with --semantic_mode cross_attention"),
+        ("--optimizer prodigy", "with --optimizer adamw"),
+        ("--lora_layers attn.to_k", "without --lora_layers"),
+        ("--use_8bit_adam", "without --use_8bit_adam"),
+    ],
+)
+def test_what_a_checkpoint_does_not_fit_is_refused_before_a_model_is_loaded(
+    base_folder, triptych_folder, one_step, monkeypatch, options, before
+):
+    monkeypatch.setattr(trainer, "load_encoders", None)
+    more = ["--resume_from_checkpoint", "latest", *options.split()]
+    with pytest.raises(ValueError, match=f"checkpoint-1 was trained {before}, so that a run with {options} cannot go on"):
+        run(base_folder, one_step, *more, data=triptych_folder)
+
+
+@pytest.fixture(scope="module")
+def one_step(base_folder, triptych_folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one_step") / "out"
+    return run(base_folder, out, "--max_train_steps", 1, "--checkpointing_steps", 1, data=triptych_folder)
+
+
+@pytest.mark.parametrize("file", WEIGHTS)
+def test_damaged_weights_to_start_from_are_named(base_folder, one_step, tmp_path, file):
+    folder = tmp_path / "start"
+    shutil.copytree(one_step, folder)
+    with open(folder / file, "r+b") as opened:
+        opened.write(b"\xff")
+    option = "--lora_weights" if file == WEIGHTS[0] else "--semantic_weights"
+    args = arguments(base_folder, "unused", option, folder, data="unused")
+    with pytest.raises(ValueError, match=f"{folder} holds no trained"):
+        trainer.build_model(args, torch.device("cpu"), torch.float32)
+    pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
+    with pytest.raises((OSError, ValueError), match=str(folder / file)):
+        pipe.load_lora_weights(folder)
+    assert pipe.semantic_attention is None and not pipe.get_active_adapters()
+
+
+@pytest.mark.parametrize("folder", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_a_damaged_file_of_the_base_is_named(base_folder, tmp_path, folder):
+    base = tmp_path / "base"
+    shutil.copytree(base_folder, base)
+    (file,) = (base / folder).glob("*.safetensors")
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    args = arguments(base, "unused", data="unused")
+    with pytest.raises((OSError, ValueError), match=str(file)):
+        trainer.load_encoders(args, torch.device("cpu"), torch.float32)
+        trainer.build_model(args, torch.device("cpu"), torch.float32)
+
+
+def test_a_whole_checkpoint_stands_at_every_moment(one_step, tmp_path, monkeypatch):
+    """With room for a single checkpoint: the next is on the disk, whole, before anything of it goes."""
+    out = tmp_path / "out"
+    shutil.copytree(one_step, out)
+    args = arguments("unused", out, "--checkpoints_total_limit", 1, data="unused")
+    flushed, moments = set(), []
+
+    def save_weights(model, weights, folder, args):
+        shutil.copytree(one_step / "checkpoint-1", folder)
+        for name in ("manifest.json", "options.json", "training_state.json", "training_state.safetensors"):
+            (folder / name).unlink()
+
+    def look(function):
+        def call(*args, **kwargs):
+            moments.append(whole_checkpoints(out))
+            result = function(*args, **kwargs)
+            moments.append(whole_checkpoints(out))
+            return result
+
+        return call
+
+    def replace(old, new, real=os.replace):
+        if Path(new).name == "checkpoint-2":
+            # All of it, its folders' names too.
+            assert {path for path in (old, *Path(old).rglob("*"))} == flushed
+        real(old, new)
+
+    def fsync(number, real=os.fsync):
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{number}")))
+        real(number)
+
+    PartialState()
+    monkeypatch.setattr(trainer, "save_weights", save_weights)
+    monkeypatch.setattr(trainer, "fixed_options", lambda *args: {})
+    monkeypatch.setattr(os, "replace", look(replace))
+    monkeypatch.setattr(os, "fsync", look(fsync))
+    monkeypatch.setattr(shutil, "rmtree", look(shutil.rmtree))
+    trainer.save_checkpoint(None, {}, {"step": 2, "samples_seen": 4, "loss": 1.0}, args)
+    assert out in flushed
+    assert [1] in moments and moments[-1] == [2] and [] not in moments and [1, 2] in moments
+
+
 def test_the_limit_never_removes_the_checkpoint_just_written(base_folder, triptych_folder, tmp_path):
     out, more = tmp_path / "out", ["--checkpointing_steps", 2]
     run(base_folder, out, "--max_train_steps", 6, *more, data=triptych_folder)
@@ -324,6 +535,47 @@ def test_the_limit_never_removes_the_checkpoint_just_written(base_folder, tripty
 def test_a_damaged_manifest_is_no_checkpoint(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     assert trainer.checkpoint_damage(tmp_path) is not None
+
+
+@pytest.mark.parametrize("damage", ["head", "content", "gone"])
+def test_an_encoding_damaged_under_way_is_named(base_folder, triptych_folder, tmp_path, monkeypatch, damage):
+    build_model, cache = trainer.build_model, tmp_path / "cache"
+
+    def damage_and_build(*args):
+        for path in cache.iterdir():
+            content = bytearray(path.read_bytes())
+            content[{"head": 0, "content": -1, "gone": 0}[damage]] ^= 1
+            path.write_bytes(content)
+            if damage == "gone":
+                path.unlink()
+        return build_model(*args)
+
+    more = ["--cache_root", cache, "--max_train_steps", 1]
+    with monkeypatch.context() as patch, pytest.raises(ValueError) as error:
+        patch.setattr(trainer, "build_model", damage_and_build)
+        run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+    (path,) = re.findall(r"The encoding (\S+) was damaged while the run was under way", str(error.value))
+    assert Path(path).parent == cache and "go on with --resume_from_checkpoint latest" in str(error.value)
+    run(base_folder, tmp_path / "out", *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
+
+
+def test_leftovers_of_killed_runs_go_after_a_day(base_folder, triptych_folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # As a kill: nothing tidies up.
+        patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        trainer.write_atomically(cache / "a.safetensors", lambda path: path.write_bytes(b"half"))
+    (left,) = cache.iterdir()
+    others = [cache / "b.safetensors", cache / ".hidden", cache / f".b.safetensors.{'0' * 32}"]
+    for path in others:
+        path.write_bytes(b"of others")
+    long_ago = time.time() - 25 * 60 * 60
+    for path in (left, *others[:2]):
+        os.utime(path, (long_ago, long_ago))
+    run(base_folder, tmp_path / "out", "--cache_root", cache, "--max_train_steps", 1, data=triptych_folder)
+    assert not left.exists() and all(path.exists() for path in others)
 
 
 def test_a_flipped_bit_in_an_encoding_is_seen(tmp_path, caplog):

@@ -35,7 +35,7 @@ def encoded(picture: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
 
 
 def bomb(width: int = 60_000, height: int = 20_000) -> bytes:
-    """The head of a PNG file of a billion pixels, which would be small if they were all alike."""
+    """The head of a PNG file, of a billion pixels at first, which would be small if they were all alike."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -48,14 +48,15 @@ def bomb(width: int = 60_000, height: int = 20_000) -> bytes:
 def good_pictures(draw):
     triptych = draw_triptych(draw(st.integers(0, 9)), height=8 * draw(st.integers(1, 5)))
     mode = draw(st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"]))
-    form = {"CMYK": "TIFF", "YCbCr": "JPEG"}.get(mode) or draw(st.sampled_from(["PNG", "TIFF"]))
-    return encoded(triptych.convert(mode), form)
+    forms = {"CMYK": ["TIFF", "JPEG"], "YCbCr": ["JPEG"]}.get(mode, ["PNG", "TIFF"])
+    return encoded(triptych.convert(mode), draw(st.sampled_from(forms)))
 
 
 @st.composite
 def bad_pictures(draw):
     whole = encoded(draw_triptych(draw(st.integers(0, 9))))
-    kind = draw(st.sampled_from(["cut", "noise", "empty", "panels", "16 bit", "float", "animated", "bomb", "no cell"]))
+    kinds = ["cut", "noise", "empty", "no pixels", "panels", "16 bit", "float", "animated", "bomb", "no cell"]
+    kind = draw(st.sampled_from(kinds))
     if kind == "cut":
         # The last 12 bytes of a PNG file hold nothing of the picture.
         return whole[: draw(st.integers(0, len(whole) - 20))]
@@ -67,10 +68,13 @@ def bad_pictures(draw):
         frames = [draw_triptych(seed) for seed in range(2)]
         form = draw(st.sampled_from(["GIF", "PNG", "WEBP", "TIFF"]))
         return encoded(frames[0], form, save_all=True, append_images=frames[1:])
-    others = {"16 bit": ("I;16", "PNG"), "float": ("F", "TIFF")}
-    if kind in others:
-        mode, form = others[kind]
-        return encoded(PIL.Image.new(mode, (96, 32)), form)
+    if kind == "16 bit":
+        return encoded(PIL.Image.new("I;16", (96, 32)), draw(st.sampled_from(["PNG", "TIFF"])))
+    if kind == "float":
+        value = draw(st.sampled_from([0.5, float("nan"), float("inf")]))
+        return encoded(PIL.Image.new("F", (96, 32), value), "TIFF")
+    if kind == "no pixels":
+        return bomb(*draw(st.sampled_from([(0, 32), (96, 0), (0, 0)])))
     return {"empty": b"", "bomb": bomb(), "no cell": None}[kind]
 
 
@@ -92,24 +96,56 @@ bad_captions = st.sampled_from([None, "", "  ", "\n"])
     )
 )
 def test_rows_are_used_or_named(rows, base_folder):
-    args = arguments(base_folder, "unused", "--caption_column", "text", data="unused")
-    cells = [None if picture is None else {"bytes": picture, "path": None} for (picture, _), _ in rows]
-    columns = {"image": cells, "text": [caption for _, (caption, _) in rows]}
-    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
-    table = datasets.Dataset.from_dict(columns, features=features)
+    columns = {"image": [picture for (picture, _), _ in rows], "text": [caption for _, (caption, _) in rows]}
     bad = {index for index, ((_, picture), (_, caption)) in enumerate(rows) if not (picture and caption)}
+    args = arguments(base_folder, "unused", "--caption_column", "text", data="unused")
+    check_rows(columns, bad, args)
+
+
+def check_rows(columns: dict[str, list], bad: set[int], args) -> None:
+    """Rows of encoded pictures and captions are used, or those in `bad` are named."""
+    texts, names = columns["text"], [name for name in columns if name != "text"]
+    cells = {n: [None if data is None else {"bytes": data, "path": None} for data in columns[n]] for n in names}
+    features = datasets.Features(dict.fromkeys(names, datasets.Image(decode=False)) | {"text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict(cells | {"text": texts}, features=features)
     if bad:
         with pytest.raises(ValueError) as error:
             trainer.TriptychDataset(table, args)
         lines = str(error.value).splitlines()
-        assert lines[0] == f"{len(bad)} of {len(rows)} rows cannot be used:"
+        assert lines[0] == f"{len(bad)} of {len(texts)} rows cannot be used:"
         assert {int(line.split(":")[0].removeprefix("  row ")) for line in lines if line.startswith("  row ")} == bad
     else:
         dataset = trainer.TriptychDataset(table, args)
-        for index in range(len(rows)):
+        for index in range(len(texts)):
             views = dataset.views(index)
             assert all(view.shape == (3, 32, 32) and 0 <= view.min() <= view.max() <= 1 for view in views.values())
-            assert dataset.caption(index) == rows[index][1][0]
+            assert dataset.caption(index) == texts[index]
+
+
+NAMES = ("photo", "thermal", "map")
+
+
+@fuzz(40)
+@given(
+    rows=st.lists(
+        st.lists(
+            # Sizes that are used are those of all three.
+            st.one_of(
+                st.sampled_from([32, 32, 48]).map(lambda side: (encoded(PIL.Image.new("RGB", (side, side))), side)),
+                st.sampled_from([(data, 0) for data in (b"", None, bomb(), bomb(0, 32), encoded(draw_triptych(0))[:99])]),
+            ),
+            min_size=3,
+            max_size=3,
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_views_of_three_pictures_are_used_or_named(rows, base_folder):
+    columns = {name: [row[i][0] for row in rows] for i, name in enumerate(NAMES)} | {"text": ["a"] * len(rows)}
+    bad = {index for index, row in enumerate(rows) if len({side for _, side in row}) > 1 or row[0][1] == 0}
+    options = [word for pair in zip(("--visible_column", "--target_column", "--semantic_column"), NAMES) for word in pair]
+    check_rows(columns, bad, arguments(base_folder, "unused", "--caption_column", "text", *options, data="unused"))
 
 
 def test_a_decompression_bomb_is_refused_by_its_head():
@@ -120,6 +156,9 @@ def test_a_decompression_bomb_is_refused_by_its_head():
         trainer.decode_picture(bomb(10_000, 10_000))
 
 
+PICTURE = {"bytes": encoded(draw_triptych(0)), "path": None}
+
+
 @pytest.mark.parametrize(
     "columns, more, named",
     [
@@ -128,7 +167,9 @@ def test_a_decompression_bomb_is_refused_by_its_head():
         ({"picture": [1, 2], "text": ["a", "b"]}, [], "Column `image` is not in the data set"),
         ({"image": [None, None], "caption": ["a", "b"]}, [], "Pass --caption_column"),
         ({"image": [None, None], "text": ["a", "b"]}, ["--caption_column", "c"], "Column `c` is not in the data set"),
-        ({"image": [None, None], "text": [1, 2]}, [], "row 1: ValueError: has no"),
+        ({"image": [None, None], "text": ["a", "b"]}, [], "row 1: ValueError: has no picture"),
+        ({"image": [PICTURE, PICTURE], "text": [["a"], ["b"]]}, [], "row 1: ValueError: has no caption in `text` (found"),
+        ({"image": [PICTURE, PICTURE], "text": [1, 2]}, [], "row 1: ValueError: has no caption in `text` (found 2)"),
         ({"image": [], "text": []}, [], "has to hold rows in parquet files, but"),
     ],
 )
@@ -156,6 +197,12 @@ def test_folders_that_hold_no_triptychs(base_folder, tmp_path, fault):
     args = arguments(base_folder, "unused", "--cache_dir", tmp_path / "hf", data=data)
     with pytest.raises(ValueError, match="--train_data_dir|--caption_column|row 1: FileNotFoundError"):
         trainer.TriptychDataset(trainer.load_rows(args), args)
+
+
+def test_a_data_set_that_cannot_be_had_is_named(base_folder, tmp_path):
+    args = arguments(base_folder, "unused", "--dataset_name", "user/none", "--cache_dir", tmp_path)
+    with pytest.raises(ValueError, match="--dataset_name user/none cannot be loaded: "):
+        trainer.load_rows(args)
 
 
 def test_pictures_are_converted_as_they_look():

@@ -13,6 +13,7 @@ import train_semantic_fill_lora as trainer
 REQUIRED = "--pretrained_model_name_or_path unused --train_data_dir unused"
 # For each row of the table: a command line with only that contradiction in it, and the option or the other left out.
 EXAMPLES = {
+    ("revision", "a local --pretrained_model_name_or_path"): "--pretrained_model_name_or_path . --revision r",
     ("dataset_config_name", "--train_data_dir"): "--dataset_config_name c",
     ("dataset_config_name", "a local --dataset_name"): "--dataset_name . --dataset_config_name c",
     ("image_column", "--visible_column"): "--image_column i --visible_column v --target_column t --semantic_column s",
@@ -51,6 +52,7 @@ EXAMPLES = {
     ("mode_scale", "a --weighting_scheme other than mode"): "--mode_scale 1.0",
     ("num_train_epochs", "--max_train_steps"): "--max_train_steps 8 --num_train_epochs 1",
     ("gradient_checkpointing", "a --checkpointing other than full"): "--checkpointing none --gradient_checkpointing",
+    ("base_precision", "a --mixed_precision other than bf16"): "--mixed_precision fp16 --base_precision fp8x2",
     ("use_8bit_adam", "--optimizer prodigy"): "--optimizer prodigy --use_8bit_adam",
     ("prodigy_use_bias_correction", "--optimizer adamw"): "--no-prodigy_use_bias_correction",
     ("prodigy_safeguard_warmup", "--optimizer adamw"): "--prodigy_safeguard_warmup",
@@ -68,6 +70,9 @@ EXAMPLES = {
     ("validation_guidance_scale", "without --validation_steps"): "--validation_guidance_scale 1.0",
     ("hub_strategy", "without --push_to_hub"): "--hub_strategy every_checkpoint",
     ("hub_private_repo", "without --push_to_hub"): "--hub_private_repo",
+    ("hub_strategy", "a --checkpointing_steps above --max_train_steps"): (
+        "--push_to_hub --max_train_steps 5 --hub_strategy every_checkpoint"
+    ),
     ("logging_dir", "--report_to none"): "--report_to none --logging_dir l",
 }
 
@@ -112,10 +117,18 @@ def test_what_says_the_same_twice_is_accepted(options):
         ("--width 0", "--width has to be a positive multiple of 16 but is 0"),
         ("--lora_alpha 0", "--lora_alpha has to be at least 1 but is 0"),
         ("--lr_scheduler piecewise_constant", "argument --lr_scheduler: invalid choice"),
+        (
+            "--train_data_dir . --output_dir ./out/x --validation_steps 1",
+            "--output_dir ./out/x cannot lie in --train_data_dir .",
+        ),
+        (
+            "--visible_column a --target_column b --semantic_column b",
+            "--target_column b is what is to be painted and cannot be shown as well",
+        ),
         ("--max_sequence_length long", "argument --max_sequence_length"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options, message, capsys):
+def test_values_that_cannot_be_are_refused(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(options)
     assert stop.value.code == 2 and message in capsys.readouterr().err

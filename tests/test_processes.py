@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, assert_ended_well, write_triptychs
 from hub_server import HubServer
+from test_faults import spoil
+from test_training import assert_same_weights as assert_equal_weights
+from test_training import run as run_here
+
+from train_semantic_fill_lora import checkpoint_damage, checkpoint_step, list_checkpoints
 
 
 FILES = ("pytorch_lora_weights.safetensors", "semantic_attention/diffusion_pytorch_model.safetensors")
@@ -30,15 +37,6 @@ def command(base_folder, data, output_dir, *more, config="one_gpu", processes=1)
 
 def environment(tmp_path, **more):
     return os.environ | ON_CPU | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)} | more
-
-
-def launch(tmp_path, base_folder, data, name, processes, batch, config, *more):
-    """A run into `tmp_path / name` that ended well; its log."""
-    more = ["--train_batch_size", batch, "--cache_root", tmp_path / "cache", *more]
-    run = command(base_folder, data, tmp_path / name, *more, config=config, processes=processes)
-    done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
-    assert_ended_well(done, processes)
-    return done.stderr
 
 
 def assert_same_weights(one, two):
@@ -62,89 +60,126 @@ def needs(engine):
     )
 
 
+# After 5 steps of 8 samples the runs are compared; in the next one process has a loss that is not finite.
+RUN = ["--max_train_steps", 7, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 1, *LEARN]
+
+
 @pytest.fixture(scope="module")
-def one_process(base_folder, triptych_folder, tmp_path_factory):
-    """What a single process trains in 5 steps of 4 samples, with a checkpoint on its way, and its encodings."""
-    folder = tmp_path_factory.mktemp("one")
-    more = ["--max_train_steps", 5, "--checkpointing_steps", 2, *LEARN]
-    assert "4 a step" in launch(folder, base_folder, triptych_folder, "one", 1, 4, "one_gpu", *more)
-    return folder
+def one(base_folder, triptych_folder, tmp_path_factory):
+    """What a single process trains, and the norms of its gradients."""
+    norms = []
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, {12: lambda loss: loss * float("nan")})
+        patch.setattr(Accelerator, "log", lambda self, values, step: norms.append(values["gradient_norm"]))
+        out = tmp_path_factory.mktemp("one") / "out"
+        return run_here(base_folder, out, *RUN, "--train_batch_size", 4, data=triptych_folder), norms
 
 
 @pytest.mark.parametrize("engine", [needs(engine) for engine in ("ddp", "fsdp2", "deepspeed_zero2")])
-def test_processes_go_on_from_one_another(base_folder, triptych_folder, one_process, tmp_path, engine):
-    """Two processes train what one does, and either goes on from the other's checkpoint."""
+def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tmp_path, caplog, engine):
+    one, norms = one
 
-    def run(*args):
-        return launch(one_process, base_folder, triptych_folder, *args, *LEARN, "--max_train_steps", 5)
+    def watch(name, faults, *more):
+        """A run of two processes with faults: how it ended, and what each of them noted."""
+        (tmp_path / name).mkdir()
+        more = (*RUN, "--train_batch_size", 2, "--cache_root", tmp_path / "cache", *more)
+        run = command(base_folder, triptych_folder, tmp_path / name / "out", *more, config=engine, processes=2)
+        script = run.index(str(ROOT / "train_semantic_fill_lora.py"))
+        run[script : script + 1] = [str(ROOT / "tests" / "watched_run.py"), str(tmp_path / name), json.dumps(faults)]
+        done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+        notes = [tmp_path / name / f"rank{rank}.json" for rank in range(2)]
+        assert all(path.is_file() for path in notes), done.stderr
+        return tmp_path / name / "out", done, [json.loads(path.read_text()) for path in notes]
 
-    one, two, onward, back = (one_process / name for name in ("one", engine, f"{engine}_onward", f"{engine}_back"))
-    paint = ["--validation_steps", 5, "--validation_inference_steps", 2, "--num_validation_images", 1]
-    log = run(two.name, 2, 2, engine, "--checkpointing_steps", 2, *paint)
-    assert "4 a step" in log and ", 0 to make" in log
-    assert_same_weights(one, two)
-    assert (two / "samples" / "step-000005.png").is_file()
-    assert {path.name for path in two.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-4"}
-
-    assert "at step 2" in run(onward.name, 2, 2, engine, "--resume_from_checkpoint", one / "checkpoint-2")
-    assert_same_weights(one, onward)
-    log = run(back.name, 1, 4, "one_gpu", "--resume_from_checkpoint", two / "checkpoint-2")
-    assert "at step 2" in log
-    assert_same_weights(one, back)
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_what_each_process_does(base_folder, triptych_folder, tmp_path, engine):
-    more = ["--max_train_steps", 2, "--train_batch_size", 1, "--gradient_accumulation_steps", 3]
-    more += ["--checkpointing_steps", 1, "--checkpoints_total_limit", 1]
-    out = tmp_path / "out"
-    run = command(base_folder, triptych_folder, out, *more, config=engine, processes=2)
-    script = run.index(str(ROOT / "train_semantic_fill_lora.py"))
-    run[script : script + 1] = [str(ROOT / "tests" / "watched_run.py"), str(tmp_path)]
-    done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    paint = ["--validation_steps", 7, "--validation_inference_steps", 2, "--num_validation_images", 1]
+    two, done, ranks = watch("two", [[1, 12, "nan"]], *paint)
     assert_ended_well(done, processes=2)
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert "8 a step" in done.stderr
+    assert_same_weights(one / "checkpoint-5", two / "checkpoint-5")
+    # AdamW's steps are the same for gradients of any scale.
+    assert ranks[0]["norms"] == pytest.approx(norms, rel=1e-3, nan_ok=True) and len(norms) == 7
+    assert (two / "samples" / "step-000007.png").is_file()
+    check_what_each_did(ranks, two, tmp_path / "cache", engine)
+    # All skip the step that went wrong in one of them, and the next is as good as a single process's.
+    assert done.stderr.count("Step 6 skipped: loss nan") == 1
+    assert_equal_weights(two / "checkpoint-5", two / "checkpoint-6")
+    assert_same_weights(one, two)
+    with pytest.raises(AssertionError):
+        assert_same_weights(one, two / "checkpoint-6")
 
+    # Either goes on from the other's checkpoint. A signal to one of them, or to the launcher, stops both after the same
+    # step.
+    resume, (kind, number) = "--resume_from_checkpoint", ("SIGTERM", 15) if engine == "ddp" else ("Ctrl-C", 2)
+    more = (resume, one / "checkpoint-2", "--max_train_steps", 1000)
+    onward, done, ranks = watch("onward", [[1, 5, kind]], *more)
+    assert ", 0 to make" in done.stderr and "at step 2" in done.stderr and done.returncode != 0
+    (step,) = re.findall(rf"Stopped by {number} at step (\d+). Go on with --resume_from_checkpoint latest", done.stderr)
+    assert engine != "ddp" or step == "5"
+    assert [len(rank["losses"]) for rank in ranks] == [2 * (int(step) - 2)] * 2
+    last = list_checkpoints(onward)[-1]
+    assert last.name == f"checkpoint-{step}" and checkpoint_damage(last) is None
+    assert_same_weights(one / "checkpoint-5", onward / "checkpoint-5")
+    caplog.set_level("INFO", logger="train_semantic_fill_lora")
+    more = (*RUN, "--train_batch_size", 4, "--cache_root", tmp_path / "cache", resume, two / "checkpoint-2")
+    back = run_here(base_folder, tmp_path / "back", *more, data=triptych_folder)
+    assert "at step 2" in caplog.text
+    assert_same_weights(one / "checkpoint-5", back / "checkpoint-5")
+
+
+def check_what_each_did(ranks, out, cache, engine):
+    """Of a run of 7 steps of 2 micro-steps of 2 samples."""
     # Every sample of the run is trained once, with noise of its own.
-    assert sorted(ranks[0]["rows"] + ranks[1]["rows"]) == list(range(12))
+    assert sorted(ranks[0]["rows"] + ranks[1]["rows"]) == list(range(56))
     noise = [number for rank in ranks for drawn in rank["noise"] for number in drawn]
-    assert len(set(noise)) == len(noise) == 12
-    # The 6 samples are encoded once, shared out.
-    assert sum(len(rank["encoded"]) for rank in ranks) == 6
-    assert min(len(rank["encoded"]) for rank in ranks) > 0
-    # Gradients are shared in the last micro-step of each step only.
-    for rank in ranks:
-        before_1, before_2, after_1, *second = rank["reductions"]
-        assert before_1 == before_2 == 0 < after_1
-        assert second == [after_1, after_1, 2 * after_1]
+    assert len(set(noise)) == len(noise) == 56
+    # Each of the 6 samples and the prompts is encoded once, shared out.
+    encoded = sorted(str(what) for rank in ranks for what in rank["encoded"])
+    assert encoded == sorted(["", "caption 0", "caption 1", *map(str, range(6))])
+    assert all(any(isinstance(what, int) for what in rank["encoded"]) for rank in ranks)
+    # Gradients are shared in the last micro-step of each step only, but for ZeRO-2, which keeps parts of them only.
+    if engine != "deepspeed_zero2":
+        for rank in ranks:
+            a_step = rank["reductions"][1]
+            assert a_step > 0 and rank["reductions"] == [n * a_step for step in range(7) for n in (step, step + 1)]
     # The logged loss is the mean over processes and micro-steps.
+    assert len(ranks[0]["logged"]) == 7
     for step, logged in enumerate(ranks[0]["logged"]):
-        losses = [loss for rank in ranks for loss in rank["losses"][3 * step : 3 * step + 3]]
-        assert len(set(losses)) == 6
-        assert logged == pytest.approx(sum(losses) / 6)
+        losses = [loss for rank in ranks for loss in rank["losses"][2 * step : 2 * step + 2]]
+        assert len(set(losses)) == 4
+        assert logged == pytest.approx(sum(losses) / 4, nan_ok=step == 5)
     # The first process alone writes, but for the encodings that are shared out.
+    checkpoints = {f"checkpoint-{step}" for step in range(1, 8)}
+    assert {path.name for path in out.glob("*checkpoint*")} == checkpoints
     assert any("checkpoint-1" in path for path in ranks[0]["written"])
-    assert all(path.startswith(str(out / "cache")) for path in ranks[1]["written"]), ranks[1]["written"]
-    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-2"}
+    assert any(path.startswith(str(cache)) for path in ranks[1]["written"])
+    assert all(path.startswith(str(cache)) for path in ranks[1]["written"]), ranks[1]["written"]
+    # Each waits until the other has encoded, and the second whenever the first writes.
+    last_encoded = max(at for rank in ranks for event, at in rank["times"] if event == "encoded")
+    steps = [at for event, at in ranks[1]["times"] if event == "step"]
+    saved = [at for event, at in ranks[0]["times"] if event == "checkpoint"]
+    assert all(last_encoded < min(at for event, at in rank["times"] if event == "step") for rank in ranks)
+    assert len(steps) == 14 and len(saved) == 7
+    assert all(at < steps[2 * step] for step, at in enumerate(saved[:-1], start=1))
+    assert saved[-1] < dict(ranks[0]["times"])["result"] < dict(ranks[1]["times"])["end"]
 
 
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(base_folder, triptych_folder, tmp_path):
     script, out = ROOT / "train_semantic_fill_lora.py", tmp_path / "out"
-    options = command(base_folder, triptych_folder, out, "--max_train_steps", 100000, "--train_batch_size", 1)
+    more = ["--max_train_steps", 100000, "--train_batch_size", 1]
+    options = command(base_folder, triptych_folder, out, *more, "--checkpointing_steps", 2)
     run = [sys.executable, *options[options.index(str(script)) :]]
     with subprocess.Popen(run, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
         log = ""
         for line in process.stderr:
             log += line
-            if "[Step 100]" in line:
+            if "checkpoint-2" in line:
                 process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 128 + signal.SIGTERM, log[-3000:]
     assert "Go on with --resume_from_checkpoint latest" in log
-    (checkpoint,) = out.glob("checkpoint-*")
-    step = int(checkpoint.name.rsplit("-")[-1])
-    run[run.index("--max_train_steps") + 1] = str(step + 1)
-    done = subprocess.run([*run, "--resume_from_checkpoint", "latest"], env=environment(tmp_path), capture_output=True)
-    assert done.returncode == 0 and (out / FILES[0]).is_file()
+    step = checkpoint_step(list_checkpoints(out)[-1])
+    more[1] = step + 1
+    run_here(base_folder, out, *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
+    assert (out / FILES[0]).is_file()
 
 
 # Runs the code of a model card on a CPU, in float32.

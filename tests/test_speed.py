@@ -143,8 +143,8 @@ def test_unknown_precision(base):
 def test_loss_and_lora_gradients_stay_near(base_folder, triptych_folder, tmp_path, precision):
     results = {}
     for name in ("bf16", precision):
-        args = arguments(base_folder, tmp_path / name, "--base_precision", name, data=triptych_folder)
-        args.cache_latents = False
+        more = ["--base_precision", name, "--mixed_precision", "bf16", "--no-cache_latents"]
+        args = arguments(base_folder, tmp_path / name, *more, data=triptych_folder)
         model, step, samples = build(args, torch.bfloat16)
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:

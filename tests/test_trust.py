@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,40 @@ def test_nothing_in_the_product_unpickles():
     unpickles = re.compile(
         r"\bimport pickle\b|\btorch\.load\((?![^\n]*weights_only=True)|\bjoblib\b|allow_pickle\s*=\s*True|use_safetensors\s*=\s*False"
     )
-    for path in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")):
+    for path in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         assert not unpickles.search(path.read_text()), path
+
+
+def test_a_run_and_a_painting_unpickle_no_object(base_folder, triptych_folder, tmp_path):
+    """Nor does any library on the way."""
+    found = []
+
+    def note(event, args):
+        if event == "pickle.find_class" and found is not None:
+            found.append(args)
+
+    sys.addaudithook(note)
+    pickle.loads(pickle.dumps(Planted(tmp_path / "trace")))
+    assert [name for _, name in found] == ["mkdir"]
+    found.clear()
+    more = ["--max_train_steps", 1, "--checkpointing_steps", 1]
+    out = run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+    more[1] = 2
+    run(base_folder, out, *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
+    pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
+    pipe.load_lora_weights(out)
+    picture = torch.zeros(3, 32, 32)
+    pipe("x", picture, picture, num_inference_steps=1, max_sequence_length=16, output_type="latent")
+    seen, found = found, None
+    assert seen == []
+
+
+def test_a_token_on_the_command_line_is_not_repeated(capsys):
+    for option in ("--hub_token", "--token", "--hf_token", "--use_auth_token"):
+        with pytest.raises(SystemExit):
+            arguments("unused", "unused", option, TOKEN, data="unused")
+        printed = "".join(capsys.readouterr())
+        assert TOKEN not in printed and "set HF_TOKEN" in printed
 
 
 def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych_folder, tmp_path):
@@ -117,6 +150,7 @@ def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych
     for name in ("evil.py", "model.bin", "semantic_attention/evil.py", ".env", "README.md", "pipeline.py"):
         (out / name).write_text("of somebody else")
     more = "--max_train_steps 2 --checkpointing_steps 1 --push_to_hub --hub_model_id user/fill --validation_steps 2"
+    more += " --log_level debug --hub_strategy every_checkpoint"
     more += " --num_validation_images 1 --validation_inference_steps 1"
     with HubServer(token=TOKEN) as hub:
         env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=TOKEN)
@@ -127,14 +161,20 @@ def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych
         assert done.returncode == 0, done.stderr[-3000:]
         pushed = {name: content for name, content in hub.files("user/fill").items() if name != ".gitattributes"}
     wanted = {*FILES, "README.md", "pipeline.py", "semantic_attention/config.json", "samples/step-000002.png"}
-    assert set(pushed) == wanted
+    state = {"manifest.json", "options.json", "training_state.json", "training_state.safetensors"}
+    state |= {*FILES, "semantic_attention/config.json"}
+    assert set(pushed) == wanted | {f"last-checkpoint/{name}" for name in state}
     # The pushed code is that of the two released files, and the card says which.
     assert pushed["pipeline.py"] == trainer.single_file_pipeline().encode()
     assert hashlib.sha256(pushed["pipeline.py"]).hexdigest() in pushed["README.md"].decode()
-    for name in ("semantic_attention.py", "pipeline_flux_fill_semantic.py"):
-        lacking = set((ROOT / name).read_text().splitlines()) - set(pushed["pipeline.py"].decode().splitlines())
-        # All but the choice between the two ways of importing the module.
-        assert all(line == "else:" or "semantic_attention" in line or "__package__" in line for line in lacking)
+    module, pipeline = ((ROOT / name).read_text() for name in ("semantic_attention.py", "pipeline_flux_fill_semantic.py"))
+    # The module stands where the other file chooses how to import it, and nothing else is added or lacking.
+    choice = pipeline[pipeline.index("if __package__:\n") : pipeline.index("# `save_pretrained` records")]
+    assert choice.count("\n") == 7 and "SemanticAttentionModel = _semantic_attention.SemanticAttentionModel" in choice
+    before, after = pipeline.split(choice)
+    code = pushed["pipeline.py"].decode()
+    assert code.startswith(before) and code.endswith(after)
+    assert code[len(before) : -len(after)].strip() == module.strip()
 
     written = [path for path in out.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in written)

@@ -1,15 +1,18 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The trainer as one of several processes, which notes what it draws, encodes, sends, logs and writes.
 
-    accelerate launch ... tests/watched_run.py FOLDER OPTIONS...
+    accelerate launch ... tests/watched_run.py FOLDER FAULTS OPTIONS...
 
-leaves `FOLDER/rank0.json` and so on.
+leaves `FOLDER/rank0.json` and so on. Faults are JSON, `[[rank, number of the loss from 1, kind], ...]`: "nan",
+"SIGTERM" to this process, or "Ctrl-C", which a launcher gets. What other processes are to wait for takes its time.
 """
 
 import functools
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +24,8 @@ import train_semantic_fill_lora as trainer
 import training_engines
 
 
-seen = {"noise": [], "rows": [], "losses": [], "encoded": [], "reductions": [], "logged": [], "written": []}
+NOTES = ("noise", "rows", "losses", "encoded", "reductions", "logged", "norms", "written", "times")
+seen = {name: [] for name in NOTES}
 reductions = 0
 
 
@@ -42,10 +46,12 @@ def counted(function):
     return call
 
 
-def watched(owner, name, note):
+def watched(owner, name, note, slowly=False):
     function = getattr(owner, name)
 
     def call(*args, **kwargs):
+        if slowly:
+            time.sleep(0.3)
         result = function(*args, **kwargs)
         note(result, *args, **kwargs)
         return result
@@ -53,9 +59,38 @@ def watched(owner, name, note):
     setattr(owner, name, call)
 
 
+def note_time(event):
+    seen["times"].append([event, time.time()])
+
+
+def with_faults(compare, faults):
+    count = 0
+
+    def call(*args):
+        nonlocal count
+        count += 1
+        loss = compare(*args)
+        if faults.get(count) == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if faults.get(count) == "Ctrl-C":
+            os.kill(os.getppid(), signal.SIGINT)
+        return loss * float("nan") if faults.get(count) == "nan" else loss
+
+    return call
+
+
 def note_step(loss, step, model, samples):
     seen["losses"].append(loss.item())
     seen["rows"] += [sample["draws"].position for sample in samples]
+
+
+def note_encoding(result, encoder, index, *args):
+    seen["encoded"].append(index)
+    note_time("encoded")
+
+
+def note_prompts(result, encoder, prompts):
+    seen["encoded"] += prompts
 
 
 def note_backward(result, *args):
@@ -64,6 +99,7 @@ def note_backward(result, *args):
 
 def note_log(result, accelerator, values, **kwargs):
     seen["logged"].append(values["loss"])
+    seen["norms"].append(values["gradient_norm"])
 
 
 def hook_ddp(prepared, *args):
@@ -72,7 +108,7 @@ def hook_ddp(prepared, *args):
 
 
 def main() -> None:
-    folder, *options = sys.argv[1:]
+    folder, faults, *options = sys.argv[1:]
     # FSDP2 shares gradients by one of these, as PyTorch's version has it; DDP's reducer is reached by its hook alone.
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
         if hasattr(dist, name):
@@ -81,15 +117,27 @@ def main() -> None:
     for engine in (training_engines.Engine, training_engines.FSDP2Engine):
         watched(engine, "backward", note_backward)
     watched(trainer, "draw_noise", lambda drawn, *args: seen["noise"].append(drawn[0].sum(dim=(1, 2)).tolist()))
+    # Once a micro-step, before anything else of it.
+    watched(trainer.Encoder, "encode_batch", lambda *args: note_time("step"))
     watched(trainer.Step, "__call__", note_step)
-    watched(trainer.Encoder, "encode_views", lambda *args, **kwargs: seen["encoded"].append("views"))
+    rank = int(os.environ["RANK"])
+    watched(trainer.Encoder, "_encode_sample", note_encoding, slowly=rank == 1)
+    watched(trainer.Encoder, "encode_prompts", note_prompts)
+    watched(trainer, "save_checkpoint", lambda *args: note_time("checkpoint"), slowly=True)
+    watched(trainer, "save_result", lambda *args: note_time("result"), slowly=True)
     watched(Accelerator, "log", note_log)
+    trainer.compare = with_faults(trainer.compare, {call: kind for at, call, kind in json.loads(faults) if at == rank})
     sys.addaudithook(note_writes)
     args = trainer.parse_args(options)
-    trainer.main(args)
-    inside = str(Path(args.output_dir))
-    seen["written"] = sorted({path for path in seen["written"] if path.startswith(inside)})
-    Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    # A launcher ends all processes with the first, which would cost the notes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        trainer.main(args)
+    finally:
+        note_time("end")
+        inside = (str(Path(args.output_dir)), str(Path(args.cache_root)))
+        seen["written"] = sorted({path for path in seen["written"] if path.startswith(inside)})
+        Path(folder, f"rank{rank}.json").write_text(json.dumps(seen))
 
 
 main()
