@@ -1943,6 +1943,8 @@ def train(
     loader = torch.utils.data.DataLoader(
         SampleReader(step_fn.encoder), batch_sampler=sampler, collate_fn=list, num_workers=args.dataloader_num_workers
     )
+    # Here, since it draws from the stream that dropout is seeded in.
+    samples = iter(loader)
     bad_steps, skipped, loss = 0, 0, math.nan
     bar = tqdm(
         total=args.max_train_steps,
@@ -1950,7 +1952,7 @@ def train(
         desc="Steps",
         disable=not accelerator.is_local_main_process,
     )
-    with StopSignals() as stop, contextlib.closing(prepared_batches(step_fn, loader)) as batches:
+    with StopSignals() as stop, contextlib.closing(prepared_batches(step_fn, samples)) as batches:
         for step in range(first_step + 1, args.max_train_steps + 1):
             _shape_log["enabled"] = step <= first_step + 2 and logger.isEnabledFor(logging.DEBUG)
             losses = []
@@ -2023,9 +2025,8 @@ def train(
     return loss
 
 
-def prepared_batches(step_fn: Step, loader: torch.utils.data.DataLoader) -> Iterator[dict]:
+def prepared_batches(step_fn: Step, samples: Iterator[list[dict]]) -> Iterator[dict]:
     """Batches as `Step.loss` takes them; on a GPU the next one is made in a thread while a step has its passes."""
-    samples = iter(loader)
     if step_fn.stream is None:
         yield from map(step_fn.prepare, samples)
         return

@@ -79,8 +79,7 @@ def with_faults(compare, faults):
     return call
 
 
-def note_step(loss, step, model, samples):
-    seen["losses"].append(loss.item())
+def note_rows(batch, step, samples):
     seen["rows"] += [sample["draws"].position for sample in samples]
 
 
@@ -119,7 +118,8 @@ def main() -> None:
     watched(trainer, "draw_noise", lambda drawn, *args: seen["noise"].append(drawn[0].sum(dim=(1, 2)).tolist()))
     # Once a micro-step, before anything else of it.
     watched(trainer.Encoder, "encode_batch", lambda *args: note_time("step"))
-    watched(trainer.Step, "__call__", note_step)
+    watched(trainer.Step, "prepare", note_rows)
+    watched(trainer.Step, "loss", lambda loss, *args: seen["losses"].append(loss.item()))
     rank = int(os.environ["RANK"])
     watched(trainer.Encoder, "_encode_sample", note_encoding, slowly=rank == 1)
     watched(trainer.Encoder, "encode_prompts", note_prompts)
