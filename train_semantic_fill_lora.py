@@ -262,7 +262,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int)
     add("--resume_from_checkpoint", help="`latest`, the path of a checkpoint, or a Hub repository one was pushed to.")
-    add("--validation_steps", type=int, help="Paint validation samples every so many steps.")
+    add(
+        "--validation_steps",
+        type=int,
+        help="Paint validation samples every so many steps, and at the end. With --push_to_hub the latter in any case.",
+    )
     add("--num_validation_images", type=int, default=4, help="Training rows painted, from the first on.")
     add("--validation_inference_steps", type=int, default=28)
     add("--validation_guidance_scale", type=float, default=30.0)
@@ -441,7 +445,10 @@ CONTRADICTIONS = [
     Contradiction("cache_root", "--no-cache_latents", lambda a: not a.cache_latents, "nothing is kept"),
     *(
         Contradiction(
-            name, "without --validation_steps", lambda a: a.validation_steps is None, "nothing would be painted"
+            name,
+            "without --validation_steps or --push_to_hub",
+            lambda a: a.validation_steps is None and not a.push_to_hub,
+            "nothing would be painted",
         )
         for name in ("num_validation_images", "validation_inference_steps", "validation_guidance_scale")
     ),
@@ -2161,8 +2168,12 @@ def main(args: argparse.Namespace) -> None:
 
         bare = engine.bare(model)
         weights = engine.weights(bare)
-        if args.validation_steps and args.max_train_steps % args.validation_steps:
-            paint_samples(bare, encoder, args.max_train_steps, engine, args)
+        # Model cards show samples.
+        if args.max_train_steps % args.validation_steps if args.validation_steps else args.push_to_hub:
+            try:
+                paint_samples(bare, encoder, args.max_train_steps, engine, args)
+            except torch.OutOfMemoryError as error:
+                logger.warning(f"No samples are painted, for want of memory: {error}")
         if accelerator.is_main_process:
             samples = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
             files = save_result(bare, weights, loss, samples, args)

@@ -269,7 +269,7 @@ def main(args: argparse.Namespace) -> None:
         columns[name] = paint(pipeline, views, which_map, scale, args)
 
     metrics = {name: figures(columns[name], views) for name in PAINTINGS}
-    grid, curves = draw_grid(columns, rows=min(6, len(views))), draw_curves(args)
+    grid, curves = draw_grid(columns, rows=min(8, len(views))), draw_curves(args)
     attention = draw_attention(pipeline, views[0], args)
     save_small(grid, args.output_dir / "grid.png")
     attention.save(args.output_dir / "attention.png")

@@ -65,9 +65,9 @@ EXAMPLES = {
     ("lr_num_cycles", "a --lr_scheduler other than cosine_with_restarts"): "--lr_scheduler cosine --lr_num_cycles 2",
     ("lr_power", "a --lr_scheduler other than polynomial"): "--lr_power 2.0",
     ("cache_root", "--no-cache_latents"): "--no-cache_latents --cache_root c",
-    ("num_validation_images", "without --validation_steps"): "--num_validation_images 1",
-    ("validation_inference_steps", "without --validation_steps"): "--validation_inference_steps 1",
-    ("validation_guidance_scale", "without --validation_steps"): "--validation_guidance_scale 1.0",
+    ("num_validation_images", "without --validation_steps or --push_to_hub"): "--num_validation_images 1",
+    ("validation_inference_steps", "without --validation_steps or --push_to_hub"): "--validation_inference_steps 1",
+    ("validation_guidance_scale", "without --validation_steps or --push_to_hub"): "--validation_guidance_scale 1.0",
     ("hub_strategy", "without --push_to_hub"): "--hub_strategy every_checkpoint",
     ("hub_private_repo", "without --push_to_hub"): "--hub_private_repo",
     ("hub_strategy", "a --checkpointing_steps above --max_train_steps"): (

@@ -202,7 +202,7 @@ names["painted"].save(output)
 def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path, repo):
     out = tmp_path / "out"
     more = ["--max_train_steps", 2, "--train_batch_size", 1, "--semantic_scale_learning_rate", 1, "--push_to_hub"]
-    more += ["--hub_model_id", repo]
+    more += ["--hub_model_id", repo, "--validation_inference_steps", 1]
     flux = "black-forest-labs/FLUX.1-Fill-dev"
     with HubServer(token="hf_planted_secret") as hub:
         files = (path for path in Path(base_folder).rglob("*") if path.is_file())
@@ -218,6 +218,9 @@ def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path, r
             assert path.is_dir() or b"hf_planted_secret" not in path.read_bytes()
         assert "hf_planted_secret" not in done.stderr + done.stdout
 
+        # Painted for the card, without being asked to.
+        assert "![step-000002](samples/step-000002.png)" in hub.files(repo)["README.md"].decode()
+        assert hub.files(repo)["samples/step-000002.png"].startswith(b"\x89PNG")
         card = tmp_path / "card.md"
         card.write_bytes(hub.files(repo)["README.md"])
         pictures = []
@@ -240,6 +243,7 @@ def test_a_failed_upload_keeps_the_result(base_folder, tmp_path):
         env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=hub.token)
         env.pop("HF_HUB_OFFLINE", None)
         more = ["--max_train_steps", 1, "--push_to_hub", "--hub_model_id", "user/fill"]
+        more += ["--validation_inference_steps", 1]
         run = command(base_folder, data, out, *more)
         done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
