@@ -667,7 +667,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     f"`{name}` has to have {ndim} dimensions, the last of them {channels} long, but has the shape"
                     f" {tuple(tensor.shape)}."
                 )
-        if prompt_embeds is not None and pooled_prompt_embeds is not None and len(prompt_embeds) != len(pooled_prompt_embeds):
+        if (
+            prompt_embeds is not None
+            and pooled_prompt_embeds is not None
+            and len(prompt_embeds) != len(pooled_prompt_embeds)
+        ):
             raise ValueError(
                 f"`pooled_prompt_embeds` has to hold as many prompts as `prompt_embeds`, {len(prompt_embeds)}, but holds"
                 f" {len(pooled_prompt_embeds)}."
@@ -741,9 +745,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             positions = panel_positions(rows, columns, panels, semantic_tokens.device)
 
         # 3. Denoise and decode
-        with self._semantic_guidance(
-            semantic_tokens, positions, semantic_scale, (rows, columns, panels, panel_index)
-        ):
+        with self._semantic_guidance(semantic_tokens, positions, semantic_scale, (rows, columns, panels, panel_index)):
             images = super().__call__(
                 prompt=prompt,
                 prompt_2=prompt_2,
@@ -836,7 +838,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 view = (columns * self._patch_size, rows * self._patch_size)
                 for x, y in points:
                     if not (0 <= x < view[0] and 0 <= y < view[1]):
-                        raise ValueError(f"`points` has to lie within the view's {view[0]}x{view[1]} but has {(x, y)}.")
+                        raise ValueError(
+                            f"`points` has to lie within the view's {view[0]}x{view[1]} but has {(x, y)}."
+                        )
                 wanted = list(range(self.num_timesteps)) if steps is None else list(steps)
                 for step in wanted:
                     if not -self.num_timesteps <= step < self.num_timesteps:

@@ -161,7 +161,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--semantic_num_layers", type=int, default=1)
     add("--semantic_num_heads", type=int, default=8)
     add("--semantic_head_dim", type=int, default=16)
-    add("--semantic_position", default="none", choices=SEMANTIC_POSITIONS, help="How the cross-attention finds places.")
+    add(
+        "--semantic_position", default="none", choices=SEMANTIC_POSITIONS, help="How the cross-attention finds places."
+    )
     add(
         "--semantic_injection",
         default="noise",
@@ -175,7 +177,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="Rank of the LoRA.")
     add("--lora_alpha", type=int, help="Default: the rank.")
     add("--lora_dropout", type=float, default=0.0)
-    add("--lora_layers", help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer.")
+    add(
+        "--lora_layers",
+        help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer.",
+    )
     add("--lora_weights", help="Trained LoRA to start from: a folder or Hub repository.")
 
     # Objective
@@ -549,7 +554,9 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     if args.max_sequence_length is None:
         args.max_sequence_length = "auto" if args.fast else 512
     if args.max_sequence_length != "auto" and not 1 <= args.max_sequence_length <= 512:
-        raise ValueError(f"--max_sequence_length has to be `auto` or within [1, 512] but is {args.max_sequence_length}.")
+        raise ValueError(
+            f"--max_sequence_length has to be `auto` or within [1, 512] but is {args.max_sequence_length}."
+        )
     if args.timestep_shift not in ("resolution", "none"):
         try:
             valid = float(args.timestep_shift) > 0 and math.isfinite(float(args.timestep_shift))
@@ -1542,7 +1549,11 @@ def check_resumed(checkpoint: Path, args: argparse.Namespace) -> None:
     """Refuses to go on from a checkpoint with options that its state does not fit, before anything is loaded."""
 
     def spelled(name, value) -> str:
-        return f"without --{name}" if value in (None, False) else f"with --{name} {'' if value is True else value}".strip()
+        return (
+            f"without --{name}"
+            if value in (None, False)
+            else f"with --{name} {'' if value is True else value}".strip()
+        )
 
     for name, value in json.loads((checkpoint / "options.json").read_text()).items():
         wanted = vars(args).get(name, value)

@@ -275,7 +275,11 @@ def run_cost(task: str, variant: str, args: argparse.Namespace) -> dict:
         torch.cuda.synchronize()
     milliseconds = 1000 * (time.monotonic() - start) / args.cost_steps
     # Of the device, or without one of the process.
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
     return {"task": task, "variant": variant, "step_ms": milliseconds, "peak_mib": peak}
 
 

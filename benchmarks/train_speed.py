@@ -304,9 +304,7 @@ class Clock:
 
 def make_profiler(with_host: bool) -> torch.profiler.profile:
     activities = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(
-        activities=[activities.CUDA] + [activities.CPU] * with_host, record_shapes=with_host
-    )
+    return torch.profiler.profile(activities=[activities.CUDA] + [activities.CPU] * with_host, record_shapes=with_host)
 
 
 def device_kernels(profiler: torch.profiler.profile) -> list:

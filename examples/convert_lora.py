@@ -176,7 +176,9 @@ def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     down, up, alpha = (state_dict.pop(f"{LAST_LAYER}.{part}", None) for part in KOHYA_PARTS)
     converted = _convert_kohya_flux_lora_to_diffusers(state_dict)
     if down is not None:
-        converted[f"{PREFIX}{LAST_MODULE}.lora_A.weight"] = down * (1 if alpha is None else alpha.item() / down.shape[0])
+        converted[f"{PREFIX}{LAST_MODULE}.lora_A.weight"] = down * (
+            1 if alpha is None else alpha.item() / down.shape[0]
+        )
         converted[f"{PREFIX}{LAST_MODULE}.lora_B.weight"] = up
     # Chunks of one stacked tensor share memory, which safetensors does not save.
     return {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in converted.items()}

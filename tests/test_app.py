@@ -163,7 +163,10 @@ def served(browser, base_folder, trained, samples, tmp_path_factory):
     command += [f"--data_dir={samples}", f"--resolution={SIZE}", f"--num_inference_steps={STEPS}"]
     command += [f"--prompt={PROMPT}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env) as server:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env) as server,
+    ):
         try:
             # Printed once it is served.
             end = time.monotonic() + 300

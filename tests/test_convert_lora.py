@@ -116,7 +116,9 @@ def test_keys_are_those_that_comfyui_looks_for():
         "transformer_blocks.0.norm1_context.linear": 6 * WIDTH,
         "single_transformer_blocks.37.norm.linear": 3 * WIDTH,
     }
-    lora = make_lora([module for module in MODULES if re.search(r"^transformer_blocks\.0\.|_blocks\.37\.|^proj_out", module)])
+    lora = make_lora(
+        [module for module in MODULES if re.search(r"^transformer_blocks\.0\.|_blocks\.37\.|^proj_out", module)]
+    )
     for module, rows in modulations.items():
         lora[f"transformer.{module}.lora_A.weight"] = torch.ones(2, WIDTH)
         lora[f"transformer.{module}.lora_B.weight"] = torch.ones(rows, 2)
@@ -233,7 +235,9 @@ def test_what_the_trainer_writes_is_converted(base, base_folder, triptych_folder
         if number is not None:
             layer = f"{'single' if kind.startswith('single') else 'double'}_blocks_{number}_{layer}"
         seen.add(f"lora_unet_{layer}")
-        down, up, alpha = (kohya[f"lora_unet_{layer}.{name}"] for name in ("lora_down.weight", "lora_up.weight", "alpha"))
+        down, up, alpha = (
+            kohya[f"lora_unet_{layer}.{name}"] for name in ("lora_down.weight", "lora_up.weight", "alpha")
+        )
         rows = slice(first * width, first * width + len(added))
         torch.testing.assert_close((alpha / down.shape[0] * up @ down)[rows], added)
     assert {key.split(".")[0] for key in kohya} == seen and len(seen) > 10

@@ -419,7 +419,9 @@ def test_a_resumed_run_has_its_own_rates(base_folder, triptych_folder, tmp_path,
     more += ["--resume_from_checkpoint", "latest", "--learning_rate", 1e-5, "--adam_weight_decay", 0.5]
     run(base_folder, out, "--max_train_steps", 4, *more, data=triptych_folder)
     # Half of the longer run's way down.
-    rates = [(pytest.approx(rate / 2), 0.5, name) for rate, name in ((1e-5, "lora"), (1e-5, "module"), (1e-4, "scale"))]
+    rates = [
+        (pytest.approx(rate / 2), 0.5, name) for rate, name in ((1e-5, "lora"), (1e-5, "module"), (1e-4, "scale"))
+    ]
     assert seen == [rates]
     assert whole_checkpoints(out) == [2, 4]
 
@@ -440,7 +442,9 @@ def test_what_a_checkpoint_does_not_fit_is_refused_before_a_model_is_loaded(
 ):
     monkeypatch.setattr(trainer, "load_encoders", None)
     more = ["--resume_from_checkpoint", "latest", *options.split()]
-    with pytest.raises(ValueError, match=f"checkpoint-1 was trained {before}, so that a run with {options} cannot go on"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint-1 was trained {before}, so that a run with {options} cannot go on"
+    ):
         run(base_folder, one_step, *more, data=triptych_folder)
 
 

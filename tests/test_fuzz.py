@@ -106,7 +106,9 @@ def check_rows(columns: dict[str, list], bad: set[int], args) -> None:
     """Rows of encoded pictures and captions are used, or those in `bad` are named."""
     texts, names = columns["text"], [name for name in columns if name != "text"]
     cells = {n: [None if data is None else {"bytes": data, "path": None} for data in columns[n]] for n in names}
-    features = datasets.Features(dict.fromkeys(names, datasets.Image(decode=False)) | {"text": datasets.Value("string")})
+    features = datasets.Features(
+        dict.fromkeys(names, datasets.Image(decode=False)) | {"text": datasets.Value("string")}
+    )
     table = datasets.Dataset.from_dict(cells | {"text": texts}, features=features)
     if bad:
         with pytest.raises(ValueError) as error:
@@ -132,7 +134,9 @@ NAMES = ("photo", "thermal", "map")
             # Sizes that are used are those of all three.
             st.one_of(
                 st.sampled_from([32, 32, 48]).map(lambda side: (encoded(PIL.Image.new("RGB", (side, side))), side)),
-                st.sampled_from([(data, 0) for data in (b"", None, bomb(), bomb(0, 32), encoded(draw_triptych(0))[:99])]),
+                st.sampled_from(
+                    [(data, 0) for data in (b"", None, bomb(), bomb(0, 32), encoded(draw_triptych(0))[:99])]
+                ),
             ),
             min_size=3,
             max_size=3,
@@ -144,7 +148,9 @@ NAMES = ("photo", "thermal", "map")
 def test_views_of_three_pictures_are_used_or_named(rows, base_folder):
     columns = {name: [row[i][0] for row in rows] for i, name in enumerate(NAMES)} | {"text": ["a"] * len(rows)}
     bad = {index for index, row in enumerate(rows) if len({side for _, side in row}) > 1 or row[0][1] == 0}
-    options = [word for pair in zip(("--visible_column", "--target_column", "--semantic_column"), NAMES) for word in pair]
+    options = [
+        word for pair in zip(("--visible_column", "--target_column", "--semantic_column"), NAMES) for word in pair
+    ]
     check_rows(columns, bad, arguments(base_folder, "unused", "--caption_column", "text", *options, data="unused"))
 
 
@@ -168,7 +174,11 @@ PICTURE = {"bytes": encoded(draw_triptych(0)), "path": None}
         ({"image": [None, None], "caption": ["a", "b"]}, [], "Pass --caption_column"),
         ({"image": [None, None], "text": ["a", "b"]}, ["--caption_column", "c"], "Column `c` is not in the data set"),
         ({"image": [None, None], "text": ["a", "b"]}, [], "row 1: ValueError: has no picture"),
-        ({"image": [PICTURE, PICTURE], "text": [["a"], ["b"]]}, [], "row 1: ValueError: has no caption in `text` (found"),
+        (
+            {"image": [PICTURE, PICTURE], "text": [["a"], ["b"]]},
+            [],
+            "row 1: ValueError: has no caption in `text` (found",
+        ),
         ({"image": [PICTURE, PICTURE], "text": [1, 2]}, [], "row 1: ValueError: has no caption in `text` (found 2)"),
         ({"image": [], "text": []}, [], "has to hold rows in parquet files, but"),
     ],

@@ -113,7 +113,9 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     more = (resume, one / "checkpoint-2", "--max_train_steps", 1000)
     onward, done, ranks = watch("onward", [[1, 5, kind]], *more)
     assert ", 0 to make" in done.stderr and "at step 2" in done.stderr and done.returncode != 0
-    (step,) = re.findall(rf"Stopped by {number} at step (\d+). Go on with --resume_from_checkpoint latest", done.stderr)
+    (step,) = re.findall(
+        rf"Stopped by {number} at step (\d+). Go on with --resume_from_checkpoint latest", done.stderr
+    )
     assert engine != "ddp" or step == "5"
     assert [len(rank["losses"]) for rank in ranks] == [2 * (int(step) - 2)] * 2
     last = list_checkpoints(onward)[-1]

@@ -467,7 +467,10 @@ def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, cap
     with caplog.at_level("INFO", "train_semantic_fill_lora"):
         run(base_folder, tmp_path, "--fast", "--max_train_steps", 1, data=triptych_folder)
     (message,) = [record.message for record in caplog.records if "--fast chose" in record.message]
-    assert "--base_precision bf16 --checkpointing none --no-compile --attention_backend native: cpu gains nothing" in message
+    assert (
+        "--base_precision bf16 --checkpointing none --no-compile --attention_backend native: cpu gains nothing"
+        in message
+    )
 
 
 # -- The recipe of the README -------------------------------------------------------------------------------------------

@@ -167,7 +167,9 @@ def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych
     # The pushed code is that of the two released files, and the card says which.
     assert pushed["pipeline.py"] == trainer.single_file_pipeline().encode()
     assert hashlib.sha256(pushed["pipeline.py"]).hexdigest() in pushed["README.md"].decode()
-    module, pipeline = ((ROOT / name).read_text() for name in ("semantic_attention.py", "pipeline_flux_fill_semantic.py"))
+    module, pipeline = (
+        (ROOT / name).read_text() for name in ("semantic_attention.py", "pipeline_flux_fill_semantic.py")
+    )
     # The module stands where the other file chooses how to import it, and nothing else is added or lacking.
     choice = pipeline[pipeline.index("if __package__:\n") : pipeline.index("# `save_pretrained` records")]
     assert choice.count("\n") == 7 and "SemanticAttentionModel = _semantic_attention.SemanticAttentionModel" in choice
