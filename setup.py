@@ -25,6 +25,7 @@ setup(
     ],
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
+        "benchmarks": ["basemap-data", "matplotlib", "resvg-py", "scikit-image", "torchmetrics"],
         "app": ["basemap-data", "gradio>=6"],
         "deepspeed": ["deepspeed"],
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
