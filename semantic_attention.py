@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 
-SEMANTIC_POSITIONS = ("none", "rope", "aligned")
+SEMANTIC_POSITIONS = ("none", "rope", "aligned", "direct")
 # Which of the transformer's input channels look the map up: the noisy latents x_t come first, then the picture channels
 # of x_cond.
 SEMANTIC_INJECTIONS = {"noise": 0, "condition": 1}
@@ -127,6 +127,40 @@ class SemanticCrossAttention(nn.Module):
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, aligned={self.aligned}"
 
 
+class SemanticProjection(nn.Module):
+    r"""
+    One gated layer that gives each image token the map's latents of its own place, `x + scale * Linear(s)`.
+
+    A norm would take from the tokens what makes a colour: their level. The linear map starts as the identity, so that an
+    opening gate shows the transformer the map as it shows it a picture.
+
+    Args:
+        channels (`int`, defaults to 64):
+            Channels of both token sequences.
+    """
+
+    # As `SemanticCrossAttention.aligned`: the own place has all attention.
+    aligned, num_heads = True, 1
+
+    def __init__(self, channels: int = 64):
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.scale = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        rotary_emb: None = None,
+        semantic_scale: float = 1.0,
+    ) -> torch.Tensor:
+        r"""As [`SemanticCrossAttention.forward`], with one semantic token for each image token and no positions."""
+        update = self.linear(semantic_tokens)
+        return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
+
+
 class SemanticAttentionModel(ModelMixin, ConfigMixin):
     r"""
     A stack of [`SemanticCrossAttention`] layers: the part of a trained semantic fill that stands beside its LoRA.
@@ -144,15 +178,16 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
             `"none"` compares contents only. `"rope"` rotates queries and keys by their row and their column within
             the panel (2-D rotary embedding, https://huggingface.co/papers/2104.09864, half of each head for either
             axis), which needs a `head_dim` that is a multiple of 4, and starts with each token looking at its own
-            place. `"aligned"` looks at the own place only: a layer has 16576 parameters.
+            place. `"aligned"` looks at the own place only: a layer has 16576 parameters. `"direct"` takes the latents of
+            the own place without norm, heads and attention ([`SemanticProjection`]): a layer has 4224.
         injection (`str`, defaults to `"noise"`):
             What [`~SemanticAttentionModel.enhance`] lets look the map up: `"noise"`, the noisy latents x_t, or
             `"condition"`, the picture channels of x_cond, which are empty where the model paints and the same at each
             timestep.
     """
 
-    _repeated_blocks = ["SemanticCrossAttention"]
-    _no_split_modules = ["SemanticCrossAttention"]
+    _repeated_blocks = ["SemanticCrossAttention", "SemanticProjection"]
+    _no_split_modules = ["SemanticCrossAttention", "SemanticProjection"]
 
     @register_to_config
     def __init__(
@@ -186,7 +221,9 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
             )
         self.pos_embed = None
         self.layers = nn.ModuleList(
-            SemanticCrossAttention(in_channels, num_heads, head_dim, aligned=position == "aligned")
+            SemanticProjection(in_channels)
+            if position == "direct"
+            else SemanticCrossAttention(in_channels, num_heads, head_dim, aligned=position == "aligned")
             for _ in range(num_layers)
         )
         if position == "rope":
@@ -209,9 +246,9 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
                 f" {semantic_tokens.shape[0]}."
             )
         tokens = hidden_states.shape[1]
-        if self.config.position == "aligned" and semantic_tokens.shape[1] != tokens:
+        if self.config.position in ("aligned", "direct") and semantic_tokens.shape[1] != tokens:
             raise ValueError(
-                f'With `position="aligned"`, `semantic_tokens` has to hold one token for each of the {tokens} image'
+                f'With `position="{self.config.position}"`, `semantic_tokens` has to hold one token for each of the {tokens} image'
                 f" tokens but holds {semantic_tokens.shape[1]}."
             )
         if self.pos_embed is None:

@@ -320,6 +320,7 @@ def _attends(args: argparse.Namespace) -> bool:
     return SEMANTIC_MODES[args.semantic_mode].attends
 
 
+HEAD_OPTIONS = ("semantic_num_heads", "semantic_head_dim")
 MODULE_OPTIONS = [f"semantic_{name}" for name in ("num_layers", "num_heads", "head_dim", "position", "injection")]
 CONTRADICTIONS = [
     Contradiction(
@@ -446,6 +447,15 @@ CONTRADICTIONS = [
             "no other takes it",
         )
         for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial"))
+    ),
+    *(
+        Contradiction(
+            name,
+            "--semantic_position direct",
+            lambda a: a.semantic_position == "direct",
+            "there are no heads where nothing is attended to",
+        )
+        for name in HEAD_OPTIONS
     ),
     Contradiction("cache_root", "--no-cache_latents", lambda a: not a.cache_latents, "nothing is kept"),
     *(
@@ -1876,8 +1886,7 @@ def announce(model: SemanticFillModel, args: argparse.Namespace) -> None:
     logger.info(f"Semantic mode: {args.semantic_mode}")
     module = model.semantic_attention
     if module is not None:
-        config = module.config
-        logger.info(f"Using Cross-Attention with {config.num_layers} layers, {config.num_heads} heads")
+        logger.info(f"Using Cross-Attention with {len(module.layers)} layers, {module.layers[0].num_heads} heads")
         count = sum(parameter.numel() for parameter in module.parameters())
         logger.info(f"Added {count} semantic cross-attention parameters to optimizer")
 

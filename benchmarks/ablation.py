@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SEQUENCE_LENGTH = 32
 
-# name -> (flags of the trainer, class in leads.py or None)
+DIRECT = "--semantic_position direct --semantic_injection condition"
+# name -> (flags of the trainer, class in leads.py or None). `--paint_scale` is the pipeline's `semantic_scale`.
 MAIN = {
     "none": ("--semantic_mode none", None),
     "pixel_fusion": ("--semantic_mode pixel_fusion", None),
@@ -51,6 +52,8 @@ MAIN = {
         "--semantic_position aligned --semantic_injection condition --semantic_num_layers 2",
         None,
     ),
+    "condition, direct": (DIRECT, None),
+    "condition, direct, painted at 1.25": (f"{DIRECT} --paint_scale 1.25", None),
 }
 ALIGNED, CONDITION = MAIN["aligned"][0], MAIN["condition, aligned"][0]
 LEADS = {
@@ -64,7 +67,6 @@ LEADS = {
     "condition and every 2nd block": (CONDITION, "InputAndBlocks"),
     "condition where painted": (CONDITION, "WherePainted"),
     "raw condition": (CONDITION, "RawTokens"),
-    "raw condition, everywhere": (CONDITION, "RawEverywhere"),
     "raw condition, by half": (CONDITION, "RawByHalf"),
     "raw condition, and over the noise": (CONDITION, "RawOverNoise"),
     "raw condition, and for the noise": (CONDITION, "RawForNoise"),
@@ -102,6 +104,7 @@ def trainer_args(task: str, variant: str, seed: int, args: argparse.Namespace) -
     steps = args.steps
     if "--max_train_steps x3" in flags:
         flags, steps = flags.replace("--max_train_steps x3", ""), 3 * steps
+    flags, _, paint_scale = flags.partition("--paint_scale")
     common = (
         f"--pretrained_model_name_or_path {base} --train_data_dir {folder / 'train'} --output_dir unused"
         f" --resolution {size} --max_sequence_length {MAX_SEQUENCE_LENGTH} --train_batch_size {args.batch_size}"
@@ -110,7 +113,9 @@ def trainer_args(task: str, variant: str, seed: int, args: argparse.Namespace) -
     )
     # Only the module has them.
     rates = "" if "--semantic_mode" in flags else "--semantic_learning_rate 3e-3 --semantic_scale_learning_rate 3e-2"
-    return trainer.parse_args(f"{common} {rates} {flags}".split()), lead
+    run = trainer.parse_args(f"{common} {rates} {flags}".split())
+    run.paint_scale = float(paint_scale or 1.0)
+    return run, lead
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -207,6 +212,7 @@ def paint(pipeline, model, run, views: list[dict], maps: list[torch.Tensor] | No
                 prompt=run.instance_prompt or views[0]["prompt"],
                 image=torch.stack([view["visible"] for view in batch]),
                 semantic_image=None if maps is None else torch.stack(maps[start : start + 32]),
+                semantic_scale=run.paint_scale,
                 num_inference_steps=args.num_inference_steps,
                 max_sequence_length=MAX_SEQUENCE_LENGTH,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],

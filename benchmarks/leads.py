@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from semantic_attention import SemanticAttentionModel
+from semantic_attention import SemanticAttentionModel, SemanticProjection
 
 
 class Lead(SemanticAttentionModel):
@@ -136,37 +136,18 @@ class WherePainted(Lead):
         return where_painted(hidden_states, super().enhance(hidden_states, *args, **kwargs))
 
 
-class RawLayer(nn.Module):
+class RawTokens(WherePainted):
     """The map's latents themselves, without a norm, through a linear map that starts as the identity."""
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.linear = nn.Linear(channels, channels)
-        nn.init.eye_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.scale = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, hidden_states, semantic_tokens, rotary_emb=None, semantic_scale=1.0):
-        return hidden_states + semantic_scale * self.scale * self.linear(semantic_tokens)
-
-
-class RawTokens(WherePainted):
     def attach(self, transformer):
-        self.layers = nn.ModuleList([RawLayer(self.config.in_channels)])
-
-
-class RawEverywhere(Lead):
-    """Raw latents in the whole condition, over the visible picture too."""
-
-    def attach(self, transformer):
-        self.layers = nn.ModuleList([RawLayer(self.config.in_channels)])
+        self.layers = nn.ModuleList([SemanticProjection(self.config.in_channels)])
 
 
 class RawByHalf(Lead):
     """Raw latents in the whole condition, by a linear map and a gate of its own where the mask is 1 and where it is 0."""
 
     def attach(self, transformer):
-        self.layers = nn.ModuleList(RawLayer(self.config.in_channels) for _ in range(2))
+        self.layers = nn.ModuleList(SemanticProjection(self.config.in_channels) for _ in range(2))
 
     def enhance(self, hidden_states, semantic_tokens, positions=None, semantic_scale=1.0):
         channels = self.config.in_channels
@@ -226,7 +207,7 @@ class RawDoor:
 
     def attach(self, transformer):
         super().attach(transformer)
-        self.layers = nn.ModuleList([RawLayer(self.config.in_channels)])
+        self.layers = nn.ModuleList([SemanticProjection(self.config.in_channels)])
 
     def enhance_input(self, hidden_states, *args):
         return where_painted(hidden_states, super().enhance_input(hidden_states, *args))

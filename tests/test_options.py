@@ -65,6 +65,8 @@ EXAMPLES = {
     ("lr_num_cycles", "a --lr_scheduler other than cosine_with_restarts"): "--lr_scheduler cosine --lr_num_cycles 2",
     ("lr_power", "a --lr_scheduler other than polynomial"): "--lr_power 2.0",
     ("cache_root", "--no-cache_latents"): "--no-cache_latents --cache_root c",
+    ("semantic_num_heads", "--semantic_position direct"): "--semantic_num_heads 4 --semantic_position direct",
+    ("semantic_head_dim", "--semantic_position direct"): "--semantic_head_dim 8 --semantic_position direct",
     ("num_validation_images", "without --validation_steps or --push_to_hub"): "--num_validation_images 1",
     ("validation_inference_steps", "without --validation_steps or --push_to_hub"): "--validation_inference_steps 1",
     ("validation_guidance_scale", "without --validation_steps or --push_to_hub"): "--validation_guidance_scale 1.0",

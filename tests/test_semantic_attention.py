@@ -35,6 +35,7 @@ def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32):
         ({"num_layers": 3}, 3 * 33088),
         ({"position": "rope"}, 33088),
         ({"position": "aligned"}, 2 * 64 * 128 + 128 + 64),
+        ({"position": "direct"}, 64 * 64 + 64 + 64),
     ],
 )
 def test_number_of_parameters(config, expected):
@@ -102,6 +103,30 @@ def test_rotary_attention_starts_at_the_own_place(rows, columns):
     assert (maps * own_place).sum(dim=-1).mean() > 0.8
     contents_only = torch.cat(list(SemanticAttentionModel().attention_maps(x_t, semantic_tokens, tokens=tokens)), 2)
     assert (contents_only * own_place).sum(dim=-1).mean() < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_direct_layers_add_the_latents_of_the_own_place(num_layers):
+    model = SemanticAttentionModel(num_layers=num_layers, position="direct").double()
+    x_t, semantic_tokens, _ = inputs(2, 3, torch.float64)
+    assert torch.equal(model(x_t, semantic_tokens), x_t)
+    for layer in model.layers:
+        layer.scale.fill_(0.5)
+    # The map itself, before anything is learnt but the gate.
+    torch.testing.assert_close(model(x_t, semantic_tokens), x_t + num_layers * 0.5 * semantic_tokens)
+
+    model = trained_like(num_layers=num_layers, position="direct").double()
+    expected = x_t
+    for layer in model.layers:
+        weights = dict(layer.named_parameters())
+        update = torch.einsum("btc,dc->btd", semantic_tokens, weights["linear.weight"]) + weights["linear.bias"]
+        expected = expected + 0.7 * weights["scale"] * update
+    torch.testing.assert_close(model(x_t, semantic_tokens, semantic_scale=0.7), expected, rtol=1e-12, atol=1e-12)
+    (maps,) = model.attention_maps(x_t, semantic_tokens)
+    assert torch.equal(maps, torch.eye(12).expand(2, 1, -1, -1))
+    with pytest.raises(ValueError, match='With `position="direct"`, `semantic_tokens` has to hold one token for each'):
+        model(x_t, semantic_tokens[:, :6])
 
 
 @torch.no_grad()
@@ -188,7 +213,10 @@ def test_attention_maps_equal_the_explicit_softmax(position, layer):
     torch.testing.assert_close(some, maps[:, :, [7, 1]])
 
 
-@pytest.mark.parametrize("position, injection", [("none", "noise"), ("rope", "condition"), ("aligned", "condition")])
+@pytest.mark.parametrize(
+    "position, injection",
+    [("none", "noise"), ("rope", "condition"), ("aligned", "condition"), ("direct", "condition")],
+)
 def test_save_and_load(tmp_path, position, injection):
     config = {"num_layers": 2, "num_heads": 4, "head_dim": 8, "position": position, "injection": injection}
     model = trained_like(**config)

@@ -169,7 +169,9 @@ def test_gradients_reach_lora_and_module_only(base_folder, triptych_folder, tmp_
     assert groups == ({"lora": 1e-4, "module": 1e-4, "scale": pytest.approx(1e-3)} if module else {"lora": 1e-4})
 
 
-@pytest.mark.parametrize("injection, position", [("noise", "none"), ("noise", "rope"), ("condition", "aligned")])
+@pytest.mark.parametrize(
+    "injection, position", [("noise", "none"), ("noise", "rope"), ("condition", "aligned"), ("condition", "direct")]
+)
 def test_trainer_and_pipeline_inject_the_same(
     base_folder, triptych_folder, tmp_path, monkeypatch, injection, position
 ):
