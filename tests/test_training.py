@@ -1,8 +1,11 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The way of a batch, against the independent reference, and what training does to the parameters."""
 
+import argparse
+import contextlib
 import json
 import logging
+import threading
 from pathlib import Path
 
 import datasets
@@ -475,3 +478,29 @@ def test_wrong_options_are_refused(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
         trainer.parse_args(["--pretrained_model_name_or_path", "unused", *options.split()])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_batches_are_made_ahead_in_a_thread_on_a_gpu():
+    made, errors = [], {3: ValueError("row 3")}
+
+    def prepare(samples):
+        made.append((samples, threading.current_thread()))
+        if samples in errors:
+            raise errors[samples]
+        return f"batch {samples}"
+
+    step = argparse.Namespace(stream=None, prepare=prepare)
+    batches = trainer.prepared_batches(step, iter(range(5)))
+    assert [next(batches), next(batches)] == ["batch 0", "batch 1"]
+    # Without a GPU nothing is made before it is needed.
+    assert made == [(0, threading.main_thread()), (1, threading.main_thread())]
+
+    made.clear()
+    step.stream = object()
+    with contextlib.closing(trainer.prepared_batches(step, iter(range(5)))) as batches:
+        assert [next(batches), next(batches), next(batches)] == ["batch 0", "batch 1", "batch 2"]
+        with pytest.raises(ValueError, match="row 3"):
+            next(batches)
+    assert [samples for samples, _ in made][:4] == [0, 1, 2, 3]
+    threads = {thread for _, thread in made}
+    assert len(threads) == 1 and threading.main_thread() not in threads and not threads.pop().is_alive()
