@@ -90,22 +90,32 @@ def panel_positions(rows: int, columns: int, num_panels: int, device: torch.devi
     return lay_under_panels(grid[None], rows, columns, num_panels)[0]
 
 
+def refuse_deep(picture: PIL.Image.Image) -> None:
+    """
+    Raises a `ValueError` where a picture has more than 8 bits a channel: which range of them is to be seen is not to be
+    guessed. Pillow has no mode for colours of 16 bits and cuts them short as it loads them; before, the file's tiles
+    tell.
+    """
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"has the mode {picture.mode}; 8 bits a channel are accepted")
+    if any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ())):
+        raise ValueError("has 16 bits a channel; 8 are accepted")
+
+
 def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """
     A picture in RGB as training and painting read it: CMYK, grey and palette pictures are converted, transparent places
     are laid over mid-grey.
 
     Raises:
-        `ValueError`: where it is empty or animated, or has more than 8 bits a channel: which range of them is to be
-            seen is not to be guessed.
+        `ValueError`: where it is empty or animated, or has more than 8 bits a channel.
     """
     if 0 in picture.size:
         raise ValueError(f"is {picture.width}x{picture.height} pixels")
     # A photograph in the format MPO only has further views of itself behind it.
     if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
         raise ValueError(f"is animated ({picture.n_frames} frames)")
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"has the mode {picture.mode}; 8 bits a channel are accepted")
+    refuse_deep(picture)
     if picture.has_transparency_data:
         ground = PIL.Image.new("RGBA", picture.size, (128, 128, 128, 255))
         picture = PIL.Image.alpha_composite(ground, picture.convert("RGBA"))

@@ -71,6 +71,7 @@ from pipeline_flux_fill_semantic import (
     FluxFillSemanticPipeline,
     lay_under_panels,
     panel_positions,
+    refuse_deep,
     to_rgb,
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
@@ -669,6 +670,7 @@ def decode_picture(data: bytes) -> PIL.Image.Image:
         # A picture made to explode in memory is an error, not a warning.
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         picture = PIL.Image.open(io.BytesIO(data))
+        refuse_deep(picture)
         # In place, which keeps what the file says of its frames.
         PIL.ImageOps.exif_transpose(picture, in_place=True)
         return to_rgb(picture)

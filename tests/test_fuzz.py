@@ -36,12 +36,15 @@ def encoded(picture: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
 
 def bomb(width: int = 60_000, height: int = 20_000) -> bytes:
     """The head of a PNG file, of a billion pixels at first, which would be small if they were all alike."""
+    return png(width, height, 8, 2, bytes(1000))
 
+
+def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> bytes:
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @st.composite
@@ -68,6 +71,10 @@ def bad_pictures(draw):
         frames = [draw_triptych(seed) for seed in range(2)]
         form = draw(st.sampled_from(["GIF", "PNG", "WEBP", "TIFF"]))
         return encoded(frames[0], form, save_all=True, append_images=frames[1:])
+    if kind == "16 bit" and draw(st.booleans()):
+        # Grey, RGB, grey with alpha, RGBA: Pillow writes only the first.
+        colour_type, channels = draw(st.sampled_from([(0, 1), (2, 3), (4, 2), (6, 4)]))
+        return png(96, 32, 16, colour_type, (b"\0" + bytes(96 * channels * 2)) * 32)
     if kind == "16 bit":
         return encoded(PIL.Image.new("I;16", (96, 32)), draw(st.sampled_from(["PNG", "TIFF"])))
     if kind == "float":
@@ -242,6 +249,7 @@ def pictures() -> st.SearchStrategy:
             lambda: PIL.Image.open(io.BytesIO(CUT)),
             lambda: PIL.Image.new("RGB", (0, 0)),
             lambda: PIL.Image.new("I;16", (32, 32)),
+            lambda: PIL.Image.open(io.BytesIO(png(32, 32, 16, 2, (b"\0" + bytes(32 * 6)) * 32))),
             lambda: PIL.Image.new("RGB", (33, 32)),
             lambda: np.zeros((32, 32, 3), np.complex64),
             lambda: np.full((32, 32, 3), 2.0),
