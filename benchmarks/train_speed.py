@@ -278,7 +278,7 @@ class Clock:
     def __init__(self, step, profile_from: int | None = None):
         self.step, self.profile_from, self.calls, self.profiles = step, profile_from, [], []
         # The host's events slow it down and so add idle time: a step without them, then one with.
-        self.kinds = [] if profile_from is None else [{"with_host": False}, {"with_host": True}]
+        self.with_host = [] if profile_from is None else [False, True]
 
     def __getattr__(self, name):
         return getattr(self.step, name)
@@ -286,8 +286,8 @@ class Clock:
     def loss(self, model, batch):
         if self.profile_from is not None and len(self.calls) >= self.profile_from:
             self.stop_profile()
-            if self.kinds:
-                self.profiles.append(make_profiler(**self.kinds.pop(0)))
+            if self.with_host:
+                self.profiles.append(make_profiler(self.with_host.pop(0)))
                 self.profiles[-1].start()
         # The host has just read the last step's loss, so the device is through with its passes.
         self.calls.append(time.perf_counter())
