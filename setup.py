@@ -18,6 +18,7 @@ setup(
         "base_precision",
         "training_engines",
         "evaluate_semantic_fill",
+        "lora_products",
         "pipeline_flux_fill_semantic",
         "semantic_attention",
         "train_semantic_fill_lora",

@@ -76,7 +76,7 @@ from pipeline_flux_fill_semantic import (
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
 from training_engines import Engine, find_engine
-from training_speed import CHECKPOINTING, choose_plan, memory_advice
+from training_speed import CHECKPOINTING, choose_plan, compiler_options, memory_advice
 
 
 if TYPE_CHECKING:
@@ -181,6 +181,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--lora_layers",
         help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer.",
+    )
+    add(
+        "--fused_lora",
+        action=boolean,
+        default=True,
+        help="LoRA products in the base's dtype, and with --compile one for all layers that read the same input."
+        " --no-fused_lora: PEFT's own layers.",
     )
     add("--lora_weights", help="Trained LoRA to start from: a folder or Hub repository.")
 
@@ -1287,8 +1294,9 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
         init_lora_weights="gaussian",
         target_modules=[target.strip() for target in targets],
     )
-    # PEFT's only way to a layer class of one's own; its forward is all that differs.
-    lora_config._register_custom_module(LORA_LAYERS)
+    if args.fused_lora:
+        # PEFT's only way to a layer class of one's own; its forward is all that differs.
+        lora_config._register_custom_module(LORA_LAYERS)
     transformer.add_adapter(lora_config)
     semantic_attention = None
     if SEMANTIC_MODES[args.semantic_mode].attends:
@@ -1312,7 +1320,7 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
     cast_training_params(model, dtype=torch.float32)
     CHECKPOINTING[args.checkpointing](transformer, preserve_rng_state=args.lora_dropout > 0)
     if args.compile:
-        transformer.compile_repeated_blocks()
+        transformer.compile_repeated_blocks(options=compiler_options(args.fused_lora))
     return model
 
 

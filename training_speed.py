@@ -27,14 +27,14 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
 }
-# A product over so short a sum takes no longer than reading its result: a LoRA's second one.
-SHORT_SUM = 128
+# A product with one side this short, a LoRA's rank, takes no longer than reading and writing the others.
+NARROW = 128
 
 
 def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """The policy of selective checkpointing: results of attention and of long matrix products are kept."""
     second = 2 if op is aten.addmm.default else 1
-    keep = op in ATTENTION or (op in PRODUCTS and args[second].shape[-2] > SHORT_SUM)
+    keep = op in ATTENTION or (op in PRODUCTS and args[second].shape[-2] > NARROW)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -77,6 +77,16 @@ CHECKPOINTING = {
     "selective": checkpoint_products,
     "full": checkpoint_blocks,
 }
+
+
+def compiler_options(fused_lora: bool) -> dict:
+    """`options` of `torch.compile` for the blocks."""
+    if not fused_lora:
+        return {}
+    # Here, since the compiler is slow to import.
+    from lora_products import JoinLoraProducts
+
+    return {"post_grad_custom_pre_pass": JoinLoraProducts()}
 
 
 # -- The choice of --fast ----------------------------------------------------------------------------------------------

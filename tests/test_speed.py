@@ -14,9 +14,13 @@ import torch.nn as nn
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from peft import LoraConfig
 from test_training import LORA_FILE, arguments, build, run, weights_of
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import base_precision
+import lora_products
 import training_speed
 from base_precision import LORA_LAYERS, PRECISIONS, FrozenLinear, FrozenLinearConfig, quantise_blocks
 from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, FluxFillSemanticPipeline
@@ -261,6 +265,78 @@ def test_lora_layer_computes_in_bf16_with_float32_weights(lora_pair):
     assert casts == [torch.float32]
 
 
+def joined_backend(calls):
+    """A backend that only joins products and notes how many each graph had before and has after."""
+
+    def compiler(module, _):
+        def count():
+            return len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default))
+
+        before = count()
+        lora_products.JoinLoraProducts()(module.graph)
+        module.graph.lint()
+        module.recompile()
+        calls.append((before, count()))
+        return make_boxed_func(module.forward)
+
+    # The partitioner of torch's own compiler, which finds what is computed twice.
+    return aot_autograd(
+        fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
+    )
+
+
+def test_joined_products_are_fewer_and_change_no_gradient(base_folder, triptych_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_products, "NARROW", 4)
+    expected, _ = gradients_with("none", base_folder, triptych_folder, tmp_path)
+    calls = []
+    got, _ = gradients_with("none", base_folder, triptych_folder, tmp_path, backend=joined_backend(calls))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+    # Forward: Q, K and V of either stream, and Q, K, V and the feed-forward of the single block go down as one. Backward:
+    # the same for the gradients of what they went down by, and of what they read where it has one: prompts have none.
+    saved = sorted(before - after for before, after in calls)
+    assert saved == [3, 4, 6, 6]
+
+
+def test_joined_products_leave_alone_what_needs_another():
+    """Narrow products of one factor where one needs the other's result, and a sum that is also used by itself."""
+    calls = []
+
+    def chained(x, a, b):
+        low = x @ a
+        return low, x @ (b * low.mean())
+
+    def shared(x, a, y, b):
+        first = x @ a
+        total = first + y @ b
+        return first, total, total.sum()
+
+    x, a, b = torch.randn(40, 40), torch.randn(40, 4), torch.randn(40, 4)
+    rows = torch.randn(40, 4), torch.randn(4, 40), torch.randn(40, 4), torch.randn(4, 40)
+    for function, inputs in ((chained, (x, a, b)), (shared, rows)):
+        compiled = torch.compile(function, backend=joined_backend(calls), fullgraph=True)
+        for got, expected in zip(compiled(*inputs), function(*inputs)):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert calls == [(2, 2), (2, 2)]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("options, joins", [((), True), (("--no-fused_lora",), False)])
+def test_fused_lora_chooses_layers_and_compiler_pass(
+    base_folder, triptych_folder, tmp_path, monkeypatch, options, joins
+):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **kwargs: compiled.append((type(module).__name__, kwargs)))
+    options = ("--compile", "--no-cache_latents", *options)
+    model = build(arguments(base_folder, tmp_path, *options, data=triptych_folder))[0]
+    assert {name for name, _ in compiled} == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    for _, kwargs in compiled:
+        passed = kwargs["options"].get("post_grad_custom_pre_pass")
+        assert isinstance(passed, lora_products.JoinLoraProducts) if joins else passed is None
+    layers = {type(module) for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)}
+    assert layers == {base_precision.MasterWeightLora if joins else peft.tuners.lora.Linear}
+
+
 # -- Checkpointing ------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +373,7 @@ def gradients_with(checkpointing, base_folder, data, out, backend=None):
 def test_checkpointing_changes_what_is_computed_again_and_no_gradient(
     base_folder, triptych_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training_speed, "SHORT_SUM", 4)
+    monkeypatch.setattr(training_speed, "NARROW", 4)
     results = {
         name: gradients_with(name, base_folder, triptych_folder, tmp_path) for name in training_speed.CHECKPOINTING
     }
