@@ -137,7 +137,7 @@ PLANS = [
     )
 ]
 # Kept bytes for each token, block and channel of the transformer's width, as measured at FLUX's shape
-# (benchmarks/RESULTS.md), compiled and eager. Of full checkpointing's, offloading takes the two of a block's inputs away.
+# (benchmarks/RESULTS.md), compiled and eager. Offloading takes away the two bytes of full's that are block inputs.
 KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1)}
 # What the compiler keeps beside that where products are in fp8 and nothing is computed again.
 FP8_KEPT_BYTES = 6.3
