@@ -220,7 +220,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--checkpointing",
         choices=list(CHECKPOINTING),
-        help="What backward computes again: nothing (default), all but matrix products and attention, or all.",
+        help="What backward computes again: nothing (default), all but matrix products and attention, or all; offload"
+        " is full with the blocks' inputs kept in the CPU's memory.",
     )
     add("--gradient_checkpointing", action="store_true", help="The same as --checkpointing full.")
     add("--dataloader_num_workers", type=int, default=0)

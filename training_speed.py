@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from base_precision import BLOCKS, PRECISIONS
@@ -72,10 +73,33 @@ def checkpoint_blocks(transformer: FluxTransformer2DModel, preserve_rng_state: b
     transformer.enable_gradient_checkpointing(around)
 
 
+def offload_blocks(transformer: FluxTransformer2DModel, preserve_rng_state: bool) -> None:
+    """Full checkpointing whose block inputs wait for the backward pass on the CPU."""
+
+    def around(block, hidden_states, encoder_hidden_states, *shared):
+        # Text tokens go too, however few: they are a view that would keep the whole of a block's output. The embeddings
+        # that all blocks share are not among the arguments, and so stay: they would be copied once a block.
+        def forward(hidden_states, encoder_hidden_states):
+            return block(hidden_states, encoder_hidden_states, *shared)
+
+        # Only pinned memory is copied without the host waiting.
+        with save_on_cpu(pin_memory=hidden_states.is_cuda):
+            return checkpoint(
+                forward,
+                hidden_states,
+                encoder_hidden_states,
+                use_reentrant=False,
+                preserve_rng_state=preserve_rng_state,
+            )
+
+    transformer.enable_gradient_checkpointing(around)
+
+
 CHECKPOINTING = {
     "none": lambda transformer, preserve_rng_state: None,
     "selective": checkpoint_products,
     "full": checkpoint_blocks,
+    "offload": offload_blocks,
 }
 
 
@@ -119,11 +143,12 @@ PLANS = [
         ("bf16", "full"),
         ("int8", "full"),
         ("nf4", "full"),
+        ("nf4", "offload"),
     )
 ]
 # Kept bytes for each token, block and channel of the transformer's width, as measured at FLUX's shape
-# (benchmarks/RESULTS.md), compiled and eager.
-KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1)}
+# (benchmarks/RESULTS.md), compiled and eager. Offloading takes away the two bytes of full's that are block inputs.
+KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1)}
 # What the compiler keeps beside that where products are in fp8 and nothing is computed again.
 FP8_KEPT_BYTES = 6.3
 # What the estimate leaves free: the CUDA context grows, and the allocator cannot use every gap.

@@ -34,6 +34,7 @@ LEVERS = {
     "8-bit Adam": ["--use_8bit_adam"],
     "selective checkpointing": ["--checkpointing=selective"],
     "full checkpointing": ["--checkpointing=full"],
+    "offload": ["--checkpointing=offload"],
     "compiled": ["--compile"],
     "fp8 compiled": ["--base_precision=fp8", "--compile"],
 }

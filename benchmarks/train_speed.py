@@ -385,9 +385,15 @@ def main() -> None:
             )
         ],
         "memory": [
-            (f"batch 1, {precision}, full checkpointing, compiled", bench.trainer, options, {"batch": 1})
-            for precision in ("bf16", "nf4", "int8", "fp8")
-            for options in [(*compiled, f"--base_precision={precision}", "--checkpointing=full", "--use_8bit_adam")]
+            (f"batch 1, {precision}, {name}, compiled", bench.trainer, options, {"batch": 1})
+            for checkpointing, name, precisions in (
+                ("full", "full checkpointing", ("bf16", "nf4", "int8", "fp8")),
+                ("offload", "offload", ("bf16", "nf4")),
+            )
+            for precision in precisions
+            for options in [
+                (*compiled, f"--base_precision={precision}", f"--checkpointing={checkpointing}", "--use_8bit_adam")
+            ]
         ],
         "attention": [
             (

@@ -303,7 +303,7 @@ def test_memory_advice_names_flags_that_exist_and_what_they_save(base_folder, tm
     assert float(flags["--base_precision nf4"]) == pytest.approx(11.8e9 * (16 - 4) / 8 / 2**30, rel=0.05)
     accepted = "--no-cache_latents", *" ".join(flags).split()
     assert arguments(tmp_path, "unused", *accepted, data="unused").train_batch_size == 1
-    everything = ["--checkpointing", "full", "--base_precision", "nf4", "--train_batch_size", 1, "--use_8bit_adam"]
+    everything = ["--checkpointing", "offload", "--base_precision", "nf4", "--train_batch_size", 1, "--use_8bit_adam"]
     assert "Every flag that saves memory is in use" in advice(*everything)
 
 

@@ -110,7 +110,7 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     # Either goes on from the other's checkpoint. A signal to one of them, or to the launcher, stops both after the same
     # step.
     resume, (kind, number) = "--resume_from_checkpoint", ("SIGTERM", 15) if engine == "ddp" else ("Ctrl-C", 2)
-    more = (resume, one / "checkpoint-2", "--max_train_steps", 1000)
+    more = (resume, one / "checkpoint-2", "--max_train_steps", 1000, "--checkpointing", "offload")
     onward, done, ranks = watch("onward", [[1, 5, kind]], *more)
     assert ", 0 to make" in done.stderr and "at step 2" in done.stderr and done.returncode != 0
     (step,) = re.findall(

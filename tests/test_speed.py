@@ -2,8 +2,10 @@
 """What makes training fast or small: precisions of the base, LoRA layers, checkpointing, prompt length, --fast."""
 
 import collections
+import contextlib
 import copy
 import json
+import re
 
 import accelerate
 import peft.tuners.lora
@@ -11,12 +13,15 @@ import pytest
 import safetensors
 import torch
 import torch.nn as nn
+from conftest import ROOT
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from peft import LoraConfig
 from test_training import LORA_FILE, arguments, build, run, weights_of
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.autograd.graph import save_on_cpu
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import base_precision
@@ -280,9 +285,7 @@ def joined_backend(calls):
         return make_boxed_func(module.forward)
 
     # The partitioner of torch's own compiler, which finds what is computed twice.
-    return aot_autograd(
-        fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
-    )
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
 
 
 def test_joined_products_are_fewer_and_change_no_gradient(base_folder, triptych_folder, tmp_path, monkeypatch):
@@ -326,7 +329,9 @@ def test_fused_lora_chooses_layers_and_compiler_pass(
     base_folder, triptych_folder, tmp_path, monkeypatch, options, joins
 ):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **kwargs: compiled.append((type(module).__name__, kwargs)))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **kwargs: compiled.append((type(module).__name__, kwargs))
+    )
     options = ("--compile", "--no-cache_latents", *options)
     model = build(arguments(base_folder, tmp_path, *options, data=triptych_folder))[0]
     assert {name for name, _ in compiled} == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
@@ -354,8 +359,8 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gradients_with(checkpointing, base_folder, data, out, backend=None):
-    args = arguments(base_folder, out, "--checkpointing", checkpointing, "--no-cache_latents", data=data)
+def gradients_with(checkpointing, base_folder, data, out, *more, backend=None, watch=None):
+    args = arguments(base_folder, out, "--checkpointing", checkpointing, "--no-cache_latents", *more, data=data)
     model, step, samples = build(args)
     if backend:
         for blocks in base_precision.BLOCKS:
@@ -364,8 +369,12 @@ def gradients_with(checkpointing, base_folder, data, out, backend=None):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    before_backward = watch(model.transformer) if watch else lambda: None
+    torch.manual_seed(0)
     loss = step(model, samples)
-    with CountProducts() as count:
+    before_backward()
+    # Under such a mode compiled blocks would be computed again eagerly, and keep other tensors than they did.
+    with contextlib.nullcontext() if backend else CountProducts() as count:
         loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, count
 
@@ -381,16 +390,68 @@ def test_checkpointing_changes_what_is_computed_again_and_no_gradient(
     for name, (gradients, _) in results.items():
         assert all(torch.equal(gradients[n], expected[n]) for n in expected), name
     # Two blocks: one attention each, 6 + 2 + 4 and 5 LoRA layers whose base products are long, and the modulations.
-    assert results["full"][1].attentions == 2 and results["full"][1].products - without.products >= 17
+    for name in ("full", "offload"):
+        assert results[name][1].attentions == 2 and results[name][1].products - without.products >= 17
     assert results["selective"][1].attentions == 0
     assert results["selective"][1].products == without.products
 
 
-def test_selective_checkpointing_inside_compiled_blocks(base_folder, triptych_folder, tmp_path):
+@pytest.mark.parametrize("checkpointing", ["selective", "full", "offload"])
+def test_checkpointing_with_compiled_blocks(base_folder, triptych_folder, tmp_path, checkpointing):
     expected, _ = gradients_with("none", base_folder, triptych_folder, tmp_path)
-    got, _ = gradients_with("selective", base_folder, triptych_folder, tmp_path, backend="aot_eager")
+    got, _ = gradients_with(checkpointing, base_folder, triptych_folder, tmp_path, backend="aot_eager")
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full", "offload"])
+def test_dropout_is_drawn_again_as_it_was(base_folder, triptych_folder, tmp_path, checkpointing):
+    more = (base_folder, triptych_folder, tmp_path, "--lora_dropout", 0.5)
+    expected, _ = gradients_with("none", *more)
+    got, _ = gradients_with(checkpointing, *more)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("checkpointing", ["full", "offload"])
+def test_offload_leaves_no_block_input_on_the_device(
+    base_folder, triptych_folder, tmp_path, monkeypatch, checkpointing, backend
+):
+    """Here the device is a CPU too: the hooks are made to copy, as they do from a GPU, and what is left is counted."""
+    pinned, inputs, copied = [], [], []
+
+    class Save(save_on_cpu):
+        def __init__(self, pin_memory):
+            pinned.append(pin_memory)
+            super().__init__(pin_memory=True)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: copied.append(tensor.shape) or pack(tensor)
+
+    def watch(transformer):
+        around = transformer._gradient_checkpointing_func
+
+        def noted(block, *args):
+            inputs.extend((tokens.shape, StorageWeakRef(tokens.untyped_storage())) for tokens in args[:2])
+            return around(block, *args)
+
+        transformer._gradient_checkpointing_func = noted
+
+        def before_backward():
+            left = sum(not storage.expired() for _, storage in inputs)
+            # Text and image tokens of two blocks.
+            assert len(inputs) == 4 and left == (0 if checkpointing == "offload" else 4)
+
+        return before_backward
+
+    expected, _ = gradients_with("none", base_folder, triptych_folder, tmp_path)
+    monkeypatch.setattr(training_speed, "save_on_cpu", Save)
+    more = {"backend": backend, "watch": watch}
+    got, _ = gradients_with(checkpointing, base_folder, triptych_folder, tmp_path, **more)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
+    # Nothing else is copied: the embeddings are the same for all blocks. Only a GPU takes from pinned memory.
+    tokens = [shape for shape, _ in inputs] if checkpointing == "offload" else []
+    assert sorted(shape for shape in copied if shape.numel()) == sorted(tokens) and not any(pinned)
 
 
 def test_gradient_checkpointing_is_full(base_folder):
@@ -491,8 +552,9 @@ def test_fast_takes_what_fits(gpu):
     assert gpu(78)[0] == Plan("fp8", "none", True)
     assert gpu(22, batch=1)[0] == Plan("fp8", "full", True)
     assert gpu(12, batch=1)[0] == Plan("nf4", "full", True)
+    assert gpu(9.5, batch=1)[0] == Plan("nf4", "offload", True)
     plan, reason = gpu(4, batch=1)
-    assert plan == Plan("nf4", "full", True) and "nothing fits" in reason
+    assert plan == Plan("nf4", "offload", True) and "nothing fits" in reason
     # An older GPU multiplies no fp8, and its attention is not tried.
     plan, reason = gpu(139, capability=(8, 0), cudnn=True)
     assert plan == Plan("bf16", "none", True) and "no fp8 products" in reason
@@ -537,6 +599,20 @@ def test_estimate_agrees_with_what_was_measured(gpu, tmp_path, plan, tokens, gib
         transformer = FluxTransformer2DModel.from_config(FLUX_FILL)
     estimate = training_speed.estimate_peak(plan, transformer, tokens, args) / 2**30
     assert estimate == pytest.approx(gibibytes, rel=0.08)
+
+
+def test_what_the_readme_says_of_cards_is_the_estimate(gpu, tmp_path):
+    table = re.findall(
+        r"^\| (\d+)[^|]* \| (\d) \| `([^`]*)`[^|]* \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert [int(card) for card, *_ in table] == [8, 12, 16, 24, 48, 80]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(FLUX_FILL)
+    for _, batch, flags, gibibytes in table:
+        args = arguments(tmp_path, "out", "--rank", 16, "--train_data_dir", "d", *flags.split())
+        plan = Plan(args.base_precision, args.checkpointing, args.compile)
+        estimate = training_speed.estimate_peak(plan, transformer, int(batch) * 2560, args) / 2**30
+        assert f"{estimate:.1f}" == gibibytes, flags
 
 
 def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, caplog):
