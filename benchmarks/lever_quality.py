@@ -17,16 +17,17 @@ import traceback
 from pathlib import Path
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from flux_shape import ROOT, Report, describe, free
 from train_speed import fresh_accelerator
 
 import train_semantic_fill_lora as trainer
-from base_precision import LORA_LAYERS
 
 
 LEVERS = {
     "reference": [],
-    "peft's LoRA layers": [],
+    "peft's LoRA layers": ["--no-fused_lora"],
+    "cuDNN's attention": ["--attention_backend=_native_cudnn"],
     "fp8": ["--base_precision=fp8"],
     "int8": ["--base_precision=int8"],
     "nf4": ["--base_precision=nf4"],
@@ -36,7 +37,9 @@ LEVERS = {
     "full checkpointing": ["--checkpointing=full"],
     "offload": ["--checkpointing=offload"],
     "compiled": ["--compile"],
+    "compiled, peft's LoRA layers": ["--compile", "--no-fused_lora"],
     "fp8 compiled": ["--base_precision=fp8", "--compile"],
+    "fp8x2 compiled": ["--base_precision=fp8x2", "--compile"],
 }
 
 
@@ -83,14 +86,8 @@ def run(lever: str, seed: int, rows: list, folder: str, bench: argparse.Namespac
         args.max_sequence_length = trainer.longest_prompt(pipeline.tokenizer_2, dataset)
     encoder = trainer.Encoder(pipeline, dataset, args)
     encoder.fill_cache(accelerator)
-    layers = dict(LORA_LAYERS)
-    if lever == "peft's LoRA layers":
-        LORA_LAYERS.clear()
-    try:
-        trainer.set_seed(seed)
-        model = trainer.build_model(args, device, dtype)
-    finally:
-        LORA_LAYERS.update(layers)
+    trainer.set_seed(seed)
+    model = trainer.build_model(args, device, dtype)
     optimizer = trainer.build_optimizer(trainer.parameter_groups(model, args), args)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
@@ -132,7 +129,9 @@ def main() -> None:
                 free(device)
                 torch._dynamo.reset()
                 try:
-                    losses[seed] = run(name, seed, rows, folder, args)
+                    # A lever that chooses another one leaves it to the process.
+                    with attention_backend("native"):
+                        losses[seed] = run(name, seed, rows, folder, args)
                 except Exception as error:
                     traceback.print_exc()
                     report.add(lever=name, result=f"{type(error).__name__}: {str(error)[:200]}")

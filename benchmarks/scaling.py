@@ -4,13 +4,14 @@
     python benchmarks/scaling.py --gpus 2 4 8 --engines ddp fsdp2 --output scaling.json
 
 Each number of GPUs is measured against one GPU that takes the same samples a step by accumulation: samples a second
-after --warm_up steps, the share of N times one GPU's, the peak memory of a GPU from the model's build on, and how far
-the losses of all steps are apart. Weights are random, drawn on the GPU from one seed, and pictures are noise; all else
+after --warm_up steps, the share of N times one GPU's, the memory of a GPU (its peak from the model's build on, and what
+stays between two steps), and how far the losses of all steps are apart. Weights are random, drawn on the GPU from one seed, and pictures are noise; all else
 is a user's run with cached encodings. On a machine without GPUs the processes talk by gloo (take --shape test).
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -66,13 +67,15 @@ def work(args: argparse.Namespace) -> None:
     import train_semantic_fill_lora as trainer
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    figures = {"times": [], "losses": []}
+    figures = {"times": [], "losses": [], "resident_gib": math.nan}
 
     class Recorder(trainer.Accelerator):
         def log(self, values, step=None, **kwargs):
             # The loss was just read, so the GPU is through with the step's passes.
             figures["times"].append(time.perf_counter())
             figures["losses"].append(values["loss"])
+            if device is not None:
+                figures["resident_gib"] = torch.cuda.memory_allocated(device) / 2**30
 
     def load_rows(options):
         options.caption_column = "text"
@@ -150,6 +153,7 @@ def launch(
     return {
         "samples/s": samples * (args.steps - args.warm_up) / (times[-1] - times[args.warm_up - 1]),
         "peak GiB a GPU": max(rank["peak_gib"] for rank in ranks),
+        "resident GiB a GPU": max(rank["resident_gib"] for rank in ranks),
         "losses": ranks[0]["losses"],
         "minutes": (time.perf_counter() - started) / 60,
     }
@@ -183,7 +187,8 @@ def main(args: argparse.Namespace) -> None:
                 elif reference is not None:
                     apart = [abs(a - b) / abs(b) for a, b in zip(curve, reference["losses"], strict=True)]
                     result["efficiency"] = result["samples/s"] / (gpus * reference["samples/s"])
-                    result["memory share"] = result["peak GiB a GPU"] / reference["peak GiB a GPU"]
+                    for kind in ("peak", "resident"):
+                        result[f"{kind} share"] = result[f"{kind} GiB a GPU"] / reference[f"{kind} GiB a GPU"]
                     row |= {"losses apart, mean": sum(apart) / len(apart), "losses apart, most": max(apart)}
                 report.add(**row, **result)
     print(report.table())

@@ -25,15 +25,25 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers.models.attention_dispatch import attention_backend
 from flux_shape import Report, build_encoders, build_transformer, describe, free, peak_gib, synchronise
 from peft import LoraConfig
 
 import train_semantic_fill_lora as trainer
-from base_precision import LORA_LAYERS
 from training_speed import choose_plan
 
 
 CAPTION = "a thermal photograph of a street at night, the warm parts bright"
+# What makes a step fast: name, the option that turns it on where all others are off, and off where they are on.
+LEVERS = [
+    ("cached encodings", "--cache_latents", "--no-cache_latents"),
+    ("LoRA layers", "--fused_lora", "--no-fused_lora"),
+    ("less checkpointing", "--checkpointing=selective", "--checkpointing=full"),
+    ("fp8", "--base_precision=fp8", "--base_precision=bf16"),
+    ("compile", "--compile", "--no-compile"),
+    ("cuDNN's attention", "--attention_backend=_native_cudnn", "--attention_backend=native"),
+    ("prompts as long as the data's", "--max_sequence_length=auto", "--max_sequence_length=512"),
+]
 KINDS = {
     "attention": ("flash", "fmha", "attention", "attn"),
     "GEMM": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "_mm", "matmul"),
@@ -79,11 +89,12 @@ class Bench:
         self.flops, self.compiled = {}, None
         self.report.note(gemm_tflops=self.gemm_peak / 1e12)
 
-    def floor(self, text_tokens: int) -> float:
+    def floor(self, image_tokens: int, text_tokens: int) -> float:
         """Seconds a sample: the base's products forward and, for the input's gradient, once more, at the bf16 peak."""
-        if text_tokens not in self.flops:
-            self.flops[text_tokens] = flux_shape.forward_flops(self.args.shape, self.image_tokens, text_tokens)
-        return 2 * self.flops[text_tokens] / self.gemm_peak
+        tokens = image_tokens, text_tokens
+        if tokens not in self.flops:
+            self.flops[tokens] = flux_shape.forward_flops(self.args.shape, *tokens)
+        return 2 * self.flops[tokens] / self.gemm_peak
 
     def time_left(self) -> float:
         return self.args.minutes * 60 - (time.perf_counter() - self.start)
@@ -96,7 +107,9 @@ class Bench:
         free(self.device)
         start = time.perf_counter()
         try:
-            result = measure(*args, **kwargs)
+            # A row that chooses another one leaves it to the process.
+            with attention_backend("native"):
+                result = measure(*args, **kwargs)
         except torch.OutOfMemoryError:
             result = {"result": f"out of memory beyond {peak_gib(self.device):.1f} GiB"}
         except Exception as error:
@@ -105,16 +118,18 @@ class Bench:
         self.report.add(row=name, **result, minutes=(time.perf_counter() - start) / 60)
         return result
 
-    def figures(self, seconds: list[float], batch: int, text_tokens: int, **more) -> dict:
+    def figures(self, seconds: list[float], batch: int, image_tokens: int, text_tokens: int, **more) -> dict:
         second = statistics.median(seconds)
         spread = (max(seconds) - min(seconds)) / second
-        floor = self.floor(text_tokens) * batch / second
+        floor = self.floor(image_tokens, text_tokens) * batch / second
         return {
             "samples/s": batch / second,
             "ms/step": 1e3 * second,
             "spread": spread,
             "peak GiB": peak_gib(self.device),
             "of bf16 floor": floor,
+            "image tokens": image_tokens,
+            "text tokens": text_tokens,
         } | more
 
     # -- The peer -------------------------------------------------------------------------------------------------------
@@ -172,7 +187,9 @@ class Bench:
             return time.perf_counter() - start
 
         seconds = [step() for _ in range(args.warm_up - 1 + args.steps)][args.warm_up - 1 :]
-        result = self.figures(seconds, batch, 512, **{"encoding ms": 1e3 * statistics.median(encoding)})
+        result = self.figures(
+            seconds, batch, self.image_tokens, 512, **{"encoding ms": 1e3 * statistics.median(encoding)}
+        )
         if profile:
             self.profile("peer", step)
         return result
@@ -193,7 +210,7 @@ class Bench:
         }
         return trainer.parse_args([*(f"--{name}={value}" for name, value in fixed.items()), *more])
 
-    def trainer(self, *more, batch: int | None = None, peft_layers: bool = False, profile: str | None = None) -> dict:
+    def trainer(self, *more, batch: int | None = None, profile: str | None = None) -> dict:
         device, dtype = self.device, self.dtype
         args = self.options(*more, batch=batch)
         args.caption_column = "text"
@@ -203,7 +220,8 @@ class Bench:
         if args.max_sequence_length == "auto":
             args.max_sequence_length = trainer.longest_prompt(pipeline.tokenizer_2, dataset)
         encoder = trainer.Encoder(pipeline, dataset, args)
-        notes = {"text tokens": args.max_sequence_length}
+        image_tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
+        notes = {}
         if args.cache_latents:
             pipeline.enable_model_cpu_offload(device=device)
             free(device)
@@ -214,27 +232,20 @@ class Bench:
             pipeline.text_encoder = pipeline.text_encoder_2 = None
         free(device)
         if args.fast:
-            tokens = self.image_tokens + args.max_sequence_length
-            plan, reason = choose_plan(args, tokens, device, dtype)
+            plan, reason = choose_plan(args, image_tokens + args.max_sequence_length, device, dtype)
             vars(args).update(vars(plan))
             self.report.note(fast=f"{plan}: {reason}")
         # Shapes that change would make the compiler go over to dynamic ones, which no run has.
-        if (compiled := (str(args), peft_layers)) != self.compiled:
+        if (compiled := str(args)) != self.compiled:
             torch._dynamo.reset()
             self.compiled = compiled
         notes["flags"] = f"{args.base_precision} {args.checkpointing}{' compile' if args.compile else ''}"
-        layers = dict(LORA_LAYERS)
-        if peft_layers:
-            LORA_LAYERS.clear()
-        try:
-            transformer = build_transformer(self.args.shape, args.base_precision, device, dtype)
-            model = trainer.add_trained_parts(transformer, args)
-        finally:
-            LORA_LAYERS.update(layers)
+        transformer = build_transformer(self.args.shape, args.base_precision, device, dtype)
+        model = trainer.add_trained_parts(transformer, args)
         notes["loading GiB"] = peak_gib(device)
         optimizer = trainer.build_optimizer(trainer.parameter_groups(model, args), args)
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        shift = trainer.timestep_shift_factor(args, pipeline.scheduler, self.image_tokens)
+        shift = trainer.timestep_shift_factor(args, pipeline.scheduler, image_tokens)
         step = trainer.Step(encoder, args, device, dtype, shift, model.transformer.config.guidance_embeds)
         model, optimizer = accelerator.prepare(model, optimizer)
         profiled = 2 if profile and device.type == "cuda" else 0
@@ -242,7 +253,7 @@ class Bench:
         clock = Clock(step, profile_from=self.args.warm_up + self.args.steps + 1 if profiled else None)
         trainer.train(accelerator, model, optimizer, scheduler, clock, dataset, 0, 0, args)
         seconds = clock.seconds(self.args.warm_up, self.args.steps)
-        result = self.figures(seconds, args.train_batch_size, args.max_sequence_length, **notes)
+        result = self.figures(seconds, args.train_batch_size, image_tokens, args.max_sequence_length, **notes)
         if profiled:
             clock.stop_profile()
             self.report.note(**{f"profile {profile}": breakdown(*clock.profiles, self.args.rank)})
@@ -370,6 +381,7 @@ def main() -> None:
     bench = Bench(args)
     same_tokens = "--max_sequence_length=512"
     compiled = ("--compile", same_tokens)
+    none = ["--checkpointing=full", same_tokens, "--no-cache_latents", "--no-fused_lora"]
     groups = {
         "speed": [
             row
@@ -405,35 +417,23 @@ def main() -> None:
             for backend in ("native", "_flash_3", "flash")
         ],
         "levers": [
-            ("--fast (prompts as long as the data's)", bench.fast, [], {}),
-            ("all but fp8", bench.trainer, [*compiled, "--checkpointing=none"], {}),
-            ("all but fp8, selective", bench.trainer, [*compiled, "--checkpointing=selective"], {}),
-            (
-                "fp8x2, compiled, selective",
-                bench.trainer,
-                [*compiled, "--base_precision=fp8x2", "--checkpointing=selective"],
-                {},
+            ("none of the levers", bench.trainer, none, {}),
+            *((f"{name} alone", bench.trainer, [*none, on], {}) for name, on, _ in LEVERS),
+            ("all levers (--fast)", bench.fast, [], {"profile": "all levers"}),
+            *(
+                (f"all but {name}", bench.fast, [same_tokens, off], {})
+                for name, _, off in LEVERS
+                if off != same_tokens
             ),
-            (
-                "fp8, compiled, selective",
-                bench.trainer,
-                [*compiled, "--base_precision=fp8", "--checkpointing=selective"],
-                {},
-            ),
-            ("all but the LoRA layers", bench.fast, [same_tokens], {"peft_layers": True}),
-            ("cached encodings alone", bench.trainer, ["--checkpointing=full", same_tokens], {"peft_layers": True}),
-            ("all but cached encodings", bench.fast, [same_tokens, "--no-cache_latents"], {}),
-            ("LoRA layers and cache", bench.trainer, ["--checkpointing=full", same_tokens], {}),
-            ("selective and cache, eager", bench.trainer, ["--checkpointing=selective", same_tokens], {}),
-            ("fp8 and cache, eager", bench.trainer, ["--base_precision=fp8", "--checkpointing=full", same_tokens], {}),
-            ("compile and cache", bench.trainer, [*compiled, "--checkpointing=full"], {}),
-            ("all but compile", bench.fast, ["--no-compile", same_tokens], {}),
-            (
-                "prompts of the data and cache, eager",
-                bench.trainer,
-                ["--checkpointing=full", "--max_sequence_length=auto"],
-                {},
-            ),
+        ],
+        "modes": [
+            (f"--fast, {options}", bench.fast, [same_tokens, *options.split()], {})
+            for options in (
+                "--semantic_mode none",
+                "--semantic_position direct --semantic_injection condition",
+                "--semantic_position rope --semantic_injection condition",
+                "--semantic_mode in_context",
+            )
         ],
     }
     for group in args.rows.split(","):

@@ -22,7 +22,7 @@ def test_figures_add_up(tmp_path):
     assert (one["engine"], one["GPUs"], two["engine"], two["GPUs"]) == ("one_gpu", 1, "fsdp2", 2)
     assert one["samples a step"] == two["samples a step"] == 2
     assert two["efficiency"] == pytest.approx(two["samples/s"] / (2 * one["samples/s"]))
-    assert two["memory share"] == pytest.approx(two["peak GiB a GPU"] / one["peak GiB a GPU"])
+    assert two["peak share"] == pytest.approx(two["peak GiB a GPU"] / one["peak GiB a GPU"])
     losses = report["losses"]
     assert list(losses) == ["one_gpu 1x1x2", "fsdp2 2x1x1"]
     assert len(set(losses["one_gpu 1x1x2"])) == 5
