@@ -9,23 +9,29 @@
 
 Each cell (task, variant, seed) trains with the trainer's own functions and paints held-out pictures with the right map,
 with another picture's and with none. Cells are shared out over `--jobs` processes; time a step and peak memory are
-measured afterwards, one variant at a time.
+measured afterwards, one variant at a time. `--figures FOLDER` draws learning curves, what the map is worth, and where
+painted places look in it.
 """
 
 import argparse
 import functools
+import io
 import itertools
 import json
 import logging
 import multiprocessing
 import os
 import random
+import re
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 from tqdm.auto import tqdm
 
@@ -82,6 +88,21 @@ LEADS = {
     "condition, 3 x the steps": (f"{CONDITION} --max_train_steps x3", None),
     "in_context, 3 x the steps": ("--semantic_mode in_context --max_train_steps x3", None),
 }
+# Those that --figures compares, each with a colour of its own in every panel.
+COMPARED = (
+    "none",
+    "pixel_fusion",
+    "in_context",
+    "cross_attention",
+    "cross_attention, rope",
+    "condition, rope",
+    "condition, aligned",
+    "condition, direct",
+)
+# Rows and columns of the attention figure. The others look at their own place alone, or leave no weights to show.
+ATTENDING = ("cross_attention", "cross_attention, rope", "condition, contents only", "condition, rope")
+ATTENDED_PLACES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75}
+ATTENTION_COLUMNS = ("visible", "map", "painted", "target", *(f"attention at {name}" for name in ATTENDED_PLACES))
 
 
 @functools.cache
@@ -194,8 +215,7 @@ def build(task: str, variant: str, seed: int, args: argparse.Namespace):
     return run, model, pipeline, train_step, tokens, sum(p.numel() for p in parameters)
 
 
-@torch.no_grad()
-def paint(pipeline, model, run, views: list[dict], maps: list[torch.Tensor] | None, args) -> torch.Tensor:
+def make_painter(pipeline, model, run):
     from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 
     painter = FluxFillSemanticPipeline(
@@ -204,6 +224,12 @@ def paint(pipeline, model, run, views: list[dict], maps: list[torch.Tensor] | No
         fusion_alpha=run.fusion_alpha,
     )
     painter.set_progress_bar_config(disable=True)
+    return painter
+
+
+@torch.no_grad()
+def paint(pipeline, model, run, views: list[dict], maps: list[torch.Tensor] | None, args) -> torch.Tensor:
+    painter = make_painter(pipeline, model, run)
     painted = []
     for start in range(0, len(views), 32):
         batch = views[start : start + 32]
@@ -220,6 +246,49 @@ def paint(pipeline, model, run, views: list[dict], maps: list[torch.Tensor] | No
             ).images.float()
         )
     return torch.cat(painted).clamp(0, 1).cpu()
+
+
+def draw_attention_row(pipeline, model, run, views: list[dict], args) -> PIL.Image.Image:
+    """
+    ATTENTION_COLUMNS side by side, for the held-out picture with the most varied map, half-way through denoising. A
+    heat map is brightest at its largest weight, so that weight is written on it.
+    """
+    view = max(views, key=lambda view: view["semantic"].std(dim=(1, 2)).sum().item())
+    height, width = view["visible"].shape[-2:]
+    # The middles of tokens, which are what attends.
+    points = [(int(at * width) // 16 * 16 + 8, int(at * height) // 16 * 16 + 8) for at in ATTENDED_PLACES.values()]
+    seen = make_painter(pipeline, model, run).semantic_attention_maps(
+        prompt=run.instance_prompt or view["prompt"],
+        image=view["visible"][None],
+        semantic_image=view["semantic"][None],
+        semantic_scale=run.paint_scale,
+        num_inference_steps=args.num_inference_steps,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        generator=[torch.Generator().manual_seed(0)],
+        points=points,
+        steps=[args.num_inference_steps // 2],
+    )
+
+    def enlarge(picture) -> PIL.Image.Image:
+        if torch.is_tensor(picture):
+            picture = PIL.Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
+        return picture.resize((2 * width, 2 * height), PIL.Image.Resampling.NEAREST)
+
+    tiles = [enlarge(x) for x in (view["visible"], view["semantic"], seen.images[0], view["target"])]
+    font = PIL.ImageFont.load_default(height // 5)
+    for index in range(len(points)):
+        tile = seen.overlay(tiles[1], point=index)
+        label = f"max {seen.maps[0, 0, index].max():.0%}"
+        PIL.ImageDraw.Draw(tile).text((4, 0), label, "white", font, stroke_width=2, stroke_fill="black")
+        tiles.append(tile)
+    row = PIL.Image.new("RGB", (len(tiles) * tiles[0].width, tiles[0].height))
+    for index, tile in enumerate(tiles):
+        row.paste(tile, (index * tile.width, 0))
+    return row
+
+
+def attention_row_path(folder: Path, task: str, variant: str) -> Path:
+    return folder / f"attention-{task}-{re.sub(r'[^a-z0-9_]+', '-', variant)}.png"
 
 
 def figures(painted: torch.Tensor, target: torch.Tensor, label) -> dict[str, float]:
@@ -261,6 +330,11 @@ def run_cell(task: str, variant: str, seed: int, args: argparse.Namespace) -> di
     row["loss"] = float(np.mean(losses[-len(losses) // 4 :]))
     row["curve"] = np.array(losses[: len(losses) // window * window]).reshape(-1, window).mean(1).round(4).tolist()
     row["seconds"] = seconds
+
+    weighs = SEMANTIC_MODES[run.semantic_mode].attends and run.semantic_position in ("none", "rope")
+    if args.figures is not None and seed == 0 and weighs and (MAIN | LEADS)[variant][1] is None:
+        picture = draw_attention_row(pipeline, model, run, views, args)
+        picture.save(attention_row_path(args.figures, task, variant))
     return row
 
 
@@ -354,6 +428,100 @@ def table(rows: list[dict], costs: list[dict], task: str) -> str:
     return "\n".join(lines)
 
 
+def learning_curves(rows: list[dict], task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """
+    Steps `(points,)` and losses `(seeds, points)` of those of COMPARED that ran, a point being the mean over a 20th of
+    the run.
+
+    Every loss is the mean over the target's tokens alone: that of `in_context` leaves its third panel out. Close curves
+    are still to be compared among the variants without the map on the canvas only. These share their latents, noise and
+    timesteps; with it the VAE encodes the target otherwise (on emoji with 5 % more variance for `in_context`, 22 % for
+    `pixel_fusion`), and the draws of `in_context`, for a larger canvas, are others.
+    """
+    rows = [row for row in rows if row["task"] == task and row["variant"] in COMPARED]
+    curves = {}
+    for name in COMPARED:
+        # Runs are appended to a file: the last one of a seed counts, and lengths do not mix.
+        cells = {r["seed"]: r for r in rows if r["variant"] == name and r["steps"] == rows[-1]["steps"]}
+        if cells:
+            losses = np.array([cells[seed]["curve"] for seed in sorted(cells)])
+            window = max(1, rows[-1]["steps"] // 20)
+            curves[name] = ((np.arange(losses.shape[1]) + 0.5) * window, losses)
+    return curves
+
+
+def draw_figures(rows: list[dict], tasks: list[str], folder: Path) -> None:
+    """Learning curves, the worth of the map, and the attention rows that cells left, as PNGs in `folder`."""
+    # Here and called last, so that a machine without matplotlib still measures.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(figure, name: str) -> None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, bbox_inches="tight")
+        plt.close(figure)
+        picture = PIL.Image.open(buffer).convert("RGB")
+        picture.quantize(128, method=PIL.Image.Quantize.MAXCOVERAGE, kmeans=3).save(folder / name, optimize=True)
+
+    trained = [task for task in tasks if learning_curves(rows, task)]
+
+    def panels(ylabel: str, xlabel: str) -> tuple:
+        size = (4.2 * len(trained), 3.4)
+        figure, axes = plt.subplots(1, len(trained), figsize=size, squeeze=False, layout="constrained")
+        for axis, task in zip(axes[0], trained):
+            axis.set(title=task, xlabel=xlabel)
+        axes[0, 0].set_ylabel(ylabel)
+        return figure, axes[0]
+
+    def add_legend(figure, axes) -> None:
+        handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+        names = [name for name in COMPARED if name in handles]
+        figure.legend([handles[name] for name in names], names, loc="outside right center", fontsize=8)
+
+    if trained:
+        figure, axes = panels("training loss of the target", "step")
+        for axis, task in zip(axes, trained):
+            for name, (steps, losses) in learning_curves(rows, task).items():
+                colour = f"C{COMPARED.index(name)}"
+                axis.plot(steps, losses.mean(axis=0), color=colour, label=name, linewidth=1.2)
+                axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        add_legend(figure, axes)
+        save(figure, "learning_curves.png")
+
+        figure, axes = panels("wrong-map drop, dB", "PSNR with the right map, dB")
+        for axis, task in zip(axes, trained):
+            for index, name in enumerate(COMPARED):
+                cells = [row for row in rows if row["task"] == task and row["variant"] == name]
+                if cells:
+                    right = np.mean([c["right"]["psnr"] for c in cells])
+                    drop = np.mean([c["right"]["psnr"] - c.get("wrong", c["right"])["psnr"] for c in cells])
+                    axis.plot(right, drop, "osD^vP*X"[index], color=f"C{index}", label=name)
+            axis.grid(alpha=0.3)
+        add_legend(figure, axes)
+        save(figure, "map_worth.png")
+
+    for task in tasks:
+        paths = {name: attention_row_path(folder, task, name) for name in ATTENDING}
+        paths = {name: path for name, path in paths.items() if path.exists()}
+        if not paths:
+            continue
+        figure, axes = plt.subplots(len(paths), 1, figsize=(9, 1.32 * len(paths)), squeeze=False)
+        for axis, (name, path) in zip(axes[:, 0], paths.items()):
+            row = PIL.Image.open(path)
+            side = row.width / len(ATTENTION_COLUMNS)
+            axis.imshow(row)
+            axis.xaxis.tick_top()
+            axis.set_xticks(side * (np.arange(len(ATTENTION_COLUMNS)) + 0.5), [], fontsize=8)
+            axis.set_yticks([row.height / 2], [name.replace(", ", ",\n")], fontsize=8)
+            axis.tick_params(length=0)
+            axis.spines[:].set_visible(False)
+        axes[0, 0].set_xticklabels(ATTENTION_COLUMNS)
+        figure.subplots_adjust(hspace=0.04)
+        save(figure, f"attention-{task}.png")
+
+
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("ablation.jsonl"))
@@ -376,11 +544,14 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", action="store_true", help="Print the tables of what --output holds, run nothing.")
+    parser.add_argument("--figures", type=Path, help="Draw what --output holds, and attention, in this folder.")
     return parser.parse_args(args)
 
 
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.figures is not None:
+        args.figures.mkdir(parents=True, exist_ok=True)
     costs_file = args.output.with_suffix(".costs.jsonl")
     if not args.show:
         devices = torch.cuda.device_count() if args.device == "cuda" else 0
@@ -402,6 +573,8 @@ def main(args: argparse.Namespace) -> None:
     costs = [json.loads(line) for line in costs_file.read_text().splitlines()] if costs_file.exists() else []
     for task in args.tasks:
         print(f"\n## {task}\n\n{table(rows, costs, task)}")
+    if args.figures is not None:
+        draw_figures(rows, args.tasks, args.figures)
 
 
 class HashableNamespace(argparse.Namespace):

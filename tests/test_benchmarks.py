@@ -4,9 +4,11 @@
 import json
 import sys
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_triptychs
 
 
 @pytest.fixture
@@ -42,3 +44,69 @@ def test_a_failing_row_costs_no_other(train_speed, tmp_path, monkeypatch):
 
 def test_flops_of_flux(train_speed):
     assert train_speed.flux_shape.forward_flops("flux", 2048, 512) == pytest.approx(37.7e12, rel=0.01)
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ablation as module
+
+    return module
+
+
+def test_figures_of_an_ablation(ablation, tmp_path, base_folder, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for split in ("train", "test"):
+        write_triptychs(tmp_path / "earth" / split, 2, 128, 128)
+    folder, output = tmp_path / "figures", tmp_path / "ablation.jsonl"
+    options = ["--tasks", "earth", "--output", str(output), "--figures", str(folder)]
+    variants = ["none", "condition, rope", "aligned"]
+    options += ["--earth", str(tmp_path / "earth"), "--earth_base", base_folder, "--variants", *variants]
+    options += "--seeds 0 --num_train 1 --steps 12 --batch_size 1 --num_inference_steps 2".split()
+    options += "--cost_steps 0 --device cpu".split()
+    ablation.main(ablation.parse_args(options))
+
+    row = PIL.Image.open(folder / "attention-earth-condition-rope.png")
+    assert row.size == (len(ablation.ATTENTION_COLUMNS) * 256, 256)
+    # The visible view and the target of a held-out picture, twice as large, and three places of different heat.
+    tiles = np.asarray(row).reshape(256, -1, 256, 3).swapaxes(0, 1)
+    triptychs = [np.asarray(PIL.Image.open(path)) for path in sorted((tmp_path / "earth" / "test").glob("*.png"))]
+    shown = np.concatenate([tiles[0], tiles[3]], axis=1)[::2, ::2]
+    assert any(np.array_equal(shown, triptych[:, :256]) for triptych in triptychs)
+    assert len({tile.tobytes() for tile in tiles[4:]}) == 3
+    # `none` sees no map, and `aligned` has no weights to show.
+    names = {"attention-earth-condition-rope.png", "attention-earth.png", "learning_curves.png", "map_worth.png"}
+    assert {path.name for path in folder.iterdir()} == names
+
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    curves = ablation.learning_curves(rows, "earth")
+    assert list(curves) == ["none", "condition, rope"]
+    assert all(steps[[0, -1]].tolist() == [0.5, 11.5] and losses.shape == (1, 12) for steps, losses in curves.values())
+
+    # What is there is drawn again without a run.
+    monkeypatch.setattr(ablation, "run_all", None)
+    (folder / "attention-earth.png").unlink()
+    ablation.main(ablation.parse_args([*options, "--show"]))
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_curves_mix_no_runs(ablation):
+    """The file grows by each run: the last of a seed counts, and curves of other lengths do not."""
+
+    def row(variant, seed, steps, loss):
+        return {"task": "earth", "variant": variant, "seed": seed, "steps": steps, "curve": [loss] * 20}
+
+    rows = [
+        row("in_context", 0, 100, 9.0),
+        row("none", 1, 60, 3.0),
+        row("none", 0, 60, 1.0),
+        row("none", 0, 60, 2.0),
+        row("in_context", 0, 60, 4.0),
+        row("in_context, 3 x the steps", 0, 180, 8.0),
+    ]
+    curves = ablation.learning_curves(rows, "earth")
+    assert list(curves) == ["none", "in_context"]
+    steps, losses = curves["none"]
+    assert losses[:, 0].tolist() == [2.0, 3.0] and curves["in_context"][1].tolist() == [[4.0] * 20]
+    assert steps[[0, -1]].tolist() == [1.5, 58.5]
+    assert ablation.learning_curves(rows, "emoji") == {}
