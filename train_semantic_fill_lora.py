@@ -75,7 +75,7 @@ from pipeline_flux_fill_semantic import (
     to_rgb,
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
-from training_engines import Engine, find_engine
+from training_engines import DDP_OPTIONS, Engine, find_engine
 from training_speed import CHECKPOINTING, choose_plan, compiler_options, memory_advice
 
 
@@ -1910,6 +1910,7 @@ def setup(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
+        kwargs_handlers=[DDP_OPTIONS],
     )
     find_engine(accelerator, args)
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S")

@@ -14,10 +14,15 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+# A LoRA's gradients are sent in a millisecond or two. Sent in parts during backward, they would take multiprocessors from
+# its products, and processes would wait for each other part by part.
+DDP_OPTIONS = DistributedDataParallelKwargs(bucket_cap_mb=1024, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def find_engine(accelerator: Accelerator, args: argparse.Namespace) -> "Engine":

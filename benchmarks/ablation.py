@@ -562,9 +562,12 @@ def main(args: argparse.Namespace) -> None:
         shared = HashableNamespace(**vars(unset))
         seeds = {v: args.seeds if v in MAIN or args.lead_seeds is None else args.lead_seeds for v in args.variants}
         cells = [(t, v, s) for t, v in itertools.product(args.tasks, args.variants) for s in seeds[v]]
-        # Long cells first within a task, so that no worker is left with one at the end.
+        # Seed by seed, so that one that is cut off has the same seeds of all; long cells first, so that no worker is left
+        # with one at the end.
         random.Random(0).shuffle(cells)
-        cells.sort(key=lambda cell: (args.tasks.index(cell[0]), "3 x" not in cell[1], "in_context" not in cell[1]))
+        cells.sort(
+            key=lambda cell: (args.tasks.index(cell[0]), cell[2], "3 x" not in cell[1], "in_context" not in cell[1])
+        )
         run_all(run_cell, cells, args.jobs, devices, shared, args.output)
         if args.cost_steps:
             cost_cells = [(t, v) for t in args.tasks for v in args.variants]

@@ -47,6 +47,9 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="As the trainer's option. Default: yes, but not with --shape test.",
     )
+    parser.add_argument(
+        "--reference", type=Path, help="Report of an earlier run with the same options, instead of one GPU again."
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="No run is begun after so many, or lasts longer.")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -159,6 +162,15 @@ def launch(
     }
 
 
+def measured_before(path: Path, row: dict, name: str) -> dict:
+    """What `launch` returned for this row in the run that left the report."""
+    report = json.loads(path.read_text())
+    (found,) = [r for r in report["rows"] if row.items() <= r.items() and "samples/s" in r]
+    return {k: found[k] for k in found if k not in (*row, "loss first", "loss last")} | {
+        "losses": report["losses"][name]
+    }
+
+
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.output, describe(device) | {"nccl_nvls": "off"})
@@ -173,13 +185,17 @@ def main(args: argparse.Namespace) -> None:
                 if seconds <= 0:
                     report.add(**row, result="no time left")
                     continue
+                name = f"{engine} {processes}x{args.batch}x{accumulate}"
                 try:
-                    result = launch(engine, processes, accumulate, Path(cache), seconds, args)
+                    if engine == REFERENCE and args.reference:
+                        result = measured_before(args.reference, row, name)
+                    else:
+                        result = launch(engine, processes, accumulate, Path(cache), seconds, args)
                 except RuntimeError as error:
                     print(error, file=sys.stderr)
                     report.add(**row, result="failed: " + str(error).strip().splitlines()[-1][:200])
                     continue
-                curve = losses[f"{engine} {processes}x{args.batch}x{accumulate}"] = result.pop("losses")
+                curve = losses[name] = result.pop("losses")
                 report.note(losses=losses)
                 row |= {"loss first": curve[0], "loss last": curve[-1]}
                 if engine == REFERENCE:
