@@ -11,6 +11,7 @@ import ast
 import contextlib
 import copy
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -1991,8 +1992,18 @@ def train(
         desc="Steps",
         disable=not accelerator.is_local_main_process,
     )
-    with StopSignals() as stop, contextlib.closing(prepared_batches(step_fn, samples)) as batches:
+    with (
+        StopSignals() as stop,
+        contextlib.closing(prepared_batches(step_fn, samples)) as batches,
+        contextlib.ExitStack() as stack,
+    ):
         for step in range(first_step + 1, args.max_train_steps + 1):
+            if step == first_step + 3:
+                # By now all is built and compiled. Looked through again by every full collection, it would hold up a step
+                # for as long as the step itself takes, and every other process with it.
+                gc.collect()
+                gc.freeze()
+                stack.callback(gc.unfreeze)
             _shape_log["enabled"] = step <= first_step + 2 and logger.isEnabledFor(logging.DEBUG)
             losses = []
             for micro_step in range(args.gradient_accumulation_steps):

@@ -37,7 +37,7 @@ LEVERS = {
     "full checkpointing": ["--checkpointing=full"],
     "offload": ["--checkpointing=offload"],
     "compiled": ["--compile"],
-    "compiled, peft's LoRA layers": ["--compile", "--no-fused_lora"],
+    "compiled with peft's LoRA layers": ["--compile", "--no-fused_lora"],
     "fp8 compiled": ["--base_precision=fp8", "--compile"],
     "fp8x2 compiled": ["--base_precision=fp8x2", "--compile"],
 }

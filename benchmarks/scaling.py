@@ -14,6 +14,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -152,9 +153,12 @@ def launch(
             raise RuntimeError(log.read_text()[-6000:])
         ranks = [json.loads(path.read_text()) for path in ranks]
     times = ranks[0]["times"]
+    steps = [b - a for a, b in zip(times[args.warm_up - 1 :], times[args.warm_up :])]
     samples = args.batch * accumulate * processes
     return {
         "samples/s": samples * (args.steps - args.warm_up) / (times[-1] - times[args.warm_up - 1]),
+        "ms a step, median": 1e3 * statistics.median(steps),
+        "slowest": 1e3 * max(steps),
         "peak GiB a GPU": max(rank["peak_gib"] for rank in ranks),
         "resident GiB a GPU": max(rank["resident_gib"] for rank in ranks),
         "losses": ranks[0]["losses"],

@@ -562,7 +562,8 @@ def test_fast_takes_what_fits(gpu):
 
 def test_fast_takes_cudnn_attention_where_it_works(gpu):
     assert gpu(78, cudnn=True)[0] == Plan("fp8", "none", True, "_native_cudnn")
-    assert gpu(78, "--attention_backend", "native", cudnn=True)[0].attention_backend == "native"
+    for options in (["--attention_backend", "native"], ["--no-compile"]):
+        assert gpu(78, *options, cudnn=True)[0].attention_backend == "native"
 
 
 def test_a_trial_of_cudnn_that_dies_is_no_error():
@@ -588,6 +589,10 @@ def test_fast_leaves_what_was_passed(gpu):
         (Plan("bf16", "full", False), 2560, 24.5, []),
         (Plan("fp8", "none", True), 4 * 2560, 72.1, []),
         (Plan("fp8x2", "none", True), 4 * 2128, 73.1, []),
+        (Plan("fp8x2", "none", True), 4 * 2560, 83.2, []),
+        (Plan("fp8x2", "full", True), 4 * 2560, 28.1, []),
+        (Plan("fp8", "full", True), 2560, 12.9, ["--use_8bit_adam"]),
+        (Plan("nf4", "offload", True), 2560, 6.9, ["--use_8bit_adam"]),
         (Plan("bf16", "full", True), 2560, 23.9, ["--use_8bit_adam"]),
         (Plan("int8", "full", True), 2560, 13.0, ["--use_8bit_adam"]),
         (Plan("nf4", "full", True), 2560, 7.53, ["--use_8bit_adam"]),

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import threading
@@ -57,6 +58,19 @@ def build(args, dtype=torch.float32):
     step = trainer.Step(encoder, args, device, dtype, shift, guidance_embeds)
     draws = next(iter(trainer.RunSampler(len(dataset), args, 0, 1, 0)))
     return model, step, [encoder.read(d) for d in draws]
+
+
+def test_collections_look_past_what_was_built_while_steps_run(base_folder, triptych_folder, tmp_path, monkeypatch):
+    frozen, loss = [], trainer.Step.loss
+
+    def watched(step, *args):
+        frozen.append(gc.get_freeze_count() > 0)
+        return loss(step, *args)
+
+    monkeypatch.setattr(trainer.Step, "loss", watched)
+    run(base_folder, tmp_path, "--max_train_steps", 4, data=triptych_folder)
+    assert frozen == [False, False, True, True]
+    assert gc.get_freeze_count() == 0
 
 
 def weights_of(folder, file=LORA_FILE):
