@@ -522,9 +522,15 @@ def draw_figures(rows: list[dict], tasks: list[str], folder: Path) -> None:
         save(figure, f"attention-{task}.png")
 
 
+def read_output(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("ablation.jsonl"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("ablation.jsonl"), help="Cells that are in it already are not run again."
+    )
     parser.add_argument("--tasks", nargs="+", default=["earth", "emoji"])
     parser.add_argument("--variants", nargs="+", default=[*MAIN, *LEADS], help=f"Among {[*MAIN, *LEADS]}")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
@@ -562,18 +568,17 @@ def main(args: argparse.Namespace) -> None:
         shared = HashableNamespace(**vars(unset))
         seeds = {v: args.seeds if v in MAIN or args.lead_seeds is None else args.lead_seeds for v in args.variants}
         cells = [(t, v, s) for t, v in itertools.product(args.tasks, args.variants) for s in seeds[v]]
+        there = {(row["task"], row["variant"], row["seed"]) for row in read_output(args.output)}
+        cells = [cell for cell in cells if cell not in there]
         # Seed by seed, so that one that is cut off has the same seeds of all; long cells first, so that no worker is left
         # with one at the end.
         random.Random(0).shuffle(cells)
-        cells.sort(
-            key=lambda cell: (args.tasks.index(cell[0]), cell[2], "3 x" not in cell[1], "in_context" not in cell[1])
-        )
+        cells.sort(key=lambda cell: (cell[2], "3 x" not in cell[1], "in_context" not in cell[1]))
         run_all(run_cell, cells, args.jobs, devices, shared, args.output)
         if args.cost_steps:
             cost_cells = [(t, v) for t in args.tasks for v in args.variants]
             run_all(run_cost, cost_cells, 1, min(devices, 1), shared, costs_file, cells_a_process=1)
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    costs = [json.loads(line) for line in costs_file.read_text().splitlines()] if costs_file.exists() else []
+    rows, costs = read_output(args.output), read_output(costs_file)
     for task in args.tasks:
         print(f"\n## {task}\n\n{table(rows, costs, task)}")
     if args.figures is not None:
