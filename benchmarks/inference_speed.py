@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="Turns of the two pipelines.")
     parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Of FirstBlockCache.")
     parser.add_argument("--picture", type=Path, help="A triptych to paint, for --shape base.")
+    parser.add_argument("--prompt", default="hillshade to satellite", help="For --shape base.")
     parser.add_argument("--lora", type=Path, help="A trained folder. Default: a LoRA and a module of random weights.")
     args = parser.parse_args()
     args.resolution = args.resolution or (512 if args.shape == "flux" else 64)
@@ -58,10 +59,12 @@ class Painter:
             self.components["vae"].to(self.device)
             self.transformer = build_transformer(args.shape, "bf16", self.device, self.dtype)
         config = self.transformer.config
-        self.prompt = {
-            "prompt_embeds": torch.randn(1, 512, config.joint_attention_dim, device=self.device, dtype=self.dtype),
-            "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, device=self.device, dtype=self.dtype),
-        }
+        if args.shape == "base":
+            embeds = FluxFillSemanticPipeline.encode_prompt(loaded, args.prompt, args.prompt, max_sequence_length=32)[:2]
+        else:
+            sizes = (1, 512, config.joint_attention_dim), (1, config.pooled_projection_dim)
+            embeds = [torch.randn(size, device=self.device, dtype=self.dtype) for size in sizes]
+        self.prompt = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embeds))
         self.module = SemanticAttentionModel().to(self.device, self.dtype)
         for layer in self.module.layers:
             torch.nn.init.constant_(layer.scale, 0.1)
