@@ -614,7 +614,8 @@ def test_what_the_readme_says_of_cards_is_the_estimate(gpu, tmp_path):
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(FLUX_FILL)
     for _, batch, flags, gibibytes in table:
-        args = arguments(tmp_path, "out", "--rank", 16, "--train_data_dir", "d", *flags.split())
+        options = ["--rank", 16, "--mixed_precision", "bf16", "--train_data_dir", "d", *flags.split()]
+        args = arguments(tmp_path, "out", *options)
         plan = Plan(args.base_precision, args.checkpointing, args.compile)
         estimate = training_speed.estimate_peak(plan, transformer, int(batch) * 2560, args) / 2**30
         assert f"{estimate:.1f}" == gibibytes, flags
