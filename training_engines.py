@@ -78,6 +78,9 @@ class Engine:
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
         """Model and optimizer as they are to be called."""
+        if self.args.compile:
+            # Else each block is cut in two after the first MiB of its gradients, which are not sent so early anyway.
+            torch._dynamo.config.optimize_ddp = False
         return self.accelerator.prepare(model, optimizer)
 
     @staticmethod

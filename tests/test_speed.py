@@ -29,6 +29,7 @@ import lora_products
 import training_speed
 from base_precision import LORA_LAYERS, PRECISIONS, FrozenLinear, FrozenLinearConfig, quantise_blocks
 from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, FluxFillSemanticPipeline
+from training_engines import Engine
 from training_speed import Plan, choose_plan
 
 
@@ -340,6 +341,32 @@ def test_fused_lora_chooses_layers_and_compiler_pass(
         assert isinstance(passed, lora_products.JoinLoraProducts) if joins else passed is None
     layers = {type(module) for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)}
     assert layers == {base_precision.MasterWeightLora if joins else peft.tuners.lora.Linear}
+
+
+def test_compiled_blocks_stay_whole_under_ddp(base_folder, triptych_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    # Gradients of more than a MiB a block, where DDP's buckets would cut it.
+    options = ("--compile", "--no-cache_latents", "--rank", 4096)
+    args = arguments(base_folder, tmp_path, *options, data=triptych_folder)
+    compiled = []
+
+    def backend(module, _):
+        compiled.append(module)
+        return module.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compile_module(module, backend=backend))
+    torch.compiler.reset()
+    model, step, samples = build(args)
+    model, _ = Engine(accelerate.Accelerator(), args).prepare(model, torch.optim.SGD(model.parameters()))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        step(torch.nn.parallel.DistributedDataParallel(model), samples)
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.compiler.reset()
+    blocks = len(model.transformer.transformer_blocks) + len(model.transformer.single_transformer_blocks)
+    assert len(compiled) == blocks == 2
 
 
 # -- Checkpointing ------------------------------------------------------------------------------------------------------
