@@ -41,7 +41,7 @@ import PIL.ImageOps
 import safetensors.torch
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -77,7 +77,7 @@ from pipeline_flux_fill_semantic import (
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
 from training_engines import DDP_OPTIONS, Engine, find_engine
-from training_speed import CHECKPOINTING, choose_plan, compiler_options, memory_advice
+from training_speed import CHECKPOINTING, choose_plan, compiler_options, device_memory, memory_advice
 
 
 if TYPE_CHECKING:
@@ -778,11 +778,38 @@ def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.d
         ) from error
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
-    if not args.cache_latents:
-        return pipeline.to(device)
-    # One at a time on the device: together they would need more than a quantised transformer does.
-    pipeline.enable_model_cpu_offload(device=device)
-    return pipeline
+    # With a cache they come when it is filled.
+    return pipeline if args.cache_latents else pipeline.to(device)
+
+
+def bring_when_used(pipeline: FluxFillSemanticPipeline, device: torch.device) -> None:
+    """
+    Has hooks bring the encoders to the device as they are used, until `pipeline.remove_all_hooks()`: whole in turns,
+    or, where the device has no room for one of them, that one layer by layer. The encodings are the same.
+    """
+    names = ("text_encoder", "text_encoder_2", "vae")
+    sizes = {name: sum(p.numel() * p.element_size() for p in getattr(pipeline, name).parameters()) for name in names}
+    free, limit = device_memory(device)
+    streamed = [name for name in names if sizes[name] > limit]
+    if not streamed:
+        # In turns: together they would need more than a quantised transformer does.
+        pipeline.enable_model_cpu_offload(device=device)
+        return
+    for name in streamed:
+        logger.info(
+            f"The pipeline's {name} is streamed through {device} layer by layer, which is slower: it has"
+            f" {sizes[name] / 2**30:.1f} GiB, and of {free / 2**30:.1f} GiB that are free, room for"
+            f" {max(0, limit) / 2**30:.1f} GiB"
+        )
+    # As `enable_model_cpu_offload` starts, too: hooks bring weights back to where they found them.
+    pipeline.remove_all_hooks()
+    pipeline.to("cpu", silence_dtype_warnings=True)
+    # Accelerate's hooks, which `remove_all_hooks` knows, on these alone: they cost the VAE, which is small, much time.
+    for name in names:
+        if name in streamed:
+            cpu_offload(getattr(pipeline, name), device)
+        else:
+            getattr(pipeline, name).to(device)
 
 
 def has_whole_head(path: Path) -> bool:
@@ -879,7 +906,8 @@ class Encoder:
         args = self.args
         flips = (False, True) if args.random_flip else (False,)
         drops = (False, True) if args.semantic_dropout and self.mode.map_on_canvas else (False,)
-        # All prompts first: text encoders and VAE take turns on the device once.
+        # All prompts first: text encoders and VAE take turns on the device once. One picture or prompt at a time: that
+        # needs least memory, and no encoding depends on what was encoded with it.
         prompts = {self.dataset.caption(index) for index in range(len(self.dataset))} | {""}
         jobs = {self.prompt_file(p): functools.partial(self.encode_prompts, [p]) for p in sorted(prompts)}
         for index in range(len(self.dataset)):
@@ -898,6 +926,8 @@ class Encoder:
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         # All ranks have to know what is missing before one of them makes it.
         accelerator.wait_for_everyone()
+        if mine:
+            bring_when_used(self.pipeline, accelerator.device)
         for path in tqdm(mine, desc="Encoding", disable=not accelerator.is_local_main_process):
             encoded = {name: tensor[0].contiguous().cpu() for name, tensor in jobs[path]().items()}
             save = functools.partial(safetensors.torch.save_file, encoded, metadata={"crc32": checksum(encoded)})

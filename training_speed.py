@@ -3,6 +3,7 @@
 
 import argparse
 import functools
+import math
 import subprocess
 import sys
 import types
@@ -155,6 +156,14 @@ FP8_KEPT_BYTES = 6.3
 SPARE_SHARE, SPARE_BYTES = 0.06, 2**30
 
 
+def device_memory(device: torch.device) -> tuple[float, float]:
+    """Bytes that are free, and how many of them may be planned with. Without end where the device is no CUDA device."""
+    if device.type != "cuda":
+        return math.inf, math.inf
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return free, free * (1 - SPARE_SHARE) - SPARE_BYTES
+
+
 def estimate_peak(plan: Plan, transformer: FluxTransformer2DModel, tokens: int, args: argparse.Namespace) -> float:
     """
     Bytes that a training step allocates at its peak.
@@ -261,8 +270,7 @@ def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dty
         return fixed(Plan("bf16", "none", compile=False)), f"{device.type} gains nothing from the others"
     major, minor = torch.cuda.get_device_capability(device)
     multiplies_fp8 = (major, minor) >= (8, 9) and dtype == torch.bfloat16
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    limit = free * (1 - SPARE_SHARE) - SPARE_BYTES
+    free, limit = device_memory(device)
     transformer = empty_transformer(args)
     tried = []
     for plan in dict.fromkeys(map(fixed, PLANS)):

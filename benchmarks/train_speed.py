@@ -223,7 +223,7 @@ class Bench:
         image_tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
         notes = {}
         if args.cache_latents:
-            pipeline.enable_model_cpu_offload(device=device)
+            pipeline.to("cpu")
             free(device)
             encoder.fill_cache(accelerator)
             notes["encoding GiB"] = peak_gib(device)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import re
+import types
 
 import accelerate
 import peft.tuners.lora
@@ -16,16 +17,18 @@ import torch.nn as nn
 from conftest import ROOT
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from peft import LoraConfig
-from test_training import LORA_FILE, arguments, build, run, weights_of
+from test_training import LORA_FILE, arguments, assert_same_weights, build, fresh_state, run, weights_of
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.autograd.graph import save_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5Config, T5EncoderModel
 
 import base_precision
 import lora_products
+import train_semantic_fill_lora as trainer
 import training_speed
 from base_precision import LORA_LAYERS, PRECISIONS, FrozenLinear, FrozenLinearConfig, quantise_blocks
 from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, FluxFillSemanticPipeline
@@ -215,6 +218,135 @@ def test_encoders_take_turns_on_the_device(base_folder, triptych_folder, tmp_pat
     assert moves == 3 * [("CLIPTextModel", None), ("T5EncoderModel", "CLIPTextModel")] + 18 * [
         ("AutoencoderKL", "T5EncoderModel")
     ]
+
+
+def size_of(model):
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@pytest.fixture
+def large_t5(base):
+    """Larger than the other encoders together, as FLUX's is."""
+    torch.manual_seed(0)
+    config = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 512,
+        "num_layers": 8,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    }
+    t5 = T5EncoderModel(T5Config(vocab_size=base.text_encoder_2.config.vocab_size, **config)).eval()
+    assert size_of(t5) > size_of(base.text_encoder) + size_of(base.vae)
+    return t5
+
+
+@pytest.fixture
+def fill(large_t5, base_folder, triptych_folder, tmp_path, monkeypatch):
+    """Fills a cache as a run on a device with so much room does: what it wrote, and the pipeline."""
+
+    def fill(room):
+        monkeypatch.setattr(trainer, "device_memory", lambda device: (2 * room, room))
+        args = arguments(base_folder, tmp_path, "--cache_root", tmp_path / str(room), data=triptych_folder)
+        fresh_state()
+        accelerator = accelerate.Accelerator(cpu=True)
+        pipeline = trainer.load_encoders(args, accelerator.device, torch.float32)
+        pipeline.text_encoder_2 = copy.deepcopy(large_t5)
+        encoder = trainer.Encoder(pipeline, trainer.TriptychDataset(trainer.load_rows(args), args), args)
+        encoder.fill_cache(accelerator)
+        return {path.name: path.read_bytes() for path in encoder.folder.iterdir()}, pipeline
+
+    return fill
+
+
+def test_what_does_not_fit_the_device_is_streamed_with_the_same_result(base, large_t5, fill, monkeypatch, caplog):
+    size = size_of(large_t5)
+    # How much of T5 is there whenever one of its layers computes.
+    there = []
+    forward = nn.Linear.forward
+
+    def watched(layer, x):
+        if layer in watched.layers:
+            there.append(sum(p.numel() * p.element_size() for p in watched.t5.parameters() if not p.is_meta))
+        return forward(layer, x)
+
+    def watch(pipeline, device):
+        bring_when_used(pipeline, device)
+        watched.t5, watched.layers = pipeline.text_encoder_2, set(pipeline.text_encoder_2.modules())
+
+    bring_when_used = trainer.bring_when_used
+    monkeypatch.setattr(nn.Linear, "forward", watched)
+    monkeypatch.setattr(trainer, "bring_when_used", watch)
+    with caplog.at_level("INFO", "train_semantic_fill_lora"):
+        whole, _ = fill(size)
+        assert set(there) == {size} and "streamed" not in caplog.text
+        there.clear()
+        streamed, pipeline = fill(size - 1)
+    linear = [module for module in pipeline.text_encoder_2.modules() if isinstance(module, nn.Linear)]
+    # Two captions and the empty one.
+    assert len(there) == 3 * len(linear) and max(there) == max(map(size_of, linear)) < size / 10
+    (message,) = [record.message for record in caplog.records if "streamed" in record.message]
+    assert "text_encoder_2 is streamed through cpu layer by layer" in message
+    assert not any(p.is_meta for part in (pipeline.text_encoder, pipeline.vae) for p in part.parameters())
+    # A byte makes the difference, and only to where the weights are.
+    assert len(whole) == 9 and streamed == whole
+    pipeline.remove_all_hooks()
+    originals = {"text_encoder": base.text_encoder, "text_encoder_2": large_t5, "vae": base.vae}
+    for name, original in originals.items():
+        part = getattr(pipeline, name)
+        assert not any(hasattr(module, "_hf_hook") for module in part.modules())
+        after, before = part.state_dict(), original.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    # Where there is no room at all, all of them are.
+    everything, pipeline = fill(-1)
+    assert everything == whole
+    assert all(p.is_meta for part in (pipeline.text_encoder, pipeline.vae) for p in part.parameters())
+
+
+def test_a_run_that_streams_its_encoders_trains_the_same(base_folder, triptych_folder, tmp_path, monkeypatch):
+    whole = run(base_folder, tmp_path / "whole", "--max_train_steps", 1, data=triptych_folder)
+    offloaded = []
+    monkeypatch.setattr(trainer, "device_memory", lambda device: (0, 0))
+    monkeypatch.setattr(trainer, "cpu_offload", lambda *args: offloaded.append(accelerate.cpu_offload(*args)))
+    streamed = run(base_folder, tmp_path / "streamed", "--max_train_steps", 1, data=triptych_folder)
+    assert_same_weights(whole, streamed)
+    assert [type(part).__name__ for part in offloaded] == ["CLIPTextModel", "T5EncoderModel", "AutoencoderKL"]
+    assert not any(hasattr(module, "_hf_hook") for module in offloaded[-1].modules())
+
+
+@pytest.mark.parametrize(
+    "device, gibibytes, dtype, streamed",
+    [
+        ("cuda", 7.6, torch.bfloat16, True),
+        ("cuda", 11.6, torch.bfloat16, False),
+        ("cuda", 15.5, torch.float32, True),
+        ("cuda", 22, torch.float32, False),
+        ("cpu", 0, torch.float32, False),
+    ],
+)
+def test_whether_t5_is_streamed_is_a_matter_of_bytes(monkeypatch, device, gibibytes, dtype, streamed):
+    """FLUX's T5, of 8.9 GiB in bf16, on cards of 8, 12, 16 and 24 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gibibytes * 2**30), 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    with torch.device("meta"):
+        t5 = T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **config)).to(dtype)
+    asked = []
+    monkeypatch.setattr(trainer, "cpu_offload", lambda part, device: asked.append(part))
+    small = types.SimpleNamespace(parameters=lambda: [], to=lambda device: None)
+    pipeline = types.SimpleNamespace(
+        text_encoder=small,
+        text_encoder_2=t5,
+        vae=small,
+        enable_model_cpu_offload=lambda device: asked.append("turns"),
+        remove_all_hooks=lambda: None,
+        to=lambda *args, **kwargs: None,
+    )
+    # The log needs one.
+    fresh_state()
+    accelerate.PartialState()
+    trainer.bring_when_used(pipeline, torch.device(device))
+    assert asked == ([t5] if streamed else ["turns"])
 
 
 # -- LoRA layers --------------------------------------------------------------------------------------------------------
@@ -530,8 +662,6 @@ def test_prompts_as_long_as_the_longest_and_painting_uses_the_same(
 
 
 def test_longest_prompt(base):
-    import train_semantic_fill_lora as trainer
-
     class Captions(list):
         caption = list.__getitem__
 

@@ -35,10 +35,15 @@ def arguments(base_folder, output_dir, *more, data=None, resolution=32):
     return trainer.parse_args([*options.split(), *map(str, more)])
 
 
-def run(*args, **kwargs) -> Path:
-    """A whole run in this process; accelerate's state is a singleton, so each run starts with a fresh one."""
+def fresh_state() -> None:
+    """Accelerate's state is a singleton, so each run starts with a fresh one."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def run(*args, **kwargs) -> Path:
+    """A whole run in this process."""
+    fresh_state()
     parsed = arguments(*args, **kwargs)
     trainer.main(parsed)
     return Path(parsed.output_dir)
