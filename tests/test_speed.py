@@ -475,8 +475,8 @@ def test_fused_lora_chooses_layers_and_compiler_pass(
     assert layers == {base_precision.MasterWeightLora if joins else peft.tuners.lora.Linear}
 
 
+@torch._dynamo.config.patch(optimize_ddp=True)
 def test_compiled_blocks_stay_whole_under_ddp(base_folder, triptych_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     # Gradients of more than a MiB a block, where DDP's buckets would cut it.
     options = ("--compile", "--no-cache_latents", "--rank", 4096)
     args = arguments(base_folder, tmp_path, *options, data=triptych_folder)
