@@ -66,7 +66,7 @@ def run(lever: str, seed: int, rows: list, folder: str, bench: argparse.Namespac
         "output_dir": folder,
         "train_data_dir": bench.data,
         "resolution": bench.resolution,
-        "max_sequence_length": 128,
+        "max_sequence_length": bench.max_sequence_length,
         "train_batch_size": bench.batch,
         "max_train_steps": bench.steps,
         "learning_rate": 1e-3,
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--max_sequence_length", type=int, default=128, help="Of all but the lever of the prompts.")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=30.0, help="No run is begun after so many.")
     args = parser.parse_args()
