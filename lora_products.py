@@ -29,29 +29,39 @@ class JoinLoraProducts(CustomGraphPass):
     """Joins `mm`s with a common factor or a common sum; for `torch.compile`'s option `post_grad_custom_pre_pass`."""
 
     def __call__(self, graph: Graph) -> None:
-        join_common_first_factor(graph)
-        join_common_second_factor(graph)
+        # What goes down to the rank, for all layers that read x: `x @ a, x @ b -> x @ [a b]`, cut in two.
+        join_common_factor(graph, common=0)
+        # The gradients of the matrices that go down: `a @ x, b @ x -> [a; b] @ x`, cut in two.
+        join_common_factor(graph, common=1)
         join_summands(graph)
         stable_topological_sort(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
-        """Compiled blocks that are cached on disk are found again as long as this file stays the same."""
-        return get_hash_for_files((__file__,))
+        """Compiled blocks that are cached on disk are found again as long as this file and NARROW stay the same."""
+        return get_hash_for_files((__file__,), str(NARROW))
 
 
-def join_common_first_factor(graph: Graph) -> None:
-    """`x @ a, x @ b -> x @ [a b]`, cut in two: what goes down to the rank, for all layers that read x."""
-    for group in groups(graph, lambda mm: mm.args[0], lambda mm: shape(mm)[1] <= NARROW):
-        joined = product(graph, group[-1], group[0].args[0], cat(graph, group[-1], [mm.args[1] for mm in group], 1))
-        hand_out(graph, joined, group, 1)
-
-
-def join_common_second_factor(graph: Graph) -> None:
-    """`a @ x, b @ x -> [a; b] @ x`, cut in two: the gradients of the matrices that go down."""
-    for group in groups(graph, lambda mm: mm.args[1], lambda mm: shape(mm)[0] <= NARROW):
-        joined = product(graph, group[-1], cat(graph, group[-1], [mm.args[0] for mm in group], 0), group[0].args[1])
-        hand_out(graph, joined, group, 0)
+def join_common_factor(graph: Graph, common: int) -> None:
+    """Joins the products whose first (0) or second (1) factor is the same, along the other one's free side."""
+    # The place of the other factor, and the result's dimension that is its free side.
+    other = 1 - common
+    for group in groups(graph, lambda mm: mm.args[common], lambda mm: shape(mm)[other] <= NARROW):
+        last = group[-1]
+        factors = {common: last.args[common], other: cat(graph, last, [mm.args[other] for mm in group], other)}
+        parts = call(
+            graph,
+            last,
+            aten.split_with_sizes.default,
+            call(graph, last, aten.mm.default, factors[0], factors[1]),
+            [shape(mm)[other] for mm in group],
+            other,
+        )
+        # Users may stand before the joined product: the graph's order is put right afterwards.
+        for i, mm in enumerate(group):
+            mm.replace_all_uses_with(call(graph, last, operator.getitem, parts, i))
+        for mm in group:
+            graph.erase_node(mm)
 
 
 def join_summands(graph: Graph) -> None:
@@ -60,9 +70,9 @@ def join_summands(graph: Graph) -> None:
         *others, last = group
         others = [mm for mm in others if leave_sum(mm)]
         if others:
-            factors = [[mm.args[i] for mm in (*others, last)] for i in (0, 1)]
-            joined = product(graph, last, cat(graph, last, factors[0], 1), cat(graph, last, factors[1], 0))
-            last.replace_all_uses_with(joined)
+            first, second = zip(*(mm.args for mm in (*others, last)))
+            factors = cat(graph, last, list(first), 1), cat(graph, last, list(second), 0)
+            last.replace_all_uses_with(call(graph, last, aten.mm.default, *factors))
 
 
 def groups(graph: Graph, key: Callable[[Node], Node | None], fits: Callable[[Node], bool]) -> Iterable[list[Node]]:
@@ -117,9 +127,7 @@ def root_of_sum(mm: Node) -> Node | None:
 def leave_sum(mm: Node) -> bool:
     """Takes a product out of the first sum that it goes into, if its shape and dtype are those of that sum's term."""
     path = steps_into_sum(mm)
-    place = next((i for i, node in enumerate(path) if is_sum(node)), None)
-    if place is None:
-        return False
+    place = next(i for i, node in enumerate(path) if is_sum(node))
     first, term = path[place], path[place - 1]
     rest = [arg for arg in first.args if arg is not term]
     if len(rest) != 1:
@@ -143,15 +151,3 @@ def call(graph: Graph, before: Node, target: Callable, *args) -> Node:
 
 def cat(graph: Graph, before: Node, tensors: list[Node], dim: int) -> Node:
     return call(graph, before, aten.cat.default, tensors, dim)
-
-
-def product(graph: Graph, before: Node, first: Node, second: Node) -> Node:
-    return call(graph, before, aten.mm.default, first, second)
-
-
-def hand_out(graph: Graph, joined: Node, group: list[Node], dim: int) -> None:
-    """Each product's part of the joined one in its place. The graph's order is put right afterwards."""
-    parts = call(graph, group[-1], aten.split_with_sizes.default, joined, [shape(mm)[dim] for mm in group], dim)
-    for i, mm in enumerate(group):
-        mm.replace_all_uses_with(call(graph, group[-1], operator.getitem, parts, i))
-        graph.erase_node(mm)

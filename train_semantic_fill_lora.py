@@ -784,11 +784,11 @@ def load_encoders(args: argparse.Namespace, device: torch.device, dtype: torch.d
 
 def bring_when_used(pipeline: FluxFillSemanticPipeline, device: torch.device) -> None:
     """
-    Has hooks bring the encoders to the device as they are used, until `pipeline.remove_all_hooks()`: whole in turns,
-    or, where the device has no room for one of them, that one layer by layer. The encodings are the same.
+    Has hooks bring the encoders to the device as they are used, until `put_away`: whole in turns, or, where the device
+    has no room for one of them, that one layer by layer. The encodings are the same.
     """
     names = ("text_encoder", "text_encoder_2", "vae")
-    sizes = {name: sum(p.numel() * p.element_size() for p in getattr(pipeline, name).parameters()) for name in names}
+    sizes = {name: parameter_bytes(getattr(pipeline, name)) for name in names}
     free, limit = device_memory(device)
     streamed = [name for name in names if sizes[name] > limit]
     if not streamed:
@@ -810,6 +810,17 @@ def bring_when_used(pipeline: FluxFillSemanticPipeline, device: torch.device) ->
             cpu_offload(getattr(pipeline, name), device)
         else:
             getattr(pipeline, name).to(device)
+
+
+def put_away(pipeline: FluxFillSemanticPipeline) -> None:
+    """Once all is encoded: the text encoders are gone, and the VAE waits on the CPU for paintings."""
+    pipeline.remove_all_hooks()
+    pipeline.vae.to("cpu")
+    pipeline.text_encoder = pipeline.text_encoder_2 = None
+
+
+def parameter_bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def has_whole_head(path: Path) -> bool:
@@ -866,6 +877,11 @@ class Encoder:
             self.latent_key = (fingerprint(pipeline.vae), args.resolution, args.width, self.mode, args.fusion_alpha)
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
             self.prompt_key = (*map(fingerprint, text_encoders), args.max_sequence_length)
+
+    @property
+    def image_tokens(self) -> int:
+        """Of the whole canvas; a token is 16x16 pixels."""
+        return self.mask.shape[-2] * self.mask.shape[-1] // 16**2
 
     # What is encoded
 
@@ -1991,7 +2007,7 @@ def explained_out_of_memory(pipeline: FluxFillSemanticPipeline, args: argparse.N
         text = 512 if args.max_sequence_length == "auto" else args.max_sequence_length
         tokens = panels * (args.resolution // 16) * (args.width // 16) + text
         encoders = [] if args.cache_latents else (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-        size = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
+        size = sum(map(parameter_bytes, encoders))
         raise torch.OutOfMemoryError(f"{error}\n{memory_advice(args, tokens, size)}") from error
 
 
@@ -2173,13 +2189,11 @@ def main(args: argparse.Namespace) -> None:
         encoder = Encoder(pipeline, dataset, args)
         if args.cache_latents:
             encoder.fill_cache(accelerator)
-            pipeline.remove_all_hooks()
-            pipeline.vae.to("cpu")
-            pipeline.text_encoder = pipeline.text_encoder_2 = None
+            put_away(pipeline)
             free_memory()
 
         # Model, optimizer, schedule
-        tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
+        tokens = encoder.image_tokens
         if args.fast:
             # The processes may differ in free memory but must not differ in precision.
             text_and_image = tokens + args.max_sequence_length

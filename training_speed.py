@@ -283,8 +283,7 @@ def choose_plan(args: argparse.Namespace, tokens: int, device: torch.device, dty
     config = transformer.config
     shape = (args.train_batch_size, tokens, config.num_attention_heads, config.attention_head_dim)
     # Layer by layer it has crashed where the trial, and compiled blocks, went well (benchmarks/RESULTS.md).
-    tried_for = args.attention_backend is None and plan.compile and major >= 9
-    if tried_for and cudnn_attends(shape, device, dtype):
+    if args.attention_backend is None and plan.compile and major >= 9 and cudnn_attends(shape, device, dtype):
         plan = replace(plan, attention_backend=CUDNN)
     products = "fp8 products" if multiplies_fp8 else f"no fp8 products (compute capability {major}.{minor}, {dtype})"
     verdict = "" if peak <= limit else "; nothing fits, this needs least"

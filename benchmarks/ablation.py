@@ -193,7 +193,7 @@ def build(task: str, variant: str, seed: int, args: argparse.Namespace):
         model.semantic_attention = getattr(leads, lead)(**config)
         model.semantic_attention.attach(model.transformer)
         model.semantic_attention.to(device)
-    tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 256
+    tokens = encoder.image_tokens
     shift = trainer.timestep_shift_factor(run, pipeline.scheduler, tokens)
     step = trainer.Step(encoder, run, device, torch.float32, shift, model.transformer.config.guidance_embeds)
     optimizer = trainer.build_optimizer(trainer.parameter_groups(model, run), run)
@@ -253,6 +253,8 @@ def draw_attention_row(pipeline, model, run, views: list[dict], args) -> PIL.Ima
     ATTENTION_COLUMNS side by side, for the held-out picture with the most varied map, half-way through denoising. A
     heat map is brightest at its largest weight, so that weight is written on it.
     """
+    from diffusers.utils import make_image_grid
+
     view = max(views, key=lambda view: view["semantic"].std(dim=(1, 2)).sum().item())
     height, width = view["visible"].shape[-2:]
     # The middles of tokens, which are what attends.
@@ -281,10 +283,7 @@ def draw_attention_row(pipeline, model, run, views: list[dict], args) -> PIL.Ima
         label = f"max {seen.maps[0, 0, index].max():.0%}"
         PIL.ImageDraw.Draw(tile).text((4, 0), label, "white", font, stroke_width=2, stroke_fill="black")
         tiles.append(tile)
-    row = PIL.Image.new("RGB", (len(tiles) * tiles[0].width, tiles[0].height))
-    for index, tile in enumerate(tiles):
-        row.paste(tile, (index * tile.width, 0))
-    return row
+    return make_image_grid(tiles, rows=1, cols=len(tiles))
 
 
 def attention_row_path(folder: Path, task: str, variant: str) -> Path:
@@ -465,7 +464,7 @@ def draw_figures(rows: list[dict], tasks: list[str], folder: Path) -> None:
         picture = PIL.Image.open(buffer).convert("RGB")
         picture.quantize(128, method=PIL.Image.Quantize.MAXCOVERAGE, kmeans=3).save(folder / name, optimize=True)
 
-    trained = [task for task in tasks if learning_curves(rows, task)]
+    trained = {task: curves for task in tasks if (curves := learning_curves(rows, task))}
 
     def panels(ylabel: str, xlabel: str) -> tuple:
         size = (4.2 * len(trained), 3.4)
@@ -482,8 +481,8 @@ def draw_figures(rows: list[dict], tasks: list[str], folder: Path) -> None:
 
     if trained:
         figure, axes = panels("training loss of the target", "step")
-        for axis, task in zip(axes, trained):
-            for name, (steps, losses) in learning_curves(rows, task).items():
+        for axis, curves in zip(axes, trained.values()):
+            for name, (steps, losses) in curves.items():
                 colour = f"C{COMPARED.index(name)}"
                 axis.plot(steps, losses.mean(axis=0), color=colour, label=name, linewidth=1.2)
                 axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)

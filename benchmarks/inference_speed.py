@@ -60,9 +60,7 @@ class Painter:
             self.transformer = build_transformer(args.shape, "bf16", self.device, self.dtype)
         config = self.transformer.config
         if args.shape == "base":
-            embeds = FluxFillSemanticPipeline.encode_prompt(loaded, args.prompt, args.prompt, max_sequence_length=32)[
-                :2
-            ]
+            *embeds, _ = loaded.encode_prompt(args.prompt, args.prompt, max_sequence_length=32)
         else:
             sizes = (1, 512, config.joint_attention_dim), (1, config.pooled_projection_dim)
             embeds = [torch.randn(size, device=self.device, dtype=self.dtype) for size in sizes]

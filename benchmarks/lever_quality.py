@@ -90,8 +90,7 @@ def run(lever: str, seed: int, rows: list, folder: str, bench: argparse.Namespac
     model = trainer.build_model(args, device, dtype)
     optimizer = trainer.build_optimizer(trainer.parameter_groups(model, args), args)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
-    shift = trainer.timestep_shift_factor(args, pipeline.scheduler, tokens)
+    shift = trainer.timestep_shift_factor(args, pipeline.scheduler, encoder.image_tokens)
     step = Recorder(trainer.Step(encoder, args, device, dtype, shift, model.transformer.config.guidance_embeds))
     model, optimizer = accelerator.prepare(model, optimizer)
     trainer.train(accelerator, model, optimizer, scheduler, step, dataset, 0, 0, args)

@@ -5,8 +5,9 @@
 
 Each number of GPUs is measured against one GPU that takes the same samples a step by accumulation: samples a second
 after --warm_up steps, the share of N times one GPU's, the memory of a GPU (its peak from the model's build on, and what
-stays between two steps), and how far the losses of all steps are apart. Weights are random, drawn on the GPU from one seed, and pictures are noise; all else
-is a user's run with cached encodings. On a machine without GPUs the processes talk by gloo (take --shape test).
+stays between two steps), and how far the losses of all steps are apart. Weights are random, drawn on the GPU from one
+seed, and pictures are noise; all else is a user's run with cached encodings. On a machine without GPUs the processes talk
+by gloo (take --shape test).
 """
 
 import argparse

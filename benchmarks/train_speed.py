@@ -220,16 +220,14 @@ class Bench:
         if args.max_sequence_length == "auto":
             args.max_sequence_length = trainer.longest_prompt(pipeline.tokenizer_2, dataset)
         encoder = trainer.Encoder(pipeline, dataset, args)
-        image_tokens = encoder.mask.shape[-2] * encoder.mask.shape[-1] // 16**2
+        image_tokens = encoder.image_tokens
         notes = {}
         if args.cache_latents:
             pipeline.to("cpu")
             free(device)
             encoder.fill_cache(accelerator)
             notes["encoding GiB"] = peak_gib(device)
-            pipeline.remove_all_hooks()
-            pipeline.vae.to("cpu")
-            pipeline.text_encoder = pipeline.text_encoder_2 = None
+            trainer.put_away(pipeline)
         free(device)
         if args.fast:
             plan, reason = choose_plan(args, image_tokens + args.max_sequence_length, device, dtype)
@@ -397,15 +395,17 @@ def main() -> None:
             )
         ],
         "memory": [
-            (f"batch 1, {precision}, {name}, compiled", bench.trainer, options, {"batch": 1})
-            for checkpointing, name, precisions in (
-                ("full", "full checkpointing", ("bf16", "nf4", "int8", "fp8")),
-                ("offload", "offload", ("bf16", "nf4")),
+            (
+                f"batch 1, {precision}, {name}, compiled",
+                bench.trainer,
+                [*compiled, "--use_8bit_adam", f"--base_precision={precision}", f"--checkpointing={name.split()[0]}"],
+                {"batch": 1},
             )
+            for name, precisions in {
+                "full checkpointing": ("bf16", "nf4", "int8", "fp8"),
+                "offload": ("bf16", "nf4"),
+            }.items()
             for precision in precisions
-            for options in [
-                (*compiled, f"--base_precision={precision}", f"--checkpointing={checkpointing}", "--use_8bit_adam")
-            ]
         ],
         "attention": [
             (
