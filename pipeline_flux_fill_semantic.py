@@ -382,7 +382,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`, each `(batch, 2 * latent_channels, height / 8, width / 8)`.
         """
-        pixels = self.image_processor.preprocess(diptych).to(device=self._execution_device)
+        pixels = self.image_processor.preprocess(diptych.to(self._execution_device))
         masked = pixels * (1 - mask.to(pixels.device))
         return tuple(self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters for x in (pixels, masked))
 
@@ -448,7 +448,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `torch.Tensor` of shape `(batch, height / 16 * width / 16, 64)`: the map's tokens, in the VAE's dtype.
             `lay_under_panels` repeats them across the canvas.
         """
-        pixels = self.image_processor.preprocess(semantic).to(device=self._execution_device, dtype=self.vae.dtype)
+        pixels = self.image_processor.preprocess(semantic.to(self._execution_device)).to(self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
         latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
         return self._pack_latents(latents, *latents.shape)
@@ -493,7 +493,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     # -- Paint -------------------------------------------------------------------------------------------------------
 
     def _read_view(self, name: str, view: PipelineImageInput, size: tuple[int, int] | None, mode: str) -> torch.Tensor:
-        """A picture argument as `(batch, 3, height, width)` in [0, 1], resized where a `size` is asked for."""
+        """A picture argument as `(batch, 3, height, width)` in [0, 1] on the device, resized where a `size` is given."""
         accepted = "a PIL image, a numpy array (batch, height, width, 3) or a tensor (batch, 3, height, width)"
         pictures = []
         for item in view if isinstance(view, (list, tuple)) else [view]:
@@ -513,7 +513,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 )
             if item.is_complex() or item.dtype == torch.bool:
                 raise ValueError(f"`{name}` has to hold real numbers but has the dtype {item.dtype}.")
-            low, high = item.min().item(), item.max().item()
+            low, high = (extreme.item() for extreme in item.aminmax())
             # Written so that NaN fails as well.
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"`{name}` has to hold values within [0, 1] but holds [{low}, {high}].")
@@ -530,7 +530,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 f"`{name}` is {sizes[0]} pixels, but width and height have to be multiples of {self._patch_size}. Pass"
                 " `height` and `width` to resize it."
             )
-        return pixels
+        # `FluxFillPipeline` works on pictures where they are.
+        return pixels.to(self._execution_device)
 
     def _check_semantic_inputs(
         self, image, semantic_image, mask_image, semantic_scale, height, width, output_type

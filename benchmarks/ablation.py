@@ -362,10 +362,16 @@ def run_cost(task: str, variant: str, args: argparse.Namespace) -> dict:
     return {"task": task, "variant": variant, "step_ms": milliseconds, "peak_mib": peak}
 
 
+def share_of_gpus(number: int, devices: int) -> str:
+    """The GPU of a worker, among those that this run itself may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+    return visible.split(",")[number % devices]
+
+
 def start_worker(numbers, devices: int) -> None:
     number = numbers.get()
     if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+        os.environ["CUDA_VISIBLE_DEVICES"] = share_of_gpus(number, devices)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     # Its backward crashes at some shapes in torch 2.11.

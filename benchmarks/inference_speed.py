@@ -45,6 +45,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+# In the order of their turns.
+PAINTERS = ("FluxFillPipeline", "without map", "guided")
+
+
 class Painter:
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -81,7 +85,8 @@ class Painter:
         for pipeline in (self.ours, self.theirs):
             pipeline.set_progress_bar_config(disable=True)
 
-    def paint(self, ours: bool, output_type: str = "pt") -> tuple[torch.Tensor, float]:
+    def paint(self, who: str, output_type: str = "pt") -> tuple[torch.Tensor, float]:
+        """Picture and seconds of one of PAINTERS."""
         args = self.args
         same = self.prompt | {
             "num_inference_steps": args.steps,
@@ -91,12 +96,12 @@ class Painter:
         }
         synchronise(self.device)
         start = time.perf_counter()
-        if ours:
-            painted = self.ours(image=self.visible, semantic_image=self.map, **same)
-        else:
+        if who == "FluxFillPipeline":
             canvas, mask = self.ours.prepare_diptych(self.visible)
             size = {"height": args.resolution, "width": 2 * args.resolution}
             painted = self.theirs(image=canvas, mask_image=mask, **size, **same)
+        else:
+            painted = self.ours(image=self.visible, semantic_image=self.map if who == "guided" else None, **same)
         synchronise(self.device)
         return painted.images, time.perf_counter() - start
 
@@ -112,29 +117,38 @@ class Painter:
                 torch.nn.init.normal_(parameter, std=0.01, generator=generator)
         self.transformer.requires_grad_(False)
 
+    def computed_steps(self) -> int:
+        """In how many steps of a painting the last block runs: FirstBlockCache leaves it out in the others."""
+        runs = []
+        last = self.transformer.single_transformer_blocks[-1].attn
+        handle = last.register_forward_pre_hook(lambda *_: runs.append(1))
+        # Compiled blocks do not look for new hooks.
+        with torch.compiler.set_stance("force_eager"):
+            self.paint("guided", "latent")
+        handle.remove()
+        return len(runs)
+
     def compile(self) -> None:
         # In the place of earlier compiled calls, whose blocks may have changed.
         torch._dynamo.reset()
         self.transformer.compile_repeated_blocks()
 
 
-def turns(
-    painter: Painter, report: Report, name: str, rounds: int, both: bool = True, output_type: str = "pt"
-) -> dict:
-    """Medians of painting in turns; the first turn warms up."""
+def turns(painter: Painter, report: Report, name: str, rounds: int, painters: tuple[str, ...] = PAINTERS) -> dict:
+    """Medians of painting in turns, and what each takes more than the first; the first turn warms up."""
     free(painter.device)
-    seconds = {"ours": [], "theirs": []}
+    seconds = {who: [] for who in painters}
     for _ in range(rounds + 1):
-        for who in ("theirs", "ours") if both else ("ours",):
-            seconds[who].append(painter.paint(who == "ours", output_type)[1])
-    ours = statistics.median(seconds["ours"][1:])
-    row = {"row": name, "s": ours, "peak GiB": peak_gib(painter.device)}
-    if both:
-        theirs = statistics.median(seconds["theirs"][1:])
-        row |= {"FluxFillPipeline s": theirs, "overhead %": 100 * (ours / theirs - 1)}
-        turn = [100 * (a / b - 1) for a, b in zip(seconds["ours"][1:], seconds["theirs"][1:])]
-        row["each turn %"] = " ".join(f"{t:+.2f}" for t in turn)
-    report.add(**row)
+        for who in painters:
+            seconds[who].append(painter.paint(who)[1])
+    medians = {who: statistics.median(times[1:]) for who, times in seconds.items()}
+    first, *others = painters
+    row = {"row": name} | {f"{who}, s": median for who, median in medians.items()}
+    for who in others:
+        row[f"{who}, %"] = 100 * (medians[who] / medians[first] - 1)
+        each = [100 * (a / b - 1) for a, b in zip(seconds[who][1:], seconds[first][1:])]
+        row[f"{who}, each turn"] = " ".join(f"{percent:+.2f}" for percent in each)
+    report.add(**row, **{"peak GiB": peak_gib(painter.device)})
     return row
 
 
@@ -167,18 +181,17 @@ def main() -> None:
 
     def eagerly():
         eager.update(turns(painter, report, "eager", args.rounds))
-        turns(painter, report, "eager, latents only", args.rounds, output_type="latent")
 
     def with_lora():
         painter.add_lora()
-        painter.slow = painter.paint(True)[0]
-        report.add(row="eager, LoRA not fused", s=painter.paint(True)[1])
+        painter.slow = painter.paint("guided")[0]
+        report.add(row="eager, LoRA not fused", **{"guided, s": painter.paint("guided")[1]})
 
     def compare(name):
-        row = turns(painter, report, name, max(1, args.rounds - 1), both=False)
+        row = turns(painter, report, name, max(1, args.rounds - 1), painters=("guided",))
         report.rows[-1] |= {
-            "times eager FluxFillPipeline": eager["FluxFillPipeline s"] / row["s"],
-            "PSNR dB": psnr(painter.paint(True)[0], painter.slow),
+            "times eager FluxFillPipeline": eager["FluxFillPipeline, s"] / row["guided, s"],
+            "PSNR dB": psnr(painter.paint("guided")[0], painter.slow),
         }
         report.save()
 
@@ -199,6 +212,8 @@ def main() -> None:
             painter.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
             painter.compile()
             compare(f"LoRA fused, fp8, compiled, FirstBlockCache {threshold}")
+            report.rows[-1]["steps computed"] = f"{painter.computed_steps()} of {args.steps}"
+            report.save()
 
         return step
 

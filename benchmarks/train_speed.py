@@ -398,7 +398,7 @@ def main() -> None:
             (
                 f"batch 1, {precision}, {name}, compiled",
                 bench.trainer,
-                [*compiled, "--use_8bit_adam", f"--base_precision={precision}", f"--checkpointing={name.split()[0]}"],
+                [*compiled, f"--base_precision={precision}", f"--checkpointing={name.split()[0]}"],
                 {"batch": 1},
             )
             for name, precisions in {

@@ -35,7 +35,6 @@ from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 logger = logging.getLogger(__name__)
 
 EARTH_VIEWS = ("satellite", "relief", "hillshade")
-MAX_SEQUENCE_LENGTH = 32
 
 
 class Crops:
@@ -169,7 +168,7 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
     pairs = list(itertools.product(range(len(args.views)), repeat=2))
     prompts = [f"{args.views[a]} to {args.views[b]}" for a, b in pairs] + [""]
     with torch.no_grad():
-        embeds, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
+        embeds, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=args.max_sequence_length)
     mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.resolution))[1].to(device)
     tokens = 2 * (args.resolution // 16) ** 2
     shift = math.exp(calculate_shift(tokens))
@@ -238,7 +237,7 @@ def held_out_figures(pipeline, crops: Crops, args: argparse.Namespace) -> dict[s
             prompt=f"{a} to {b}",
             image=views[:, args.views.index(a)],
             num_inference_steps=16,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            max_sequence_length=args.max_sequence_length,
             generator=torch.Generator().manual_seed(args.seed),
             output_type="pt",
         ).images
@@ -282,10 +281,11 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test_data_dir", type=Path)
     parser.add_argument("--views", nargs="+", default=list(EARTH_VIEWS), help="Names of the views, for the prompts.")
     parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--max_sequence_length", type=int, default=32, help="T5 tokens of a prompt.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--vae_steps", type=int, default=20000)
+    parser.add_argument("--vae_steps", type=int, default=20000, help="0 leaves the VAE as it is.")
     parser.add_argument("--vae_minutes", type=float, default=3.0, help="Ends the VAE's training earlier.")
     parser.add_argument("--vae_batch_size", type=int, default=96)
     parser.add_argument("--vae_learning_rate", type=float, default=1e-3)
@@ -313,8 +313,10 @@ def main(args: argparse.Namespace) -> None:
     data = Crops if args.train_data_dir is None else Triptychs
     crops = data(args.train_data_dir or "train", args.resolution, torch.device(args.device), args.seed)
 
-    vae_steps = train_vae(pipeline.vae, crops, args)
-    normalise_latents(pipeline.vae, crops)
+    vae_steps = 0
+    if args.vae_steps > 0:
+        vae_steps = train_vae(pipeline.vae, crops, args)
+        normalise_latents(pipeline.vae, crops)
     transformer_steps = train_transformer(pipeline, crops, args)
     minutes = (time.monotonic() - start) / 60
     held_out = data(args.test_data_dir or "test", args.resolution, torch.device(args.device), args.seed)
@@ -338,7 +340,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         torch=torch.__version__,
         diffusers=diffusers.__version__,
-        length=MAX_SEQUENCE_LENGTH,
+        length=args.max_sequence_length,
         figures="\n".join(f"- {name}: {value:.2f}" for name, value in figures.items()),
     )
     if args.train_data_dir is None:

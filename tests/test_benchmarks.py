@@ -110,3 +110,23 @@ def test_curves_mix_no_runs(ablation):
     assert losses[:, 0].tolist() == [2.0, 3.0] and curves["in_context"][1].tolist() == [[4.0] * 20]
     assert steps[[0, -1]].tolist() == [1.5, 58.5]
     assert ablation.learning_curves(rows, "emoji") == {}
+
+
+@pytest.mark.parametrize("given, workers", [("", ["0", "1", "0"]), ("2,5", ["2", "5", "2"])])
+def test_workers_take_turns_at_the_given_gpus(ablation, monkeypatch, given, workers):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert [ablation.share_of_gpus(number, 2) for number in range(3)] == workers
+
+
+@pytest.mark.parametrize("threshold, computed", [(0.0, 5), (1e9, 1)])
+def test_steps_that_a_cache_leaves_out(monkeypatch, threshold, computed):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", "inference_speed.py --shape test --steps 5".split())
+    import inference_speed
+    from diffusers import FirstBlockCacheConfig
+
+    painter = inference_speed.Painter(inference_speed.parse_args())
+    painter.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    with torch.no_grad():
+        # Twice, since the cache must not outlive a painting.
+        assert [painter.computed_steps() for _ in range(2)] == [computed, computed]
