@@ -77,7 +77,7 @@ from pipeline_flux_fill_semantic import (
 )
 from semantic_attention import SEMANTIC_INJECTIONS, SEMANTIC_POSITIONS, SemanticAttentionModel
 from training_engines import DDP_OPTIONS, Engine, find_engine
-from training_speed import CHECKPOINTING, choose_plan, compiler_options, device_memory, memory_advice
+from training_speed import CHECKPOINTING, CUDNN, choose_plan, compiler_options, device_memory, memory_advice
 
 
 if TYPE_CHECKING:
@@ -1947,6 +1947,11 @@ def announce(model: SemanticFillModel, args: argparse.Namespace) -> None:
         logger.info(f"Using Cross-Attention with {len(module.layers)} layers, {module.layers[0].num_heads} heads")
         count = sum(parameter.numel() for parameter in module.parameters())
         logger.info(f"Added {count} semantic cross-attention parameters to optimizer")
+    if args.attention_backend == CUDNN and not args.compile:
+        logger.warning(
+            f"--attention_backend {CUDNN} without --compile: with torch 2.11 the process crashed, or gradients were not"
+            " finite (benchmarks/RESULTS.md). Pass --compile, or leave it out."
+        )
 
 
 def setup(args: argparse.Namespace) -> Accelerator:
@@ -1967,7 +1972,7 @@ def setup(args: argparse.Namespace) -> Accelerator:
     set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    # Its backward crashes at FLUX's shapes in torch 2.11; flash attention takes over.
+    # Its backward crashes in torch 2.11, or gives NaN; flash attention takes over.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return accelerator
 

@@ -428,7 +428,7 @@ def table(rows: list[dict], costs: list[dict], task: str) -> str:
         columns = [spread([c["right"][key] for c in cells], digits) for key, digits in (("psnr", 2), ("ssim", 3))]
         columns += [spread([c["right"]["iou"] for c in cells], 3), spread(drop, 2), spread(without, 2)]
         columns += [f"{cells[0]['trained']:,}", str(cells[0]["tokens"])]
-        columns += [f"{cost[name][key]:.1f}" if name in cost else "" for key in ("step_ms", "peak_mib")]
+        columns += [f"{cost[name][key]:.0f}" if name in cost else "" for key in ("step_ms", "peak_mib")]
         lines.append(f"| {name} | " + " | ".join(columns) + f" | {len(cells)} |")
     return "\n".join(lines)
 

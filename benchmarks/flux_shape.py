@@ -117,6 +117,18 @@ def build_transformer(
     return materialise(transformer, device, dtype, drawn_on)
 
 
+def build_scheduler(shape: str) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**SCHEDULER) if shape == "flux" else build_pipeline("test").scheduler
+
+
+def build_vae(shape: str, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    if shape != "flux":
+        return build_pipeline("test").vae.to(device, dtype)
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderKL(**VAE)
+    return materialise(vae, device, dtype)
+
+
 def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:
     """The pipeline without its transformer, as training loads it. Always the same weights, so that caches are found."""
     torch.manual_seed(0)
@@ -133,12 +145,11 @@ def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> Flux
         vocab_size=len(clip_tokenizer), **{f"{name}_token_id": number for name, number in ids.items()}, **CLIP_L
     )
     with init_empty_weights(include_buffers=False):
-        vae = AutoencoderKL(**VAE)
         clip = CLIPTextModel(clip_config)
         t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **T5_XXL))
     return FluxFillSemanticPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=materialise(vae, device, dtype),
+        scheduler=build_scheduler(shape),
+        vae=build_vae(shape, device, dtype),
         text_encoder=materialise(clip, device, dtype),
         tokenizer=clip_tokenizer,
         text_encoder_2=materialise(t5, device, dtype),

@@ -19,7 +19,17 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxFillPipeline
 from diffusers.image_processor import VaeImageProcessor
-from flux_shape import ROOT, Report, build_encoders, build_transformer, describe, free, peak_gib, synchronise
+from flux_shape import (
+    ROOT,
+    Report,
+    build_scheduler,
+    build_transformer,
+    build_vae,
+    describe,
+    free,
+    peak_gib,
+    synchronise,
+)
 from peft import LoraConfig
 
 import train_semantic_fill_lora as trainer
@@ -57,10 +67,9 @@ class Painter:
         torch.manual_seed(0)
         if args.shape == "base":
             loaded = DiffusionPipeline.from_pretrained(ROOT / "examples" / "base", dtype=self.dtype).to(self.device)
-            self.transformer, self.components = loaded.transformer, loaded.components
+            self.transformer, scheduler, vae = loaded.transformer, loaded.scheduler, loaded.vae
         else:
-            self.components = build_encoders(args.shape, torch.device("cpu"), self.dtype).components
-            self.components["vae"].to(self.device)
+            scheduler, vae = build_scheduler(args.shape), build_vae(args.shape, self.device, self.dtype)
             self.transformer = build_transformer(args.shape, "bf16", self.device, self.dtype)
         config = self.transformer.config
         if args.shape == "base":
@@ -77,9 +86,9 @@ class Painter:
             views = trainer.cut_triptych([PIL.Image.open(args.picture).convert("RGB")])
             panels = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(views))[:, None]
         self.visible, _, self.map = panels
-        self.text = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
-        kept = {name: part for name, part in self.components.items() if name != "semantic_attention"}
-        kept |= {"transformer": self.transformer} | self.text
+        # Prompts are embeddings already.
+        text = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        kept = {"scheduler": scheduler, "vae": vae, "transformer": self.transformer} | text
         self.ours = FluxFillSemanticPipeline(**kept, semantic_attention=self.module)
         self.theirs = FluxFillPipeline(**kept)
         for pipeline in (self.ours, self.theirs):

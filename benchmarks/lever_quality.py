@@ -27,8 +27,9 @@ import train_semantic_fill_lora as trainer
 LEVERS = {
     "reference": [],
     "peft's LoRA layers": ["--no-fused_lora"],
-    "cuDNN's attention": ["--attention_backend=_native_cudnn"],
+    "cuDNN's attention, compiled": ["--attention_backend=_native_cudnn", "--compile"],
     "fp8": ["--base_precision=fp8"],
+    "fp8x2": ["--base_precision=fp8x2"],
     "int8": ["--base_precision=int8"],
     "nf4": ["--base_precision=nf4"],
     "prompts as long as the longest": ["--max_sequence_length=auto"],
@@ -116,6 +117,8 @@ def main() -> None:
     rows = [json.loads(line) for line in lines]
     rows = [{"image": {"bytes": None, "path": str(args.data / row["file_name"])}, "text": row["text"]} for row in rows]
     torch._dynamo.config.recompile_limit = 64
+    # As the trainer's `main` does.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.output, describe(device) | {"steps": args.steps})
     start, reference = time.perf_counter(), {}

@@ -399,7 +399,7 @@ def main() -> None:
                 f"batch 1, {precision}, {name}, compiled",
                 bench.trainer,
                 [*compiled, f"--base_precision={precision}", f"--checkpointing={name.split()[0]}"],
-                {"batch": 1},
+                {"batch": 1, "profile": f"batch 1, {precision}, {name}"},
             )
             for name, precisions in {
                 "full checkpointing": ("bf16", "nf4", "int8", "fp8"),

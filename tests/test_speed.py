@@ -723,6 +723,17 @@ def test_fast_takes_cudnn_attention_where_it_works(gpu):
         assert gpu(78, *options, cudnn=True)[0].attention_backend == "native"
 
 
+@pytest.mark.parametrize("options, warned", [([], True), (["--compile"], False)])
+def test_cudnn_attention_layer_by_layer_is_warned_of(base_folder, caplog, options, warned):
+    args = arguments(
+        base_folder, "out", "--attention_backend", training_speed.CUDNN, *options, "--train_data_dir", "d"
+    )
+    fresh_state()
+    trainer.Accelerator(cpu=True)
+    trainer.announce(types.SimpleNamespace(semantic_attention=None), args)
+    assert ("--compile" in caplog.text) == warned
+
+
 def test_a_trial_of_cudnn_that_dies_is_no_error():
     # There is no GPU at that place.
     assert not training_speed.cudnn_attends((1, 16, 2, 16), torch.device("cuda", 99), torch.bfloat16)
