@@ -5,7 +5,8 @@
 
 Both get the same transformer, VAE, canvas, steps and prompt embeddings, in turns: what differs is the guidance. The
 recipe is what the README tells: LoRA fused, blocks in fp8 and compiled, FirstBlockCache. Its picture is compared with
-that of the slow way on the small trained base (`--shape base`), since a random model paints no picture.
+that of the slow way on the small trained base (`--shape base`), since a random model paints no picture. Nor does it tell
+which steps a cache leaves out: `--replay` takes these from there.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxFillPipeline
+from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.image_processor import VaeImageProcessor
 from flux_shape import (
     ROOT,
@@ -49,6 +51,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Of FirstBlockCache.")
     parser.add_argument("--picture", type=Path, help="A triptych to paint, for --shape base.")
     parser.add_argument("--prompt", default="hillshade to satellite", help="For --shape base.")
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        help="Report of a run with --shape base: caches leave out the steps that they left out there.",
+    )
     parser.add_argument("--lora", type=Path, help="A trained folder. Default: a LoRA and a module of random weights.")
     args = parser.parse_args()
     args.resolution = args.resolution or (512 if args.shape == "flux" else 64)
@@ -57,6 +64,27 @@ def parse_args() -> argparse.Namespace:
 
 # In the order of their turns.
 PAINTERS = ("FluxFillPipeline", "without map", "guided")
+
+
+class CacheDecisions:
+    """
+    Records in which steps FirstBlockCache lets all blocks run. With `replayed`, decisions of another painting take the
+    place of its own, which it still works out.
+    """
+
+    def __init__(self):
+        self.taken, self.replayed = [], None
+        plain = FBCHeadBlockHook._should_compute_remaining_blocks
+
+        @torch.compiler.disable
+        def decide(hook, residual: torch.Tensor) -> bool:
+            computed = plain(hook, residual)
+            if self.replayed is not None:
+                computed = bool(self.replayed[len(self.taken) % len(self.replayed)])
+            self.taken.append(int(computed))
+            return computed
+
+        FBCHeadBlockHook._should_compute_remaining_blocks = decide
 
 
 class Painter:
@@ -126,17 +154,6 @@ class Painter:
                 torch.nn.init.normal_(parameter, std=0.01, generator=generator)
         self.transformer.requires_grad_(False)
 
-    def computed_steps(self) -> int:
-        """In how many steps of a painting the last block runs: FirstBlockCache leaves it out in the others."""
-        runs = []
-        last = self.transformer.single_transformer_blocks[-1].attn
-        handle = last.register_forward_pre_hook(lambda *_: runs.append(1))
-        # Compiled blocks do not look for new hooks.
-        with torch.compiler.set_stance("force_eager"):
-            self.paint("guided", "latent")
-        handle.remove()
-        return len(runs)
-
     def compile(self) -> None:
         # In the place of earlier compiled calls, whose blocks may have changed.
         torch._dynamo.reset()
@@ -170,6 +187,10 @@ def main() -> None:
     args = parse_args()
     start = time.perf_counter()
     torch._dynamo.config.recompile_limit = 64
+    decisions, replayed = CacheDecisions(), {}
+    if args.replay is not None:
+        computed = json.loads(args.replay.read_text())["computed"]
+        replayed = {float(threshold): steps for threshold, steps in computed.items()}
     painter = Painter(args)
     report = Report(args.output, describe(painter.device))
 
@@ -220,9 +241,11 @@ def main() -> None:
             painter.transformer.disable_cache() if painter.transformer.is_cache_enabled else None
             painter.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
             painter.compile()
+            decisions.taken, decisions.replayed = [], replayed.get(threshold)
             compare(f"LoRA fused, fp8, compiled, FirstBlockCache {threshold}")
-            report.rows[-1]["steps computed"] = f"{painter.computed_steps()} of {args.steps}"
-            report.save()
+            computed = decisions.taken[-args.steps :]
+            report.rows[-1] |= {"steps computed": f"{sum(computed)} of {args.steps}"}
+            report.note(computed=report.more.get("computed", {}) | {threshold: computed})
 
         return step
 

@@ -118,15 +118,30 @@ def test_workers_take_turns_at_the_given_gpus(ablation, monkeypatch, given, work
     assert [ablation.share_of_gpus(number, 2) for number in range(3)] == workers
 
 
-@pytest.mark.parametrize("threshold, computed", [(0.0, 5), (1e9, 1)])
-def test_steps_that_a_cache_leaves_out(monkeypatch, threshold, computed):
+def test_steps_that_a_cache_leaves_out(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", "inference_speed.py --shape test --steps 5".split())
     import inference_speed
     from diffusers import FirstBlockCacheConfig
 
+    hook = inference_speed.FBCHeadBlockHook
+    monkeypatch.setattr(hook, "_should_compute_remaining_blocks", hook._should_compute_remaining_blocks)
+    decisions, ran = inference_speed.CacheDecisions(), []
     painter = inference_speed.Painter(inference_speed.parse_args())
-    painter.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    transformer = painter.transformer
+
+    def paint(threshold, replayed=None) -> list[int]:
+        """How often the last block ran by each decision."""
+        transformer.disable_cache() if transformer.is_cache_enabled else None
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        decisions.taken, decisions.replayed = [], replayed
+        ran.clear()
+        painter.paint("guided", "latent")
+        assert sum(ran) == sum(decisions.taken)
+        return decisions.taken
+
+    transformer.single_transformer_blocks[-1].attn.register_forward_pre_hook(lambda *_: ran.append(1))
     with torch.no_grad():
-        # Twice, since the cache must not outlive a painting.
-        assert [painter.computed_steps() for _ in range(2)] == [computed, computed]
+        assert paint(0.0) == [1, 1, 1, 1, 1]
+        assert paint(1e9) == [1, 0, 0, 0, 0]
+        assert paint(1e9, replayed=[1, 0, 1, 1, 0]) == [1, 0, 1, 1, 0]
