@@ -482,6 +482,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             )
             return args, kwargs
 
+        # A call that ended in an error, or with Ctrl-C, left its own there, perhaps of another size.
+        self.transformer._reset_stateful_cache()
         with contextlib.ExitStack() as stack:
             # `FluxFillPipeline` opens no cache context itself, which FirstBlockCache and its kin need.
             stack.enter_context(self.transformer.cache_context("cond"))

@@ -493,6 +493,21 @@ def test_first_block_cache(base):
     assert len(runs) == 1 and cached.isfinite().all()
 
 
+def test_a_call_that_was_cut_off_leaves_nothing_in_the_cache(base):
+    pipe = make_pipe(base, own=True)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
+    expected = paint(pipe)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    # Of the same size its residual would be taken for this picture's, of another it would not fit.
+    for batch in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            paint(pipe, picture(2, batch=batch), callback_on_step_end=interrupt)
+        assert torch.equal(paint(pipe), expected)
+
+
 def test_a_float32_module_in_a_bfloat16_pipeline(base):
     module = trained_like()
     pipe = make_pipe(base, own=True).to(torch.bfloat16)
