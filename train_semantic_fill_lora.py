@@ -2174,6 +2174,11 @@ def main(args: argparse.Namespace) -> None:
         # Read
         with accelerator.main_process_first():
             dataset = TriptychDataset(load_rows(args), args)
+        if args.instance_prompt and args.caption_column and None not in dataset.rows[args.caption_column]:
+            raise ValueError(
+                f"--instance_prompt is for samples without a caption, but all {len(dataset)} have one in"
+                f" `{args.caption_column}`. Leave it out, or take that column out of the data."
+            )
         if args.max_train_steps is None:
             args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
             if 0 < args.max_train_steps <= args.lr_warmup_steps:

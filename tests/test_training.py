@@ -418,6 +418,20 @@ def test_bad_rows_are_listed(base_folder, tmp_path):
     assert "row 0" not in message and "row 5" not in message
 
 
+def test_an_instance_prompt_that_no_sample_uses_is_refused(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "load_encoders", None)
+    data = write_triptychs(tmp_path / "data", 2)
+    prompt = ["--instance_prompt", "a hill"]
+    with pytest.raises(ValueError, match="--instance_prompt is for samples without a caption, but all 2 .* `text`"):
+        run(base_folder, tmp_path / "out", *prompt, data=data)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    rows[1]["text"] = None
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # On to the encoders, which are not there.
+    with pytest.raises(TypeError):
+        run(base_folder, tmp_path / "out", *prompt, data=data)
+
+
 def test_a_warm_up_as_long_as_the_epochs_is_refused_before_a_model_is_loaded(
     base_folder, triptych_folder, tmp_path, monkeypatch
 ):
