@@ -131,6 +131,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             path = getattr(args, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"--{name} {path} is no file.")
+        card = Path(args.trained, "README.md")
+        # A checkpoint has none.
+        if args.update_model_card and not is_hub_id(args.trained) and not card.is_file():
+            raise ValueError(f"--update_model_card needs {card}, which is not there.")
     except ValueError as error:
         parser.error(str(error))
     args.metrics = args.metrics or [name for name in METRICS if name != "miou" or args.palette]
@@ -457,8 +461,6 @@ def update_model_card(report: dict, picture: Path, args: argparse.Namespace) -> 
     """Puts figures and picture into the card of the trained folder or repository, in place of earlier ones."""
     on_hub = is_hub_id(args.trained)
     path = Path(args.trained, "README.md")
-    if not on_hub and not path.is_file():
-        raise ValueError(f"--update_model_card needs {path}, which is not there.")
     card = ModelCard.load(args.trained if on_hub else path)
     section = f"{CARD_START}\n## Figures\n\n{table(report)}\n![evaluation](samples/{picture.name})\n{CARD_END}\n"
     before = re.compile(re.escape(CARD_START) + ".*?" + re.escape(CARD_END) + "\n", re.DOTALL)
