@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 
@@ -901,7 +901,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
         Raises:
             `ValueError`: where the weights were trained with `"cross_attention"` but the module is missing, where the
-                LoRA's file is damaged, or where a pickle is asked for.
+                LoRA's file is damaged, where a pickle is asked for, or where there is no such folder.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict):
@@ -1041,6 +1041,11 @@ def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[s
         return path if os.path.isfile(path) else None
     try:
         return hf_hub_download(source, filename, subfolder=subfolder or None, **hub_kwargs)
+    except HFValidationError as error:
+        raise ValueError(
+            "`pretrained_model_name_or_path_or_dict` has to be a folder, a Hub repository or a state dict, with"
+            f" `weight_name` for a file in it, but is {source!r}."
+        ) from error
     except LocalEntryNotFoundError:
         # A kind of `EntryNotFoundError`, but it says that the Hub was not reached, not that the file is missing.
         raise

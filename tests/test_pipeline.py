@@ -872,6 +872,14 @@ def test_several_masked_pictures_and_images_per_prompt(base):
         paint(make_pipe(base), picture(1, batch=2), mask_image=masks, height=32, width=48, num_images_per_prompt=2)
 
 
+@pytest.mark.parametrize("name", [LORA_FILE, "no/such/folder"])
+def test_a_path_that_is_no_folder_is_named(base, tmp_path, name):
+    (tmp_path / LORA_FILE).touch()
+    # A name that could be a repository's is looked for on the Hub.
+    with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path_or_dict` has to be a folder.*{name}'"):
+        make_pipe(base).load_lora_weights(tmp_path / name)
+
+
 def test_a_hub_out_of_reach_is_not_a_missing_module(base, tmp_path):
     with pytest.raises(LocalEntryNotFoundError):
         make_pipe(base).load_lora_weights("user/not-cached", cache_dir=str(tmp_path), local_files_only=True)
