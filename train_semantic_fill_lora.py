@@ -1361,11 +1361,12 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
             )
         # Loaded models come in evaluation mode, made ones in training mode.
         semantic_attention.to(device).requires_grad_(True).train()
-    if args.lora_weights:
-        load_lora(transformer, args.lora_weights, args.cache_dir)
     model = SemanticFillModel(transformer.train(), semantic_attention)
     # PEFT gives adapters the dtype of their base; steps as small as a learning rate vanish in bfloat16.
     cast_training_params(model, dtype=torch.float32)
+    if args.lora_weights:
+        # Only now, or its weights would be rounded to that dtype.
+        load_lora(transformer, args.lora_weights, args.cache_dir)
     CHECKPOINTING[args.checkpointing](transformer, preserve_rng_state=args.lora_dropout > 0)
     if args.compile:
         transformer.compile_repeated_blocks(options=compiler_options(args.fused_lora))

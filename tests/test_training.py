@@ -523,3 +523,13 @@ def test_batches_are_made_ahead_in_a_thread_on_a_gpu():
     assert [samples for samples, _ in made][:4] == [0, 1, 2, 3]
     threads = {thread for _, thread in made}
     assert len(threads) == 1 and threading.main_thread() not in threads and not threads.pop().is_alive()
+
+
+def test_a_lora_to_start_from_is_not_rounded(base_folder, triptych_folder, tmp_path):
+    out = run(base_folder, tmp_path / "first", "--max_train_steps", 1, data=triptych_folder)
+    args = arguments(base_folder, tmp_path / "second", "--lora_weights", out, data=triptych_folder)
+    model = trainer.build_model(args, torch.device("cpu"), torch.bfloat16)
+    loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    saved = {name.replace(".weight", ".default.weight"): weight for name, weight in weights_of(out).items()}
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
