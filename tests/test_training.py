@@ -533,3 +533,14 @@ def test_a_lora_to_start_from_is_not_rounded(base_folder, triptych_folder, tmp_p
     saved = {name.replace(".weight", ".default.weight"): weight for name, weight in weights_of(out).items()}
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("mode", ["cross_attention", "none"])
+def test_a_launch_file_that_compiles_the_whole_model(base_folder, triptych_folder, tmp_path, monkeypatch, mode):
+    options = ["--max_train_steps", 1, "--semantic_mode", mode]
+    plain = run(base_folder, tmp_path / "plain", *options, data=triptych_folder)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = run(base_folder, tmp_path / "compiled", *options, data=triptych_folder)
+    assert weights_of(compiled).keys() == weights_of(plain).keys()
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(compiled)[name], weight, atol=1e-6, rtol=1e-4)
