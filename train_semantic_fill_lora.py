@@ -1223,7 +1223,7 @@ def log_shapes(**tensors: torch.Tensor) -> None:
 def compare(
     pred: torch.Tensor, x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor, scheme: str, region: torch.Tensor | None
 ) -> torch.Tensor:
-    """Weighted mean squared error to the velocity x_1 - x_0, over all tokens or those of the boolean `region`."""
+    """Weighted mean squared error to the velocity x_1 - x_0, over all tokens or those of the indices `region`."""
     error = (pred.float() - (x_1.float() - x_0.float())) ** 2
     if region is not None:
         error = error[:, region]
@@ -1249,7 +1249,8 @@ class Step:
         self.region = None
         if args.loss_region == "target":
             panel = torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
-            self.region = (panel == mode.panels.index("target")).to(self.device)
+            # Indices: a boolean mask would have the host wait for the device in every micro-step.
+            self.region = (panel == mode.panels.index("target")).nonzero().flatten().to(self.device)
         self.stream = None
         if self.device.type == "cuda":
             # Copies from the host would wait for all that the stream of the passes still holds.

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, draw_triptych, reference_layers, write_triptychs
 from diffusers import FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
@@ -160,6 +161,25 @@ def test_step_equals_reference(base_folder, tmp_path, height, width, position, r
         expected = reference.loss(pred, x_0, x_1, rows, columns, region)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     assert not torch.equal(seen["x_t"], enhanced)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what has the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a boolean mask"
+        assert func not in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("region", ["diptych", "target"])
+def test_the_loss_does_not_wait_for_the_device(base_folder, triptych_folder, tmp_path, region):
+    args = arguments(base_folder, tmp_path, "--loss_region", region, "--no-cache_latents", data=triptych_folder)
+    model, step, samples = build(args)
+    batch = step.prepare(samples)
+    with NoWaiting():
+        step.loss(model, batch).backward()
 
 
 @pytest.mark.parametrize("option, expected", [("none", 0.25), ("3.0", 0.5), ("resolution", None)])
