@@ -874,9 +874,14 @@ class Encoder:
         self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.width))[1]
         self.picture_hashes = {}
         if args.cache_latents:
-            self.latent_key = (fingerprint(pipeline.vae), args.resolution, args.width, self.mode, args.fusion_alpha)
+            vae = pipeline.vae
+            # Moments are as the VAE gives them, but the map's tokens are scaled already.
+            scaling = (vae.config.shift_factor, vae.config.scaling_factor)
+            self.latent_key = (fingerprint(vae), *scaling, args.resolution, args.width, self.mode, args.fusion_alpha)
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-            self.prompt_key = (*map(fingerprint, text_encoders), args.max_sequence_length)
+            vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
+            words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
+            self.prompt_key = (*map(fingerprint, text_encoders), words, args.max_sequence_length)
 
     @property
     def image_tokens(self) -> int:

@@ -20,6 +20,7 @@ from conftest import ROOT, draw_triptych, reference_layers, write_triptychs
 from diffusers import FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5TokenizerFast
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
@@ -396,6 +397,32 @@ def test_cache_is_reused_and_mended(base_folder, triptych_folder, tmp_path, undi
     caplog.clear()
     run(base_folder, out, "--max_train_steps", 1, "--max_sequence_length", 8, data=triptych_folder)
     assert "6 found" in caplog.text and "3 to make" in caplog.text
+
+
+def test_another_scaling_or_tokenizer_is_another_encoding(base_folder, triptych_folder, tmp_path):
+    """Of the same weights, picture and prompt."""
+    args = arguments(base_folder, tmp_path, data=triptych_folder)
+    dataset = trainer.TriptychDataset(trainer.load_rows(args), args)
+    pipeline = trainer.load_encoders(args, torch.device("cpu"), torch.float32)
+    views = {name: view[None] for name, view in dataset.views(0).items()}
+
+    def made():
+        encoder = trainer.Encoder(pipeline, dataset, args)
+        files = encoder.latent_file(0, False, False), encoder.prompt_file("a b")
+        return files, encoder.encode_views(views)["semantic"], encoder.encode_prompts(["a b"])["prompt_embeds"]
+
+    first = made()
+    assert made()[0] == first[0]
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+    second = made()
+    assert not torch.equal(first[1], second[1])
+    assert first[0][0] != second[0][0] and first[0][1] == second[0][1]
+    pipeline.tokenizer_2 = T5TokenizerFast(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(["<pad>", "</s>", "<unk>", "▁", "b", "a"])], extra_ids=0
+    )
+    third = made()
+    assert not torch.equal(second[2], third[2])
+    assert second[0][0] == third[0][0] and second[0][1] != third[0][1]
 
 
 def test_without_cache_the_same_is_learnt(base_folder, triptych_folder, tmp_path):
