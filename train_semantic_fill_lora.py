@@ -870,6 +870,11 @@ class Encoder:
         self.pipeline, self.dataset, self.args = pipeline, dataset, args
         self.mode = SEMANTIC_MODES[args.semantic_mode]
         self.folder = Path(args.cache_root or Path(args.output_dir, "cache"))
+        # Pixels along a token's side: 16 with FLUX's own VAE.
+        self.patch = pipeline._patch_size
+        for name, size in (("--resolution", args.resolution), ("--width", args.width)):
+            if size % self.patch:
+                raise ValueError(f"{name} has to be a multiple of {self.patch} with this VAE but is {size}.")
         # The mask depends on the geometry alone.
         self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.width))[1]
         self.picture_hashes = {}
@@ -885,8 +890,8 @@ class Encoder:
 
     @property
     def image_tokens(self) -> int:
-        """Of the whole canvas; a token is 16x16 pixels."""
-        return self.mask.shape[-2] * self.mask.shape[-1] // 16**2
+        """Of the whole canvas."""
+        return self.mask.shape[-2] * self.mask.shape[-1] // self.patch**2
 
     # What is encoded
 
@@ -1131,7 +1136,8 @@ def timestep_shift_factor(args: argparse.Namespace, scheduler: FlowMatchEulerDis
     if not config.use_dynamic_shifting:
         return config.shift
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    return math.exp(calculate_shift(tokens, *(config[name] for name in names)))
+    mu = calculate_shift(tokens, *(config[name] for name in names))
+    return mu if config.time_shift_type == "linear" else math.exp(mu)
 
 
 def draw_noise(
@@ -1248,7 +1254,8 @@ class Step:
 
     def __post_init__(self):
         args, mode = self.args, SEMANTIC_MODES[self.args.semantic_mode]
-        self.rows, self.columns, self.panels = args.resolution // 16, args.width // 16, len(mode.panels)
+        patch = self.encoder.patch
+        self.rows, self.columns, self.panels = args.resolution // patch, args.width // patch, len(mode.panels)
         self.mask = self.encoder.mask.to(self.device)
         self.positions = panel_positions(self.rows, self.columns, self.panels, self.device)
         self.region = None
@@ -2017,7 +2024,8 @@ def explained_out_of_memory(pipeline: FluxFillSemanticPipeline, args: argparse.N
     except torch.OutOfMemoryError as error:
         panels = len(SEMANTIC_MODES[args.semantic_mode].panels)
         text = 512 if args.max_sequence_length == "auto" else args.max_sequence_length
-        tokens = panels * (args.resolution // 16) * (args.width // 16) + text
+        patch = pipeline._patch_size
+        tokens = panels * (args.resolution // patch) * (args.width // patch) + text
         encoders = [] if args.cache_latents else (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
         size = sum(map(parameter_bytes, encoders))
         raise torch.OutOfMemoryError(f"{error}\n{memory_advice(args, tokens, size)}") from error

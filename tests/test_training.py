@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, draw_triptych, reference_layers, write_triptychs
 from diffusers import FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5TokenizerFast
 
@@ -192,6 +193,44 @@ def test_timestep_shift_is_that_of_inference(base_folder, option, expected):
     if expected is None:
         expected = reference.shift_timestep(torch.tensor(0.25, dtype=torch.float64), 2048).item()
     assert shifted == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"time_shift_type": "linear"}, {"use_dynamic_shifting": False}])
+def test_timestep_shift_is_that_of_the_scheduler(base_folder, settings):
+    args = arguments(base_folder, "unused", data="unused")
+    scheduler = FluxFillPipeline.from_pretrained(base_folder).scheduler
+    scheduler = type(scheduler).from_config(scheduler.config, **settings)
+    config = scheduler.config
+    mu = calculate_shift(
+        2048, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    scheduler.set_timesteps(sigmas=[0.25], mu=mu)
+    shift = trainer.timestep_shift_factor(args, scheduler, tokens=2048)
+    assert shift * 0.25 / (1 + (shift - 1) * 0.25) == pytest.approx(scheduler.sigmas[0].item(), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finer(base, base_folder, tmp_path_factory):
+    """The tiny FLUX Fill with a VAE whose latents are 4 times smaller than the picture instead of 8."""
+    folder = tmp_path_factory.mktemp("finer")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = type(base.vae).from_config(base.vae.config, **blocks, block_out_channels=(8, 8, 16))
+    transformer = type(base.transformer).from_config(
+        base.transformer.config, in_channels=2 * 64 + 4 * 4**2, out_channels=64, guidance_embeds=False
+    )
+    type(base)(**{**base.components, "vae": vae, "transformer": transformer}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("mode", SEMANTIC_MODES)
+def test_another_factor_of_the_vae_and_no_guidance_embedding(finer, triptych_folder, tmp_path, mode, caplog):
+    caplog.set_level(logging.INFO, logger="train_semantic_fill_lora")
+    options = ["--max_train_steps", 1, "--loss_region", "target", "--semantic_mode", mode]
+    options += ["--validation_steps", 1, "--validation_inference_steps", 1, "--num_validation_images", 1]
+    out = run(finer, tmp_path, *options, data=triptych_folder)
+    assert (out / "samples" / "step-000001.png").is_file()
+    # A panel of 32x32 pixels has 4x4 tokens of 8x8.
+    assert f"{16 * len(SEMANTIC_MODES[mode].panels)} image tokens" in caplog.text
 
 
 @pytest.mark.parametrize("mode", SEMANTIC_MODES)
