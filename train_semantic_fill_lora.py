@@ -43,7 +43,7 @@ import torch
 import transformers
 from accelerate import Accelerator, cpu_offload
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -1972,7 +1972,8 @@ def setup(args: argparse.Namespace) -> Accelerator:
     """Accelerator, logging, seed and output folder."""
     logging_dir = Path(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # As a plugin, since of the plain number accelerate would take its environment variable's instead.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
@@ -2188,7 +2189,9 @@ def main(args: argparse.Namespace) -> None:
 
         # Read
         with accelerator.main_process_first():
-            dataset = TriptychDataset(load_rows(args), args)
+            rows = load_rows(args)
+        # All at once: NCCL gives up on processes that wait for another for ten minutes.
+        dataset = TriptychDataset(rows, args)
         if args.max_train_steps is None:
             args.max_train_steps = args.num_train_epochs * math.ceil(len(dataset) / samples_a_step(accelerator, args))
             if 0 < args.max_train_steps <= args.lr_warmup_steps:

@@ -630,3 +630,27 @@ def test_a_launch_file_that_compiles_the_whole_model(base_folder, triptych_folde
     assert weights_of(compiled).keys() == weights_of(plain).keys()
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(compiled)[name], weight, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulation_is_that_of_the_options(base_folder, triptych_folder, tmp_path, monkeypatch):
+    options = ["--max_train_steps", 2, "--gradient_accumulation_steps", 2]
+    expected = run(base_folder, tmp_path / "plain", *options, data=triptych_folder)
+    # Of the shell, or of accelerate's launcher.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    assert_same_weights(expected, run(base_folder, tmp_path / "out", *options, data=triptych_folder))
+
+
+def test_no_process_waits_while_another_checks_the_rows(base_folder, triptych_folder, tmp_path, monkeypatch):
+    waiting, during = [], []
+
+    @contextlib.contextmanager
+    def main_process_first(accelerator):
+        waiting.append(True)
+        yield
+        waiting.clear()
+
+    check = trainer.TriptychDataset.check
+    monkeypatch.setattr(trainer.Accelerator, "main_process_first", main_process_first)
+    monkeypatch.setattr(trainer.TriptychDataset, "check", lambda self: during.append(bool(waiting)) or check(self))
+    run(base_folder, tmp_path, "--max_train_steps", 1, data=triptych_folder)
+    assert during == [False]
