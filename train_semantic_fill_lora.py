@@ -540,6 +540,9 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     for name in ("adam_epsilon", "max_grad_norm", "logit_std"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} has to be above 0 but is 0.")
+    if args.mode_scale > 2 / (math.pi - 2):
+        # Beyond it the density of https://huggingface.co/papers/2403.03206 is none, and timesteps leave (0, 1).
+        raise ValueError(f"--mode_scale has to be within [0, 2 / (pi - 2) = 1.75] but is {args.mode_scale}.")
     if args.seed >= 2**32:
         raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
     check_data_args(args)
