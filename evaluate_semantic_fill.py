@@ -529,9 +529,10 @@ def main(args: argparse.Namespace) -> dict:
         gathered = Figures(networks, palette, len(dataset), args)
         for painted, target in paint(pipeline, dataset, kind, args):
             gathered.add(painted, target)
-            columns.setdefault("no map" if kind == "none" else f"{kind} map", []).extend(painted)
+            column = columns.setdefault("no map" if kind == "none" else f"{kind} map", [])
+            # Copies of what is shown alone: a whole data set of paintings would fill the memory.
+            column += painted[: len(shown) - len(column)].clone()
         figures[kind], samples[kind] = gathered.summary(), gathered.samples
-    columns = {name: column[: len(shown)] for name, column in columns.items()}
 
     # The table goes into cards, which are no place for paths of this machine.
     data = args.dataset_name or args.train_data_dir

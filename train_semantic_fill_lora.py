@@ -43,7 +43,7 @@ import torch
 import transformers
 from accelerate import Accelerator, cpu_offload
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -540,6 +540,9 @@ def check_args(args: argparse.Namespace, passed: set[str]) -> None:
     for name in ("adam_epsilon", "max_grad_norm", "logit_std"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} has to be above 0 but is 0.")
+    if args.mode_scale > 2 / (math.pi - 2):
+        # Beyond it the density of https://huggingface.co/papers/2403.03206 is none, and timesteps leave (0, 1).
+        raise ValueError(f"--mode_scale has to be within [0, 2 / (pi - 2) = 1.75] but is {args.mode_scale}.")
     if args.seed >= 2**32:
         raise ValueError(f"--seed has to be below 2 ** 32 but is {args.seed}.")
     check_data_args(args)
@@ -870,18 +873,28 @@ class Encoder:
         self.pipeline, self.dataset, self.args = pipeline, dataset, args
         self.mode = SEMANTIC_MODES[args.semantic_mode]
         self.folder = Path(args.cache_root or Path(args.output_dir, "cache"))
+        # Pixels along a token's side: 16 with FLUX's own VAE.
+        self.patch = pipeline._patch_size
+        for name, size in (("--resolution", args.resolution), ("--width", args.width)):
+            if size % self.patch:
+                raise ValueError(f"{name} has to be a multiple of {self.patch} with this VAE but is {size}.")
         # The mask depends on the geometry alone.
         self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.width))[1]
         self.picture_hashes = {}
         if args.cache_latents:
-            self.latent_key = (fingerprint(pipeline.vae), args.resolution, args.width, self.mode, args.fusion_alpha)
+            vae = pipeline.vae
+            # Moments are as the VAE gives them, but the map's tokens are scaled already.
+            scaling = (vae.config.shift_factor, vae.config.scaling_factor)
+            self.latent_key = (fingerprint(vae), *scaling, args.resolution, args.width, self.mode, args.fusion_alpha)
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-            self.prompt_key = (*map(fingerprint, text_encoders), args.max_sequence_length)
+            vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
+            words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
+            self.prompt_key = (*map(fingerprint, text_encoders), words, args.max_sequence_length)
 
     @property
     def image_tokens(self) -> int:
-        """Of the whole canvas; a token is 16x16 pixels."""
-        return self.mask.shape[-2] * self.mask.shape[-1] // 16**2
+        """Of the whole canvas."""
+        return self.mask.shape[-2] * self.mask.shape[-1] // self.patch**2
 
     # What is encoded
 
@@ -1126,7 +1139,8 @@ def timestep_shift_factor(args: argparse.Namespace, scheduler: FlowMatchEulerDis
     if not config.use_dynamic_shifting:
         return config.shift
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    return math.exp(calculate_shift(tokens, *(config[name] for name in names)))
+    mu = calculate_shift(tokens, *(config[name] for name in names))
+    return mu if config.time_shift_type == "linear" else math.exp(mu)
 
 
 def draw_noise(
@@ -1223,7 +1237,7 @@ def log_shapes(**tensors: torch.Tensor) -> None:
 def compare(
     pred: torch.Tensor, x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor, scheme: str, region: torch.Tensor | None
 ) -> torch.Tensor:
-    """Weighted mean squared error to the velocity x_1 - x_0, over all tokens or those of the boolean `region`."""
+    """Weighted mean squared error to the velocity x_1 - x_0, over all tokens or those of the indices `region`."""
     error = (pred.float() - (x_1.float() - x_0.float())) ** 2
     if region is not None:
         error = error[:, region]
@@ -1243,13 +1257,15 @@ class Step:
 
     def __post_init__(self):
         args, mode = self.args, SEMANTIC_MODES[self.args.semantic_mode]
-        self.rows, self.columns, self.panels = args.resolution // 16, args.width // 16, len(mode.panels)
+        patch = self.encoder.patch
+        self.rows, self.columns, self.panels = args.resolution // patch, args.width // patch, len(mode.panels)
         self.mask = self.encoder.mask.to(self.device)
         self.positions = panel_positions(self.rows, self.columns, self.panels, self.device)
         self.region = None
         if args.loss_region == "target":
             panel = torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
-            self.region = (panel == mode.panels.index("target")).to(self.device)
+            # Indices: a boolean mask would have the host wait for the device in every micro-step.
+            self.region = (panel == mode.panels.index("target")).nonzero().flatten().to(self.device)
         self.stream = None
         if self.device.type == "cuda":
             # Copies from the host would wait for all that the stream of the passes still holds.
@@ -1361,11 +1377,12 @@ def add_trained_parts(transformer: FluxTransformer2DModel, args: argparse.Namesp
             )
         # Loaded models come in evaluation mode, made ones in training mode.
         semantic_attention.to(device).requires_grad_(True).train()
-    if args.lora_weights:
-        load_lora(transformer, args.lora_weights, args.cache_dir)
     model = SemanticFillModel(transformer.train(), semantic_attention)
     # PEFT gives adapters the dtype of their base; steps as small as a learning rate vanish in bfloat16.
     cast_training_params(model, dtype=torch.float32)
+    if args.lora_weights:
+        # Only now, or its weights would be rounded to that dtype.
+        load_lora(transformer, args.lora_weights, args.cache_dir)
     CHECKPOINTING[args.checkpointing](transformer, preserve_rng_state=args.lora_dropout > 0)
     if args.compile:
         transformer.compile_repeated_blocks(options=compiler_options(args.fused_lora))
@@ -1958,7 +1975,8 @@ def setup(args: argparse.Namespace) -> Accelerator:
     """Accelerator, logging, seed and output folder."""
     logging_dir = Path(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # As a plugin, since of the plain number accelerate would take its environment variable's instead.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(logging_dir)),
@@ -2010,7 +2028,8 @@ def explained_out_of_memory(pipeline: FluxFillSemanticPipeline, args: argparse.N
     except torch.OutOfMemoryError as error:
         panels = len(SEMANTIC_MODES[args.semantic_mode].panels)
         text = 512 if args.max_sequence_length == "auto" else args.max_sequence_length
-        tokens = panels * (args.resolution // 16) * (args.width // 16) + text
+        patch = pipeline._patch_size
+        tokens = panels * (args.resolution // patch) * (args.width // patch) + text
         encoders = [] if args.cache_latents else (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
         size = sum(map(parameter_bytes, encoders))
         raise torch.OutOfMemoryError(f"{error}\n{memory_advice(args, tokens, size)}") from error
@@ -2173,7 +2192,9 @@ def main(args: argparse.Namespace) -> None:
 
         # Read
         with accelerator.main_process_first():
-            dataset = TriptychDataset(load_rows(args), args)
+            rows = load_rows(args)
+        # All at once: NCCL gives up on processes that wait for another for ten minutes.
+        dataset = TriptychDataset(rows, args)
         if args.instance_prompt and args.caption_column and None not in dataset.rows[args.caption_column]:
             raise ValueError(
                 f"--instance_prompt is for samples without a caption, but all {len(dataset)} have one in"

@@ -86,6 +86,8 @@ class Engine:
     @staticmethod
     def bare(model: torch.nn.Module) -> torch.nn.Module:
         """The model within what `prepare` wrapped around it."""
+        # A launch file may name a compiler for the whole model.
+        model = getattr(model, "_orig_mod", model)
         return getattr(model, "module", model)
 
     def autocast(self):

@@ -160,7 +160,9 @@ def device_memory(device: torch.device) -> tuple[float, float]:
     """Bytes that are free, and how many of them may be planned with. Without end where the device is no CUDA device."""
     if device.type != "cuda":
         return math.inf, math.inf
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    # What the allocator holds without a tensor in it is free as well.
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + held
     return free, free * (1 - SPARE_SHARE) - SPARE_BYTES
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import urllib.error
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,29 @@ def test_reruns_agree(evaluated, base_folder, files):
     more = ["--seed", 1, "--metrics", "psnr", "--maps", "none"]
     other = evaluation.main(arguments(base_folder, files, *more, output_dir="other"))
     assert other["figures"]["none"]["psnr"] != report["figures"]["none"]["psnr"]
+
+
+def test_only_the_paintings_that_are_shown_are_kept(base_folder, files, monkeypatch):
+    paint, draw_grid = evaluation.paint, evaluation.draw_grid
+    batches, shown = [], {}
+
+    def watched(*args):
+        for painted, target in paint(*args):
+            batches.append(weakref.ref(painted))
+            yield painted, target
+
+    def drawn(columns):
+        shown.update({name: len(column) for name, column in columns.items()})
+        # The last one is still a variable's.
+        assert len(batches) == 3 and not any(batch() is not None for batch in batches[:-1])
+        assert sum(tile.untyped_storage().nbytes() for tile in columns["no map"]) <= 2 * 2 * 3 * 32 * 32
+        return draw_grid(columns)
+
+    monkeypatch.setattr(evaluation, "paint", watched)
+    monkeypatch.setattr(evaluation, "draw_grid", drawn)
+    options = ["--maps", "none", "--metrics", "psnr", "--batch_size", 2, "--grid_rows", 2]
+    evaluation.main(arguments(base_folder, files, *options, output_dir="shown"))
+    assert shown == {"visible": 2, "map": 2, "target": 2, "no map": 2}
 
 
 def test_what_is_left(evaluated, files):

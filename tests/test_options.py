@@ -115,6 +115,10 @@ def test_what_says_the_same_twice_is_accepted(options):
         ("--adam_beta2 1", "--adam_beta2 has to be below 1 but is 1.0"),
         ("--max_grad_norm -1", "--max_grad_norm has to be at least 0 but is -1.0"),
         ("--seed -1", "--seed has to be at least 0 but is -1"),
+        (
+            "--weighting_scheme mode --mode_scale 8",
+            "--mode_scale has to be within [0, 2 / (pi - 2) = 1.75] but is 8.0",
+        ),
         (f"--seed {2**32}", "--seed has to be below 2 ** 32"),
         ("--width 0", "--width has to be a positive multiple of 16 but is 0"),
         ("--lora_alpha 0", "--lora_alpha has to be at least 1 but is 0"),

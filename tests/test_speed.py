@@ -717,6 +717,14 @@ def test_fast_takes_what_fits(gpu):
     assert plan == Plan("bf16", "none", True) and "no fp8 products" in reason
 
 
+def test_what_tensors_hold_is_not_free(monkeypatch):
+    """As the encoders do with --no-cache_latents, while the allocator keeps another GiB for later."""
+    for name, gibibytes in (("memory_reserved", 11), ("memory_allocated", 10)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, gibibytes=gibibytes: gibibytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * 2**30, 0))
+    assert training_speed.device_memory(torch.device("cuda", 0))[0] == 13 * 2**30
+
+
 def test_fast_takes_cudnn_attention_where_it_works(gpu):
     assert gpu(78, cudnn=True)[0] == Plan("fp8", "none", True, "_native_cudnn")
     for options in (["--attention_backend", "native"], ["--no-compile"]):

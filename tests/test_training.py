@@ -19,6 +19,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, draw_triptych, reference_layers, write_triptychs
 from diffusers import FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5TokenizerFast
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
@@ -162,6 +165,25 @@ def test_step_equals_reference(base_folder, tmp_path, height, width, position, r
     assert not torch.equal(seen["x_t"], enhanced)
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what has the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a boolean mask"
+        assert func not in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("region", ["diptych", "target"])
+def test_the_loss_does_not_wait_for_the_device(base_folder, triptych_folder, tmp_path, region):
+    args = arguments(base_folder, tmp_path, "--loss_region", region, "--no-cache_latents", data=triptych_folder)
+    model, step, samples = build(args)
+    batch = step.prepare(samples)
+    with NoWaiting():
+        step.loss(model, batch).backward()
+
+
 @pytest.mark.parametrize("option, expected", [("none", 0.25), ("3.0", 0.5), ("resolution", None)])
 def test_timestep_shift_is_that_of_inference(base_folder, option, expected):
     args = arguments(base_folder, "unused", "--timestep_shift", option, data="unused")
@@ -171,6 +193,44 @@ def test_timestep_shift_is_that_of_inference(base_folder, option, expected):
     if expected is None:
         expected = reference.shift_timestep(torch.tensor(0.25, dtype=torch.float64), 2048).item()
     assert shifted == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"time_shift_type": "linear"}, {"use_dynamic_shifting": False}])
+def test_timestep_shift_is_that_of_the_scheduler(base_folder, settings):
+    args = arguments(base_folder, "unused", data="unused")
+    scheduler = FluxFillPipeline.from_pretrained(base_folder).scheduler
+    scheduler = type(scheduler).from_config(scheduler.config, **settings)
+    config = scheduler.config
+    mu = calculate_shift(
+        2048, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    scheduler.set_timesteps(sigmas=[0.25], mu=mu)
+    shift = trainer.timestep_shift_factor(args, scheduler, tokens=2048)
+    assert shift * 0.25 / (1 + (shift - 1) * 0.25) == pytest.approx(scheduler.sigmas[0].item(), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finer(base, base_folder, tmp_path_factory):
+    """The tiny FLUX Fill with a VAE whose latents are 4 times smaller than the picture instead of 8."""
+    folder = tmp_path_factory.mktemp("finer")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = type(base.vae).from_config(base.vae.config, **blocks, block_out_channels=(8, 8, 16))
+    transformer = type(base.transformer).from_config(
+        base.transformer.config, in_channels=2 * 64 + 4 * 4**2, out_channels=64, guidance_embeds=False
+    )
+    type(base)(**{**base.components, "vae": vae, "transformer": transformer}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("mode", SEMANTIC_MODES)
+def test_another_factor_of_the_vae_and_no_guidance_embedding(finer, triptych_folder, tmp_path, mode, caplog):
+    caplog.set_level(logging.INFO, logger="train_semantic_fill_lora")
+    options = ["--max_train_steps", 1, "--loss_region", "target", "--semantic_mode", mode]
+    options += ["--validation_steps", 1, "--validation_inference_steps", 1, "--num_validation_images", 1]
+    out = run(finer, tmp_path, *options, data=triptych_folder)
+    assert (out / "samples" / "step-000001.png").is_file()
+    # A panel of 32x32 pixels has 4x4 tokens of 8x8.
+    assert f"{16 * len(SEMANTIC_MODES[mode].panels)} image tokens" in caplog.text
 
 
 @pytest.mark.parametrize("mode", SEMANTIC_MODES)
@@ -378,6 +438,32 @@ def test_cache_is_reused_and_mended(base_folder, triptych_folder, tmp_path, undi
     assert "6 found" in caplog.text and "3 to make" in caplog.text
 
 
+def test_another_scaling_or_tokenizer_is_another_encoding(base_folder, triptych_folder, tmp_path):
+    """Of the same weights, picture and prompt."""
+    args = arguments(base_folder, tmp_path, data=triptych_folder)
+    dataset = trainer.TriptychDataset(trainer.load_rows(args), args)
+    pipeline = trainer.load_encoders(args, torch.device("cpu"), torch.float32)
+    views = {name: view[None] for name, view in dataset.views(0).items()}
+
+    def made():
+        encoder = trainer.Encoder(pipeline, dataset, args)
+        files = encoder.latent_file(0, False, False), encoder.prompt_file("a b")
+        return files, encoder.encode_views(views)["semantic"], encoder.encode_prompts(["a b"])["prompt_embeds"]
+
+    first = made()
+    assert made()[0] == first[0]
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+    second = made()
+    assert not torch.equal(first[1], second[1])
+    assert first[0][0] != second[0][0] and first[0][1] == second[0][1]
+    pipeline.tokenizer_2 = T5TokenizerFast(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(["<pad>", "</s>", "<unk>", "▁", "b", "a"])], extra_ids=0
+    )
+    third = made()
+    assert not torch.equal(second[2], third[2])
+    assert second[0][0] == third[0][0] and second[0][1] != third[0][1]
+
+
 def test_without_cache_the_same_is_learnt(base_folder, triptych_folder, tmp_path):
     weights = []
     for flag in ("--cache_latents", "--no-cache_latents"):
@@ -537,3 +623,48 @@ def test_batches_are_made_ahead_in_a_thread_on_a_gpu():
     assert [samples for samples, _ in made][:4] == [0, 1, 2, 3]
     threads = {thread for _, thread in made}
     assert len(threads) == 1 and threading.main_thread() not in threads and not threads.pop().is_alive()
+
+
+def test_a_lora_to_start_from_is_not_rounded(base_folder, triptych_folder, tmp_path):
+    out = run(base_folder, tmp_path / "first", "--max_train_steps", 1, data=triptych_folder)
+    args = arguments(base_folder, tmp_path / "second", "--lora_weights", out, data=triptych_folder)
+    model = trainer.build_model(args, torch.device("cpu"), torch.bfloat16)
+    loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    saved = {name.replace(".weight", ".default.weight"): weight for name, weight in weights_of(out).items()}
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("mode", ["cross_attention", "none"])
+def test_a_launch_file_that_compiles_the_whole_model(base_folder, triptych_folder, tmp_path, monkeypatch, mode):
+    options = ["--max_train_steps", 1, "--semantic_mode", mode]
+    plain = run(base_folder, tmp_path / "plain", *options, data=triptych_folder)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = run(base_folder, tmp_path / "compiled", *options, data=triptych_folder)
+    assert weights_of(compiled).keys() == weights_of(plain).keys()
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(compiled)[name], weight, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulation_is_that_of_the_options(base_folder, triptych_folder, tmp_path, monkeypatch):
+    options = ["--max_train_steps", 2, "--gradient_accumulation_steps", 2]
+    expected = run(base_folder, tmp_path / "plain", *options, data=triptych_folder)
+    # Of the shell, or of accelerate's launcher.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    assert_same_weights(expected, run(base_folder, tmp_path / "out", *options, data=triptych_folder))
+
+
+def test_no_process_waits_while_another_checks_the_rows(base_folder, triptych_folder, tmp_path, monkeypatch):
+    waiting, during = [], []
+
+    @contextlib.contextmanager
+    def main_process_first(accelerator):
+        waiting.append(True)
+        yield
+        waiting.clear()
+
+    check = trainer.TriptychDataset.check
+    monkeypatch.setattr(trainer.Accelerator, "main_process_first", main_process_first)
+    monkeypatch.setattr(trainer.TriptychDataset, "check", lambda self: during.append(bool(waiting)) or check(self))
+    run(base_folder, tmp_path, "--max_train_steps", 1, data=triptych_folder)
+    assert during == [False]
