@@ -866,6 +866,12 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+def count_image_tokens(pipeline: FluxFillSemanticPipeline, args: argparse.Namespace) -> int:
+    """Of the whole canvas."""
+    patch, panels = pipeline._patch_size, len(SEMANTIC_MODES[args.semantic_mode].panels)
+    return panels * (args.resolution // patch) * (args.width // patch)
+
+
 class Encoder:
     """Encodes samples, and with a cache keeps each encoding in a file of its own, named by all that it depends on."""
 
@@ -893,8 +899,7 @@ class Encoder:
 
     @property
     def image_tokens(self) -> int:
-        """Of the whole canvas."""
-        return self.mask.shape[-2] * self.mask.shape[-1] // self.patch**2
+        return count_image_tokens(self.pipeline, self.args)
 
     # What is encoded
 
@@ -2026,10 +2031,8 @@ def explained_out_of_memory(pipeline: FluxFillSemanticPipeline, args: argparse.N
     try:
         yield
     except torch.OutOfMemoryError as error:
-        panels = len(SEMANTIC_MODES[args.semantic_mode].panels)
         text = 512 if args.max_sequence_length == "auto" else args.max_sequence_length
-        patch = pipeline._patch_size
-        tokens = panels * (args.resolution // patch) * (args.width // patch) + text
+        tokens = count_image_tokens(pipeline, args) + text
         encoders = [] if args.cache_latents else (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
         size = sum(map(parameter_bytes, encoders))
         raise torch.OutOfMemoryError(f"{error}\n{memory_advice(args, tokens, size)}") from error

@@ -122,13 +122,13 @@ class Painter:
         for pipeline in (self.ours, self.theirs):
             pipeline.set_progress_bar_config(disable=True)
 
-    def paint(self, who: str, output_type: str = "pt") -> tuple[torch.Tensor, float]:
+    def paint(self, who: str) -> tuple[torch.Tensor, float]:
         """Picture and seconds of one of PAINTERS."""
         args = self.args
         same = self.prompt | {
             "num_inference_steps": args.steps,
             "guidance_scale": 30.0,
-            "output_type": output_type,
+            "output_type": "pt",
             "generator": torch.Generator().manual_seed(0),
         }
         synchronise(self.device)
@@ -209,9 +209,6 @@ def main() -> None:
 
     eager = {}
 
-    def eagerly():
-        eager.update(turns(painter, report, "eager", args.rounds))
-
     def with_lora():
         painter.add_lora()
         painter.slow = painter.paint("guided")[0]
@@ -249,7 +246,7 @@ def main() -> None:
 
         return step
 
-    attempt("eager", eagerly)
+    attempt("eager", lambda: eager.update(turns(painter, report, "eager", args.rounds)))
     if attempt("LoRA", with_lora) and attempt("LoRA fused", fused):
         painter.transformer.compile_repeated_blocks()
         attempt("compiled", lambda: turns(painter, report, "compiled", args.rounds))

@@ -117,8 +117,6 @@ def main() -> None:
     rows = [json.loads(line) for line in lines]
     rows = [{"image": {"bytes": None, "path": str(args.data / row["file_name"])}, "text": row["text"]} for row in rows]
     torch._dynamo.config.recompile_limit = 64
-    # As the trainer's `main` does.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.output, describe(device) | {"steps": args.steps})
     start, reference = time.perf_counter(), {}

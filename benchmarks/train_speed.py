@@ -366,6 +366,8 @@ def picture(seed: int, resolution: int) -> bytes:
 
 
 def fresh_accelerator() -> Accelerator:
+    """What the trainer's `setup` does for a run, here for each of several in one process."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     return Accelerator(mixed_precision="bf16")
@@ -375,7 +377,6 @@ def main() -> None:
     args = parse_args()
     # Rows differ in flags, and each is compiled for itself.
     torch._dynamo.config.recompile_limit = 64
-    torch.backends.cuda.enable_cudnn_sdp(False)
     bench = Bench(args)
     same_tokens = "--max_sequence_length=512"
     compiled = ("--compile", same_tokens)

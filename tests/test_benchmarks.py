@@ -136,7 +136,7 @@ def test_steps_that_a_cache_leaves_out(monkeypatch):
         transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
         decisions.taken, decisions.replayed = [], replayed
         ran.clear()
-        painter.paint("guided", "latent")
+        painter.paint("guided")
         assert sum(ran) == sum(decisions.taken)
         return decisions.taken
 
