@@ -71,21 +71,79 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 class _WeightOnlyLinear(torch.autograd.Function):
-    """`x @ weight.T + bias` with the weight restored for the product, and again for the gradient: it is never kept."""
+    """
+    `x @ weight.T + bias` with the weight restored for the product, and again for the gradient: it is never kept. A compiler
+    takes what is written twice for one and would keep that. In backward it is written with one more dimension.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, scale, bias):
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, _restore(weight, scale, x.dtype), bias)
+        return F.linear(x, restore_rows(weight, scale, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ _restore(*ctx.saved_tensors, grad.dtype), None, None, None
+        weight, scale = ctx.saved_tensors
+        return grad @ restore_rows(weight[None], scale[None], grad.dtype)[0], None, None, None
 
 
-def _restore(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+class _Nf4Linear(torch.autograd.Function):
+    """The same with a weight that `restore_nf4` restores."""
+
+    @staticmethod
+    def forward(ctx, x, packed, scales, values, scale_values, scale_scales, scale_offset, bias):
+        ctx.save_for_backward(packed, scales, values, scale_values, scale_scales, scale_offset)
+        weight = restore_nf4(packed, scales, values, scale_values, scale_scales, scale_offset, x.dtype)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        packed, scales, values, scale_values, scale_scales, scale_offset = ctx.saved_tensors
+        stored = packed[None], scales[None], values, scale_values, scale_scales, scale_offset
+        return grad @ restore_nf4(*stored, grad.dtype)[0], None, None, None, None, None, None, None
+
+
+def restore_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight of int8 or fp8 (as its bytes, uint8) with one scale a row."""
     weight = weight.view(FP8).to(dtype) if weight.dtype == torch.uint8 else weight
     return weight * scale.to(dtype)
+
+
+def restore_nf4(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    values: torch.Tensor,
+    scale_values: torch.Tensor,
+    scale_scales: torch.Tensor,
+    scale_offset: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """
+    What bitsandbytes' `dequantize_4bit` gives, as operations that a compiler fuses into one kernel.
+
+    Args:
+        packed (`torch.uint8` of shape `(..., rows, columns / 2)`):
+            Two indices into `values` a byte, the first in the upper half.
+        scales (`torch.uint8` of shape `(..., blocks)`):
+            An index into `scale_values` for each block of the weight, row by row.
+        values (`torch.float32` of shape `(16,)`):
+            The numbers of the format.
+        scale_values (`torch.float32` of shape `(256,)`):
+            The numbers of the scales' format.
+        scale_scales (`torch.float32` of shape `(ceil(blocks / 256),)`):
+            One for each 256 scales.
+        scale_offset (`torch.float32` without dimensions):
+            Added to every scale.
+
+    Returns:
+        `torch.Tensor` of shape `(..., rows, columns)` and the dtype.
+    """
+    blocks = scales.shape[-1]
+    scales = scale_values[scales.int()] * scale_scales.repeat_interleave(256)[:blocks] + scale_offset
+    halves = torch.arange(4, -1, -4, dtype=torch.int32, device=packed.device)
+    indices = (packed[..., None] >> halves) & 15
+    weight = values[indices].view(*scales.shape, -1) * scales[..., None]
+    return weight.view(*packed.shape[:-1], -1).to(dtype)
 
 
 class FrozenLinear(nn.Linear):
@@ -174,9 +232,15 @@ class Nf4Linear(FrozenLinear):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        state = self.quant_state
+        # Compiled, its kernels are no slower, but every product waits for the host to go through its Python. On a CPU it
+        # takes a block that goes over the end of a row for one that ends there.
+        if torch.compiler.is_compiling() or self.in_features % state.blocksize:
+            tables = state.code, state.state2.code, state.state2.absmax, state.offset
+            return _Nf4Linear.apply(x, self.weight.view(self.out_features, -1), state.absmax, *tables, bias)
         from bitsandbytes import matmul_4bit
 
-        return matmul_4bit(x, self.weight.t(), quant_state=self.quant_state, bias=bias)
+        return matmul_4bit(x, self.weight.t(), quant_state=state, bias=bias)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

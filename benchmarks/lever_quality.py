@@ -27,7 +27,7 @@ import train_semantic_fill_lora as trainer
 LEVERS = {
     "reference": [],
     "peft's LoRA layers": ["--no-fused_lora"],
-    "cuDNN's attention, compiled": ["--attention_backend=_native_cudnn", "--compile"],
+    "cuDNN's attention compiled": ["--attention_backend=_native_cudnn", "--compile"],
     "fp8": ["--base_precision=fp8"],
     "fp8x2": ["--base_precision=fp8x2"],
     "int8": ["--base_precision=int8"],

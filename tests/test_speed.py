@@ -14,6 +14,7 @@ import pytest
 import safetensors
 import torch
 import torch.nn as nn
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import ROOT
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from peft import LoraConfig
@@ -94,6 +95,36 @@ def test_each_row_has_its_scale(precision):
     linear.weight.data *= sizes.bfloat16()[:, None]
     x, grad = torch.randn_like(x).requires_grad_(), torch.randn_like(grad) / sizes.bfloat16()
     assert errors(dim=0)[0] < 2 * ERRORS[precision] and errors(dim=1)[1] < 2 * ERRORS[precision]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("columns", [48, 64, 256])
+def test_nf4_is_restored_to_the_bit(columns, compiled):
+    torch.manual_seed(0)
+    linear = nn.Linear(columns, 80, bias=False, dtype=torch.bfloat16)
+    # Blocks of 64 go over the ends of rows. bitsandbytes reads them right where they are the rows.
+    packed, state = quantize_4bit(linear.weight.detach().view(-1, 64), quant_type="nf4", compress_statistics=True)
+    expected = dequantize_4bit(packed, state).view(80, columns)
+    layer = quantised_linear("nf4", linear)
+    x = torch.eye(columns, dtype=torch.bfloat16, requires_grad=True)
+    out = (torch.compile(layer, fullgraph=True) if compiled else layer)(x)
+    assert torch.equal(out.detach(), expected.t())
+    (gradient,) = torch.autograd.grad(out, x, torch.eye(columns, 80, dtype=torch.bfloat16))
+    rows = min(columns, 80)
+    assert torch.equal(gradient[:rows], expected[:rows]) and not gradient[rows:].any()
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_compiled_layers_keep_no_restored_weight(precision):
+    torch.manual_seed(0)
+    layers = [quantised_linear(precision, nn.Linear(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
+    x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = torch.compile(nn.Sequential(*layers), fullgraph=True)(x)
+    assert kept and all(tensor.numel() < 64 * 64 for tensor in kept if tensor.dtype.itemsize > 1)
+    out.sum().backward()
+    assert x.grad.abs().max() > 0
 
 
 def test_fp8_multiplies_in_fp8(monkeypatch):
