@@ -1,16 +1,24 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The cross-attention that lets the noisy image tokens of FLUX.1 Fill look a semantic map up.
+"""The two small models through which a semantic map guides FLUX.1 Fill, and the heat maps that explain them.
 
-One layer computes, for image tokens `x` and semantic tokens `s`,
+- [`SemanticAttentionModel`] lets the noisy latents attend to the map before each call of the transformer.
+- [`SemanticProjectionModel`] adds the map's latents to the picture channels of the condition, place by place.
 
-    x + scale * Out(softmax(Q(LN(x)) K(LN(s))^T / sqrt(head_dim)) V(LN(s)))
+Both have the same interface (`enhance`, `scales`, `describe`), so the pipeline and the trainer never ask which one they
+hold. Both have gates that start at exactly zero, as ControlNet's zero convolutions do
+(https://huggingface.co/papers/2302.05543): an untrained module leaves the base model unchanged.
 
-with a per-channel `scale` that starts at exactly zero, as ControlNet's zero convolutions do
-(https://huggingface.co/papers/2302.05543): an untrained module leaves the base model as it is.
+This file stands apart from the pipeline so that the trainer can publish the two as one file.
 """
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,19 +26,26 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from diffusers.utils import BaseOutput
 
 
-SEMANTIC_POSITIONS = ("none", "rope", "aligned", "direct")
-# Which of the transformer's input channels look the map up: the noisy latents x_t come first, then the picture channels
-# of x_cond.
-SEMANTIC_INJECTIONS = {"noise": 0, "condition": 1}
-# Wavelengths of 6 to 200 tokens: a panel of 1024 pixels is 64 tokens wide.
+SEMANTIC_POSITIONS = ("none", "rope")
+# The wavelengths run from 6 to 200 tokens. A panel of 1024 pixels is 64 tokens wide.
 ROPE_THETA = 100
+# The last commit that can use every module ever saved, for messages about modules that this version cannot use.
+LAST_COMMIT_FOR_OLD_MODULES = "bd5985d"
+
+
+# -- Layers ------------------------------------------------------------------------------------------------------------
 
 
 class SemanticCrossAttention(nn.Module):
     r"""
-    One gated cross-attention layer from image tokens to semantic tokens.
+    One gated cross-attention layer from image tokens `x` to semantic tokens `s`:
+
+        x + scale * Out(softmax(Q(LN(x)) K(LN(s))^T / sqrt(head_dim)) V(LN(s)))
+
+    The projections have no biases. `scale` has one entry per channel and starts at zero.
 
     Args:
         channels (`int`, defaults to 64):
@@ -39,37 +54,36 @@ class SemanticCrossAttention(nn.Module):
             Number of attention heads.
         head_dim (`int`, defaults to 16):
             Channels of one head. The inner width is `num_heads * head_dim`.
-        aligned (`bool`, defaults to `False`):
-            Whether each image token sees the semantic token of its own place alone. The softmax over one token is 1,
-            so there are no queries and keys, and no norm of the image tokens.
     """
 
-    def __init__(self, channels: int = 64, num_heads: int = 8, head_dim: int = 16, aligned: bool = False):
+    def __init__(self, channels: int = 64, num_heads: int = 8, head_dim: int = 16):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
-        self.aligned = aligned
         inner_dim = num_heads * head_dim
 
-        if not aligned:
-            self.norm_image = nn.LayerNorm(channels)
+        self.norm_image = nn.LayerNorm(channels)
         self.norm_semantic = nn.LayerNorm(channels)
-        if not aligned:
-            self.to_q = nn.Linear(channels, inner_dim, bias=False)
-            self.to_k = nn.Linear(channels, inner_dim, bias=False)
+        self.to_q = nn.Linear(channels, inner_dim, bias=False)
+        self.to_k = nn.Linear(channels, inner_dim, bias=False)
         self.to_v = nn.Linear(channels, inner_dim, bias=False)
         self.to_out = nn.Linear(inner_dim, channels, bias=False)
-        # Only the gate is zero. With `to_out` at zero as well, neither would ever receive a gradient.
+        # Only the gate is zero. If `to_out` were zero as well, neither would ever receive a gradient.
         self.scale = nn.Parameter(torch.zeros(channels))
 
     @torch.no_grad()
     def start_at_own_place(self, strength: float = 6.0) -> None:
-        """
-        Gives queries and keys a constant part, which rotary embedding turns into a preference for near tokens: noise
-        and map have no contents in common that would lead attention there.
+        r"""
+        Makes each image token attend to the semantic tokens near its own place.
 
-        A norm's output sums to zero over its channels, so a bias of ones is orthogonal to it: projections whose rows
-        sum to `strength` add that constant and nothing else, and values whose rows sum to zero do not see it.
+        Noise and map share no content that could lead attention there. This method therefore gives queries and keys a
+        constant part, which rotary embedding turns into a preference for near tokens. The output of a layer norm sums
+        to zero over its channels, so a bias of ones is orthogonal to it. A projection whose rows sum to `strength` adds
+        that constant and nothing else; a projection whose rows sum to zero does not see it.
+
+        Args:
+            strength (`float`, defaults to 6.0):
+                The constant in each channel of queries and keys.
         """
         for norm in (self.norm_image, self.norm_semantic):
             nn.init.ones_(norm.bias)
@@ -77,7 +91,7 @@ class SemanticCrossAttention(nn.Module):
             weight = projection.weight
             weight += constant / weight.shape[1] - weight.mean(dim=1, keepdim=True)
 
-    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def query_and_key(
@@ -86,8 +100,15 @@ class SemanticCrossAttention(nn.Module):
         normed_semantic_tokens: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query = self._heads(self.to_q(self.norm_image(hidden_states)))
-        key = self._heads(self.to_k(normed_semantic_tokens))
+        r"""
+        Computes queries and keys, each of shape `(batch, num_heads, tokens, head_dim)`.
+
+        `forward` and [`SemanticAttentionModel.attention_maps`] share this method, so that the maps show what the
+        layer really computes. `normed_semantic_tokens` have passed `norm_semantic`; the other arguments are those of
+        `forward`.
+        """
+        query = self._split_heads(self.to_q(self.norm_image(hidden_states)))
+        key = self._split_heads(self.to_k(normed_semantic_tokens))
         if rotary_emb is not None:
             query, key = apply_rotary_emb(query, rotary_emb), apply_rotary_emb(key, rotary_emb)
         return query, key
@@ -102,45 +123,39 @@ class SemanticCrossAttention(nn.Module):
         r"""
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, image_tokens, channels)`):
-                Noisy image tokens.
+                Image tokens.
             semantic_tokens (`torch.Tensor` of shape `(batch, semantic_tokens, channels)`):
                 Tokens of the semantic map.
             rotary_emb (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-                Cosine and sine of shape `(tokens, head_dim)`, for queries and keys alike.
+                Cosine and sine of shape `(tokens, head_dim)`, used for queries and keys.
             semantic_scale (`float`, defaults to 1.0):
-                Multiplies the learnt gate.
+                Multiplies the learned gate.
 
         Returns:
             `torch.Tensor` of shape `(batch, image_tokens, channels)` in the dtype of `hidden_states`.
         """
         normed_semantic_tokens = self.norm_semantic(semantic_tokens)
-        value = self.to_v(normed_semantic_tokens)
-        if self.aligned:
-            update = self.to_out(value)
-        else:
-            query, key = self.query_and_key(hidden_states, normed_semantic_tokens, rotary_emb)
-            attended = F.scaled_dot_product_attention(query, key, self._heads(value))
-            update = self.to_out(attended.transpose(1, 2).flatten(-2))
+        value = self._split_heads(self.to_v(normed_semantic_tokens))
+        query, key = self.query_and_key(hidden_states, normed_semantic_tokens, rotary_emb)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        update = self.to_out(attended.transpose(1, 2).flatten(-2))
         return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, aligned={self.aligned}"
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
 
 
 class SemanticProjection(nn.Module):
     r"""
-    One gated layer that gives each image token the map's latents of its own place, `x + scale * Linear(s)`.
+    One gated linear layer that adds to each image token the semantic token of its own place: `x + scale * Linear(s)`.
 
-    A norm would take from the tokens what makes a colour: their level. The linear map starts as the identity, so that an
-    opening gate shows the transformer the map as it shows it a picture.
+    There is no norm, because a norm would remove the level of the tokens, which is what makes a color. The linear map
+    starts as the identity, so an opening gate shows the map to the transformer as it shows a picture.
 
     Args:
         channels (`int`, defaults to 64):
             Channels of both token sequences.
     """
-
-    # As `SemanticCrossAttention.aligned`: the own place has all attention.
-    aligned, num_heads = True, 1
 
     def __init__(self, channels: int = 64):
         super().__init__()
@@ -150,20 +165,157 @@ class SemanticProjection(nn.Module):
         self.scale = nn.Parameter(torch.zeros(channels))
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        semantic_tokens: torch.Tensor,
-        rotary_emb: None = None,
-        semantic_scale: float = 1.0,
+        self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor, semantic_scale: float = 1.0
     ) -> torch.Tensor:
-        r"""As [`SemanticCrossAttention.forward`], with one semantic token for each image token and no positions."""
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`):
+                Image tokens.
+            semantic_tokens (`torch.Tensor` of shape `(batch, tokens, channels)`):
+                One semantic token for each image token.
+            semantic_scale (`float`, defaults to 1.0):
+                Multiplies the learned gate.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, channels)` in the dtype of `hidden_states`.
+        """
         update = self.linear(semantic_tokens)
         return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
 
 
-class SemanticAttentionModel(ModelMixin, ConfigMixin):
+# -- Models ------------------------------------------------------------------------------------------------------------
+
+
+class SemanticModel(ModelMixin, ConfigMixin):
     r"""
-    A stack of [`SemanticCrossAttention`] layers: the part of a trained semantic fill that stands beside its LoRA.
+    The interface that the two ways in share. Use [`SemanticAttentionModel`] or [`SemanticProjectionModel`].
+
+    A subclass has its layers in `layers`, names itself in `description`, and says in `input_part` which of the
+    transformer's input channels it enhances: part 0 are the noisy latents, part 1 the picture channels of the condition,
+    each `in_channels` wide.
+    """
+
+    description: str
+    input_part: int
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+        r"""
+        Makes the model that a config describes, which older configs may name differently (see [`load_semantic_module`]).
+
+        `from_pretrained`, a saved pipeline folder and [`load_semantic_module`] all make their model here, so older
+        weights are recognized in this one place. diffusers itself ignores unknown config values with a warning, and an
+        old module would then act on the wrong channels.
+
+        Args:
+            config (`dict`):
+                The config of a saved model, or the `config` of a model.
+            return_unused_kwargs, kwargs:
+                As in [`~ConfigMixin.from_config`].
+
+        Raises:
+            `ValueError`: The config describes a module that this version cannot use.
+        """
+        config = dict(config)
+        class_name = config.get("_class_name", cls.__name__)
+        position, injection = config.get("position", "none"), config.pop("injection", "noise")
+        model_class = {c.__name__: c for c in (SemanticAttentionModel, SemanticProjectionModel)}.get(class_name)
+        if model_class is None:
+            raise ValueError(
+                f"The module's config has the `_class_name` {class_name!r}, but this version can only load"
+                f" `SemanticAttentionModel` and `SemanticProjectionModel`. Commit {LAST_COMMIT_FOR_OLD_MODULES} can"
+                " still use every older module."
+            )
+        if model_class is SemanticAttentionModel and (position, injection) == ("direct", "condition"):
+            model_class = SemanticProjectionModel
+            config = {k: v for k, v in config.items() if k not in ("position", "num_heads", "head_dim")}
+        elif injection != "noise" or position not in SEMANTIC_POSITIONS:
+            raise ValueError(
+                f"The module was saved with `position={position!r}` and `injection={injection!r}`, which this version no"
+                f" longer supports. Commit {LAST_COMMIT_FOR_OLD_MODULES} can still use it."
+            )
+        return super(SemanticModel, model_class).from_config(config, return_unused_kwargs, **kwargs)
+
+    @staticmethod
+    def _check_sizes(**sizes: int) -> None:
+        for name, size in sizes.items():
+            # The upper bound stops a damaged config before it fills the memory.
+            if not isinstance(size, int) or not 1 <= size <= 4096:
+                raise ValueError(f"`{name}` has to be an integer from 1 to 4096 but is {size!r}.")
+
+    def _check_tokens(self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor) -> None:
+        channels = self.config.in_channels
+        for name, tokens in (("hidden_states", hidden_states), ("semantic_tokens", semantic_tokens)):
+            if tokens.ndim != 3 or tokens.shape[-1] != channels:
+                raise ValueError(
+                    f"`{name}` has to have the shape (batch, tokens, {channels}) but has {tuple(tokens.shape)}."
+                )
+        if hidden_states.shape[0] != semantic_tokens.shape[0]:
+            raise ValueError(
+                f"`semantic_tokens` has to have the batch size of `hidden_states`, {hidden_states.shape[0]}, but has"
+                f" {semantic_tokens.shape[0]}."
+            )
+
+    def split_input(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        r"""
+        Splits the transformer's input into the channels before the enhanced part, the enhanced part, and the rest.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, 6 * in_channels)`):
+                The transformer's input.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The second has the shape `(batch, tokens, in_channels)`
+            and the module's dtype. It is what `forward` takes.
+        """
+        channels = self.config.in_channels
+        start = self.input_part * channels
+        before, part, after = hidden_states.tensor_split((start, start + channels), dim=-1)
+        return before, part.to(self.dtype), after
+
+    def enhance(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        semantic_scale: float = 1.0,
+    ) -> torch.Tensor:
+        r"""
+        Enhances this model's part of the transformer's input and leaves the other channels unchanged.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, 6 * in_channels)`):
+                The transformer's input, `x_t` and `x_cond` concatenated on channels, in any floating dtype.
+            semantic_tokens (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
+                One token of the map for the place of each image token, in the module's dtype. `tile_across_panels`
+                and [`FluxFillSemanticPipeline.encode_semantic`] make them.
+            positions (`torch.Tensor` of shape `(tokens, 2)`, *optional*):
+                Row and column of each token within its panel. Only an attention with `position="rope"` uses them.
+            semantic_scale (`float`, defaults to 1.0):
+                Strength of the guidance. It multiplies the learned gates.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `hidden_states`.
+
+        Raises:
+            `ValueError`: The shapes do not fit each other.
+        """
+        before, part, after = self.split_input(hidden_states)
+        enhanced = self(part, semantic_tokens, positions, semantic_scale)
+        return torch.cat((before, enhanced.to(hidden_states.dtype), after), dim=-1)
+
+    def scales(self) -> list[float]:
+        r"""Returns the mean absolute gate of each layer. All are exactly 0 before training."""
+        return [layer.scale.detach().abs().mean().item() for layer in self.layers]
+
+    def describe(self) -> list[str]:
+        r"""Returns the two lines that a training run logs at its start: what the module is, and its size."""
+        return [self._summary(), f"Added {self.num_parameters()} {self.description} parameters to optimizer"]
+
+
+class SemanticAttentionModel(SemanticModel):
+    r"""
+    A stack of [`SemanticCrossAttention`] layers that enhances the noisy latents `x_t`.
 
     Args:
         in_channels (`int`, defaults to 64):
@@ -175,19 +327,18 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         head_dim (`int`, defaults to 16):
             Channels of a head. With the defaults a layer has 33088 parameters.
         position (`str`, defaults to `"none"`):
-            `"none"` compares contents only. `"rope"` rotates queries and keys by their row and their column within
-            the panel (2-D rotary embedding, https://huggingface.co/papers/2104.09864, half of each head for either
-            axis), which needs a `head_dim` that is a multiple of 4, and starts with each token looking at its own
-            place. `"aligned"` looks at the own place only: a layer has 16576 parameters. `"direct"` takes the latents of
-            the own place without norm, heads and attention ([`SemanticProjection`]): a layer has 4224.
-        injection (`str`, defaults to `"noise"`):
-            What [`~SemanticAttentionModel.enhance`] lets look the map up: `"noise"`, the noisy latents x_t, or
-            `"condition"`, the picture channels of x_cond, which are empty where the model paints and the same at each
-            timestep.
+            `"none"` compares contents only. `"rope"` rotates queries and keys by their row and column within the panel
+            (2-D rotary embedding, https://huggingface.co/papers/2104.09864, half of each head for either axis) and
+            starts with each token attending to its own place. It needs a `head_dim` that is a multiple of 4.
+
+    Raises:
+        `ValueError`: A size is not a positive integer, or `position` is unknown or does not fit `head_dim`.
     """
 
-    _repeated_blocks = ["SemanticCrossAttention", "SemanticProjection"]
-    _no_split_modules = ["SemanticCrossAttention", "SemanticProjection"]
+    description = "semantic cross-attention"
+    input_part = 0
+    _repeated_blocks = ["SemanticCrossAttention"]
+    _no_split_modules = ["SemanticCrossAttention"]
 
     @register_to_config
     def __init__(
@@ -197,23 +348,11 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         num_heads: int = 8,
         head_dim: int = 16,
         position: str = "none",
-        injection: str = "noise",
     ):
         super().__init__()
-        for name, number in (
-            ("in_channels", in_channels),
-            ("num_layers", num_layers),
-            ("num_heads", num_heads),
-            ("head_dim", head_dim),
-        ):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"`{name}` has to be a positive integer but is {number!r}.")
-        for name, choice, choices in (
-            ("position", position, SEMANTIC_POSITIONS),
-            ("injection", injection, tuple(SEMANTIC_INJECTIONS)),
-        ):
-            if choice not in choices:
-                raise ValueError(f"`{name}` has to be one of {choices} but is {choice!r}.")
+        self._check_sizes(in_channels=in_channels, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim)
+        if position not in SEMANTIC_POSITIONS:
+            raise ValueError(f"`position` has to be one of {SEMANTIC_POSITIONS} but is {position!r}.")
         if position == "rope" and head_dim % 4 != 0:
             raise ValueError(
                 f'`head_dim` has to be a multiple of 4 with `position="rope"`, which gives half of a head to rows and'
@@ -221,43 +360,28 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
             )
         self.pos_embed = None
         self.layers = nn.ModuleList(
-            SemanticProjection(in_channels)
-            if position == "direct"
-            else SemanticCrossAttention(in_channels, num_heads, head_dim, aligned=position == "aligned")
-            for _ in range(num_layers)
+            SemanticCrossAttention(in_channels, num_heads, head_dim) for _ in range(num_layers)
         )
         if position == "rope":
             self.pos_embed = FluxPosEmbed(theta=ROPE_THETA, axes_dim=(head_dim // 2,) * 2)
             for layer in self.layers:
                 layer.start_at_own_place()
 
+    def _summary(self) -> str:
+        return f"Using Cross-Attention with {len(self.layers)} layers, {self.config.num_heads} heads"
+
     def _rotary_emb(
         self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        for name, tokens in (("hidden_states", hidden_states), ("semantic_tokens", semantic_tokens)):
-            if tokens.ndim != 3 or tokens.shape[-1] != self.config.in_channels:
-                raise ValueError(
-                    f"`{name}` has to have the shape (batch, tokens, {self.config.in_channels}) but has"
-                    f" {tuple(tokens.shape)}."
-                )
-        if hidden_states.shape[0] != semantic_tokens.shape[0]:
-            raise ValueError(
-                f"`semantic_tokens` has to have the batch size of `hidden_states`, {hidden_states.shape[0]}, but has"
-                f" {semantic_tokens.shape[0]}."
-            )
-        tokens = hidden_states.shape[1]
-        if self.config.position in ("aligned", "direct") and semantic_tokens.shape[1] != tokens:
-            raise ValueError(
-                f'With `position="{self.config.position}"`, `semantic_tokens` has to hold one token for each of the {tokens} image'
-                f" tokens but holds {semantic_tokens.shape[1]}."
-            )
+        self._check_tokens(hidden_states, semantic_tokens)
         if self.pos_embed is None:
             return None
+        tokens = hidden_states.shape[1]
         if positions is None or tuple(positions.shape) != (tokens, 2) or semantic_tokens.shape[1] != tokens:
             got = None if positions is None else tuple(positions.shape)
             raise ValueError(
-                f'With `position="rope"`, `positions` has to have the shape ({tokens}, 2), (row, column) of each of'
-                f" the {tokens} image tokens and of the semantic tokens laid under them, but has {got} for"
+                f'With `position="rope"`, `positions` has to have the shape ({tokens}, 2), the row and column of each of'
+                f" the {tokens} image tokens and of as many semantic tokens, but has {got} for"
                 f" {semantic_tokens.shape[1]} semantic tokens."
             )
         return self.pos_embed(positions)
@@ -270,64 +394,22 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         semantic_scale: float = 1.0,
     ) -> torch.Tensor:
         r"""
-        Enhances noisy image tokens with what they find in the semantic map.
+        Applies the layers to the noisy latents alone.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
-                Noisy image tokens, `x_t`.
-            semantic_tokens (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
-                Tokens of the semantic map, one for the place of each image token within its panel (see
-                `lay_under_panels` and [`FluxFillSemanticPipeline.encode_semantic`]).
-            positions (`torch.Tensor` of shape `(tokens, 2)`, *optional*):
-                Row and column of each token within its panel. Needed with `position="rope"` only.
-            semantic_scale (`float`, defaults to 1.0):
-                Strength of the guidance: multiplies the learnt gates.
+                Noisy image tokens `x_t`.
+            semantic_tokens, positions, semantic_scale:
+                As in [`~SemanticModel.enhance`].
 
         Returns:
-            `torch.Tensor` of shape `(batch, tokens, in_channels)`: the enhanced tokens, in the dtype of
+            `torch.Tensor` of shape `(batch, tokens, in_channels)`: The enhanced tokens, in the dtype of
             `hidden_states`.
         """
         rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
         for layer in self.layers:
             hidden_states = layer(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
         return hidden_states
-
-    def enhance(
-        self,
-        hidden_states: torch.Tensor,
-        semantic_tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        semantic_scale: float = 1.0,
-    ) -> torch.Tensor:
-        r"""
-        Enhances that part of the transformer's input which `injection` names.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, 6 * in_channels)`):
-                The transformer's input, `x_t` and `x_cond` side by side, in any floating dtype.
-            semantic_tokens, positions, semantic_scale:
-                As in `forward`.
-
-        Returns:
-            `torch.Tensor`: `hidden_states` with `in_channels` of its channels enhanced, in its own dtype.
-        """
-        before, part, after = self.split_input(hidden_states)
-        enhanced = self(part, semantic_tokens, positions, semantic_scale)
-        return torch.cat((before, enhanced.to(hidden_states.dtype), after), dim=-1)
-
-    def split_input(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        r"""
-        The transformer's input in three: the channels before those that `injection` names, those themselves
-        (`(batch, tokens, in_channels)`, in the module's dtype: what `forward` and `attention_maps` take), and the rest.
-        """
-        channels = self.config.in_channels
-        start = SEMANTIC_INJECTIONS[self.config.injection] * channels
-        before, part, after = hidden_states.tensor_split((start, start + channels), dim=-1)
-        return before, part.to(self.dtype), after
-
-    def scales(self) -> list[float]:
-        r"""The mean absolute gate of each layer. All are exactly 0 before training."""
-        return [layer.scale.detach().abs().mean().item() for layer in self.layers]
 
     @torch.no_grad()
     def attention_maps(
@@ -341,48 +423,236 @@ class SemanticAttentionModel(ModelMixin, ConfigMixin):
         chunk_size: int = 256,
     ) -> Iterator[torch.Tensor]:
         r"""
-        Where the image tokens look in the semantic map. `forward` never forms these matrices; at 512 pixels the whole
-        is 8 x 2048 x 2048 floats a picture, so it comes in chunks of image tokens.
+        Computes where the image tokens look in the semantic map.
+
+        `forward` never forms these matrices. At 512 pixels a whole one has 8 x 2048 x 2048 floats per picture, so this
+        method yields it in chunks of image tokens.
 
         Args:
-            hidden_states, semantic_tokens, positions, semantic_scale:
-                As in `forward`.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
+                Noisy image tokens, as in `forward`.
+            semantic_tokens, positions, semantic_scale:
+                As in [`~SemanticModel.enhance`].
             layer (`int`, defaults to -1):
-                The layer looked at; those before it are applied.
+                Index of the layer whose attention is returned. The layers before it are applied.
             tokens (`torch.Tensor` or `list[int]`, *optional*):
-                Indices of the image tokens asked for. Defaults to all of them.
+                Indices of the image tokens whose attention is returned. Defaults to all of them.
             chunk_size (`int`, defaults to 256):
-                Image tokens in a chunk.
+                Number of image tokens in a chunk.
 
         Yields:
-            `torch.Tensor` of shape `(batch, heads, up to chunk_size, semantic_tokens)` in float32, each row summing to
-            one. `torch.cat(list(...), dim=2)` is the whole.
+            `torch.Tensor` of shape `(batch, num_heads, up to chunk_size, semantic_tokens)` in float32. Each row sums to
+            one. `torch.cat(list(...), dim=2)` is the whole matrix.
+
+        Raises:
+            `IndexError`: `layer` or one of `tokens` does not exist.
+            `ValueError`: The shapes do not fit each other.
         """
-        if not -len(self.layers) <= layer < len(self.layers):
-            raise ValueError(
-                f"`layer` has to be within [{-len(self.layers)}, {len(self.layers) - 1}], the model's layers, but is"
-                f" {layer}."
-            )
-        if chunk_size < 1:
-            raise ValueError(f"`chunk_size` has to be a positive integer but is {chunk_size}.")
         rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
-        tokens = torch.arange(hidden_states.shape[1]) if tokens is None else torch.as_tensor(tokens)
-        if tokens.numel() > 0 and not 0 <= tokens.min() <= tokens.max() < hidden_states.shape[1]:
-            raise ValueError(
-                f"`tokens` has to hold indices within [0, {hidden_states.shape[1] - 1}], the image tokens, but holds"
-                f" [{tokens.min()}, {tokens.max()}]."
-            )
-        layer = layer % len(self.layers)
-        for before in self.layers[:layer]:
-            hidden_states = before(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
         block = self.layers[layer]
-        if block.aligned:
-            for chunk in tokens.to(hidden_states.device).split(chunk_size):
-                own_place = F.one_hot(chunk, semantic_tokens.shape[1]).float()
-                yield own_place.expand(len(hidden_states), block.num_heads, -1, -1)
-            return
+        for earlier in self.layers[: layer % len(self.layers)]:
+            hidden_states = earlier(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
         query, key = block.query_and_key(hidden_states, block.norm_semantic(semantic_tokens), rotary_emb)
-        query = query[:, :, tokens.to(query.device)]
+        if tokens is not None:
+            query = query[:, :, torch.as_tensor(tokens, device=query.device)]
         query, key = query.float() * block.head_dim**-0.5, key.float().transpose(-1, -2)
         for chunk in query.split(chunk_size, dim=2):
             yield (chunk @ key).softmax(dim=-1)
+
+
+class SemanticProjectionModel(SemanticModel):
+    r"""
+    A stack of [`SemanticProjection`] layers that adds the map to the picture channels of the condition `x_cond`.
+
+    Those channels are empty where the transformer paints, and they are the same at every timestep.
+
+    Args:
+        in_channels (`int`, defaults to 64):
+            Channels of the image and semantic tokens. With 64 channels a layer has 4224 parameters.
+        num_layers (`int`, defaults to 1):
+            Number of layers, applied one after the other.
+
+    Raises:
+        `ValueError`: A size is not a positive integer.
+    """
+
+    description = "semantic projection"
+    input_part = 1
+    _repeated_blocks = ["SemanticProjection"]
+    _no_split_modules = ["SemanticProjection"]
+
+    @register_to_config
+    def __init__(self, in_channels: int = 64, num_layers: int = 1):
+        super().__init__()
+        self._check_sizes(in_channels=in_channels, num_layers=num_layers)
+        self.layers = nn.ModuleList(SemanticProjection(in_channels) for _ in range(num_layers))
+
+    def _summary(self) -> str:
+        return f"Using a projection with {len(self.layers)} layers"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        semantic_scale: float = 1.0,
+    ) -> torch.Tensor:
+        r"""
+        Applies the layers to the picture channels of the condition alone.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
+                The picture channels of `x_cond`.
+            semantic_tokens, semantic_scale:
+                As in [`~SemanticModel.enhance`].
+            positions (*optional*):
+                A projection ignores them. The argument exists because both models are called alike.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, in_channels)`: The enhanced tokens, in the dtype of
+            `hidden_states`.
+        """
+        self._check_tokens(hidden_states, semantic_tokens)
+        if semantic_tokens.shape[1] != hidden_states.shape[1]:
+            raise ValueError(
+                f"`semantic_tokens` has to hold one token for each of the {hidden_states.shape[1]} image tokens but"
+                f" holds {semantic_tokens.shape[1]}."
+            )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, semantic_tokens, semantic_scale)
+        return hidden_states
+
+
+def load_semantic_module(
+    source: str | os.PathLike, subfolder: str | None = None, **kwargs
+) -> SemanticAttentionModel | SemanticProjectionModel:
+    r"""
+    Loads a saved semantic module. Its config decides which of the two models it is.
+
+    Older configs are understood: `position="direct"` with `injection="condition"` becomes a
+    [`SemanticProjectionModel`], and `"none"` or `"rope"` on the noise load as they are.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A folder or Hub repository.
+        subfolder (`str`, *optional*):
+            The folder within `source` that holds the module's `config.json`.
+        kwargs (*optional*):
+            As in [`~ModelMixin.from_pretrained`].
+
+    Raises:
+        `ValueError`: The module is of a kind that this version no longer supports. The message names the setting and a
+            commit that can still use the module.
+        `OSError`: There is no module in `source`.
+    """
+    return SemanticAttentionModel.from_pretrained(source, subfolder=subfolder, **kwargs)
+
+
+# -- Attention maps ----------------------------------------------------------------------------------------------------
+
+# The colors of a heat map from 0 to 1, with linear interpolation between them.
+HEAT_COLORS = np.array([[0, 0, 0], [150, 20, 90], [245, 110, 30], [255, 250, 200]], np.float32)
+
+
+@dataclass
+class SemanticAttentionOutput(BaseOutput):
+    r"""
+    The result of [`FluxFillSemanticPipeline.semantic_attention_maps`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            The painted pictures.
+        maps (`np.ndarray` of shape `(pictures, steps, points, rows, columns)` and dtype `float32`):
+            How much each point looks at each place of the semantic map, on a grid of 16x16-pixel tokens. Every heat map
+            sums to one. Without `average_heads` the shape is `(pictures, steps, points, heads, rows, columns)`.
+        points (`list[tuple[float, float]]`):
+            The points, (x, y) in pixels of one view.
+        steps (`list[int]`):
+            The denoising steps, counted from 0.
+        size (`tuple[int, int]`):
+            Width and height of one view in pixels.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    maps: np.ndarray
+    points: list[tuple[float, float]]
+    steps: list[int]
+    size: tuple[int, int]
+
+    def overlay(
+        self,
+        background: PIL.Image.Image,
+        picture: int = 0,
+        step: int = 0,
+        point: int = 0,
+        opacity: float = 0.6,
+    ) -> PIL.Image.Image:
+        r"""
+        Draws one heat map over a picture, brightest at its largest weight, with a ring around its point.
+
+        Args:
+            background (`PIL.Image.Image`):
+                The semantic map, or any view of the same scene.
+            picture, step, point (`int`, default to 0):
+                Indices into `maps`. Heads are averaged.
+            opacity (`float`, defaults to 0.6):
+                Opacity of the heat map, in [0, 1].
+
+        Returns:
+            `PIL.Image.Image`: An RGB picture of the size of `background`.
+        """
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"`opacity` has to be within [0, 1] but is {opacity}.")
+        heat = self.maps[picture, step, point]
+        heat = heat.reshape(-1, *heat.shape[-2:]).mean(axis=0)
+        levels = heat / heat.max() * (len(HEAT_COLORS) - 1)
+        colors = np.stack([np.interp(levels, range(len(HEAT_COLORS)), channel) for channel in HEAT_COLORS.T], -1)
+        colors = PIL.Image.fromarray(colors.round().astype(np.uint8))
+        colors = colors.resize(background.size, PIL.Image.Resampling.NEAREST)
+        blended = PIL.Image.blend(background.convert("RGB"), colors, opacity)
+        x, y = (at * side / of for at, side, of in zip(self.points[point], background.size, self.size))
+        radius, line = max(3, min(background.size) / 40), max(1, min(background.size) // 160)
+        draw = PIL.ImageDraw.Draw(blended)
+        for grow, color in ((line, "black"), (0, "white")):
+            box = (x - radius - grow, y - radius - grow, x + radius + grow, y + radius + grow)
+            draw.ellipse(box, outline=color, width=line)
+        return blended
+
+    def class_mass(
+        self, semantic_image: PIL.Image.Image, palette: dict[tuple[int, int, int], str]
+    ) -> dict[str, np.ndarray]:
+        r"""
+        Computes how much of the attention falls on each class of the semantic map.
+
+        The weight of a token is shared evenly among its pixels.
+
+        Args:
+            semantic_image (`PIL.Image.Image`):
+                The map that was passed to the call, with at least one pixel for each token.
+            palette (`dict[tuple[int, int, int], str]`):
+                The class name of each color of the map. Colors of the same name are one class. Colors without a name
+                are counted as `"other"`.
+
+        Returns:
+            `dict[str, np.ndarray]`: An array of the shape `maps.shape[:-2]` for each name. The arrays sum to one over
+            the names.
+        """
+        pixels = np.asarray(semantic_image.convert("RGB"))
+        (height, width), (rows, columns) = pixels.shape[:2], self.maps.shape[-2:]
+        tokens = np.arange(height)[:, None] * rows // height * columns + np.arange(width) * columns // width
+        area = np.bincount(tokens.ravel(), minlength=rows * columns)
+        if not area.all():
+            raise ValueError(
+                f"`semantic_image` has to have at least one pixel for each of the {columns}x{rows} tokens but is"
+                f" {width}x{height}."
+            )
+        flat_maps, mass, left = self.maps.reshape(*self.maps.shape[:-2], -1), {}, np.ones((height, width), bool)
+        for color, name in palette.items():
+            here = (pixels == np.array(color)).all(axis=-1)
+            left &= ~here
+            share = np.bincount(tokens[here], minlength=rows * columns) / area
+            mass[name] = mass.get(name, 0) + flat_maps @ share
+        if left.any():
+            share = np.bincount(tokens[left], minlength=rows * columns) / area
+            mass["other"] = mass.get("other", 0) + flat_maps @ share
+        return mass

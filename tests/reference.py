@@ -194,6 +194,30 @@ def enhance(x_t: torch.Tensor, semantic_tokens: torch.Tensor, layers: list[dict]
     return x_t
 
 
+def projection(
+    c: torch.Tensor,
+    s: torch.Tensor,
+    *,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    strength: float = 1.0,
+) -> torch.Tensor:
+    """c + strength * scale * (W s + b), place by place: c are the picture channels of x_cond, s the semantic tokens.
+
+    c and s are [B, L, 64], `weight` is [64, 64], `bias` and `scale` are [64].
+    """
+    return c + strength * scale * (torch.einsum("blc,dc->bld", s, weight) + bias)
+
+
+def project(x_cond: torch.Tensor, semantic_tokens: torch.Tensor, layers: list[dict], **kwargs) -> torch.Tensor:
+    """x_cond [B, L, 320] with its 64 picture channels enhanced: `projection` once for every dict in `layers`."""
+    picture, mask = x_cond[..., :64], x_cond[..., 64:]
+    for weights in layers:
+        picture = projection(picture, semantic_tokens, **weights, **kwargs)
+    return torch.cat([picture, mask], dim=2)
+
+
 # Predict and compare ------------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,22 @@ def test_cross_attention_equals_torch():
     assert torch.equal(ref.cross_attention(x, s, **weights | {"scale": torch.zeros(64, dtype=torch.float64)}), x)
 
 
+def test_projection_equals_torch():
+    torch.manual_seed(0)
+    x_cond, s = torch.randn(2, 12, 320, dtype=torch.float64), torch.randn(2, 12, 64, dtype=torch.float64)
+    weight, bias, scale = (torch.randn(*shape, dtype=torch.float64) for shape in ((64, 64), (64,), (64,)))
+    projected = ref.project(x_cond, s, [{"weight": weight, "bias": bias, "scale": scale}], strength=0.5)
+    expected = x_cond[..., :64] + 0.5 * scale * torch.nn.functional.linear(s, weight, bias)
+    torch.testing.assert_close(projected[..., :64], expected)
+    assert torch.equal(projected[..., 64:], x_cond[..., 64:])
+    # Each place gets its own semantic token, so another order of the places gives another order of the updates.
+    order = torch.randperm(12)
+    shuffled = ref.project(x_cond[:, order], s[:, order], [{"weight": weight, "bias": bias, "scale": scale}])
+    torch.testing.assert_close(
+        shuffled, ref.project(x_cond, s, [{"weight": weight, "bias": bias, "scale": scale}])[:, order]
+    )
+
+
 def test_rope_depends_on_the_difference_of_places_only():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
