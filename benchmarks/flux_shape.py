@@ -24,9 +24,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+from base_precision import PRECISIONS, replace_linears  # noqa: E402
 from small_flux_fill import build_pipeline, build_tokenizers  # noqa: E402
 
-from base_precision import PRECISIONS, replace_linears  # noqa: E402
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline  # noqa: E402
 
 

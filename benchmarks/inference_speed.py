@@ -18,6 +18,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+from base_precision import quantise_blocks
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxFillPipeline
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.image_processor import VaeImageProcessor
@@ -35,7 +36,6 @@ from flux_shape import (
 from peft import LoraConfig
 
 import train_semantic_fill_lora as trainer
-from base_precision import quantise_blocks
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_attention import SemanticAttentionModel
 

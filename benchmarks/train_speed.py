@@ -28,9 +28,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers.models.attention_dispatch import attention_backend
 from flux_shape import Report, build_encoders, build_transformer, describe, free, peak_gib, synchronise
 from peft import LoraConfig
+from training_speed import choose_plan
 
 import train_semantic_fill_lora as trainer
-from training_speed import choose_plan
 
 
 CAPTION = "a thermal photograph of a street at night, the warm parts bright"

@@ -1,15 +1,16 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The frozen transformer in fewer bits, and LoRA layers that compute in its dtype.
+"""The frozen transformer in fewer bits: less memory, and with fp8 faster products.
 
-`PRECISIONS` is the one place that knows the precisions. Each is an `nn.Linear` that holds its weight quantised, sends
-gradients to its input and has none itself. The linear layers of the blocks are replaced, 99 % of the parameters of
-FLUX; the embeddings and the output projection stay as they are.
+`PRECISIONS` is the one place that knows the precisions. Each is an `nn.Linear` that holds a quantized weight and sends
+gradients to its input; the weight itself is not trained. The linear layers of the blocks are replaced, which hold 99 %
+of FLUX's parameters. The embeddings and the output projection stay in the dtype of the run.
+
+No library serves here: torchao and bitsandbytes quantize a layer's forward pass, while training a LoRA also needs the
+product that sends gradients through the frozen weight to be quantized, compiled and recomputed under checkpointing.
 """
 
 import enum
-from collections.abc import Callable
 
-import peft.tuners.lora
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ FP8 = torch.float8_e4m3fn
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
-def quantise_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Scales each row so that its largest value becomes `largest`.
 
@@ -42,8 +43,26 @@ def quantise_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, tor
 
 
 def to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled, scales = quantise_rows(rows, torch.finfo(FP8).max)
+    """`quantize_rows` to e4m3, whose largest number is 448."""
+    scaled, scales = quantize_rows(rows, torch.finfo(FP8).max)
     return scaled.to(FP8), scales
+
+
+def fp8_product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `(scale_a * a) @ (scale_b * b).T + bias` for fp8 `a` `(m, k)` and `b` `(n, k)`, with scales `(m, 1)` and `(1, n)`.
+
+    `_scaled_mm` is private. Its public successor, `torch.nn.functional.scaled_mm`, takes private enums itself and is not
+    in all versions of torch that are supported here.
+    """
+    return torch._scaled_mm(a, b.t(), scale_a, scale_b, bias, out_dtype=dtype, use_fast_accum=True)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -53,27 +72,27 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, columns):
         ctx.save_for_backward(weight, scale, columns)
         rows, row_scales = to_fp8(x.flatten(0, -2))
-        out = torch._scaled_mm(
-            rows, weight.view(FP8).t(), row_scales, scale.t(), bias, out_dtype=x.dtype, use_fast_accum=True
-        )
+        out = fp8_product(rows, weight.view(FP8), row_scales, scale.t(), x.dtype, bias)
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
         weight, scale, columns = ctx.saved_tensors
-        # The weight's scales run along the sum of this product, so they go into the gradient before it is quantised.
+        # This product sums over the weight's rows, so their scales have to be applied to the gradient beforehand.
         rows, row_scales = to_fp8(grad.flatten(0, -2) * scale.t())
-        # The hardware wants both factors contiguous along the sum.
-        columns = (weight.t().contiguous() if columns is None else columns).view(FP8).t()
+        # The hardware needs both factors contiguous along the dimension that is summed over.
+        columns = (weight.t().contiguous() if columns is None else columns).view(FP8)
         ones = torch.ones(1, weight.shape[1], dtype=torch.float32, device=grad.device)
-        out = torch._scaled_mm(rows, columns, row_scales, ones, out_dtype=grad.dtype, use_fast_accum=True)
+        out = fp8_product(rows, columns, row_scales, ones, grad.dtype)
         return out.unflatten(0, grad.shape[:-1]), None, None, None, None
 
 
 class _WeightOnlyLinear(torch.autograd.Function):
     """
-    `x @ weight.T + bias` with the weight restored for the product, and again for the gradient: it is never kept. A compiler
-    takes what is written twice for one and would keep that. In backward it is written with one more dimension.
+    `x @ weight.T + bias` with a weight that is dequantized for the product and once more for the gradient, and never kept.
+
+    A compiler would merge two equal dequantizations into one and keep its result from forward to backward. So backward
+    writes it with one more dimension, which makes it a different expression.
     """
 
     @staticmethod
@@ -88,7 +107,7 @@ class _WeightOnlyLinear(torch.autograd.Function):
 
 
 class _Nf4Linear(torch.autograd.Function):
-    """The same with a weight that `restore_nf4` restores."""
+    """`_WeightOnlyLinear` for weights that `restore_nf4` dequantizes."""
 
     @staticmethod
     def forward(ctx, x, packed, scales, values, scale_values, scale_scales, scale_offset, bias):
@@ -104,7 +123,7 @@ class _Nf4Linear(torch.autograd.Function):
 
 
 def restore_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight of int8 or fp8 (as its bytes, uint8) with one scale a row."""
+    """Dequantizes int8 or fp8 (stored as uint8 bytes) `(..., rows, columns)` with one scale a row `(..., rows, 1)`."""
     weight = weight.view(FP8).to(dtype) if weight.dtype == torch.uint8 else weight
     return weight * scale.to(dtype)
 
@@ -119,7 +138,8 @@ def restore_nf4(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """
-    What bitsandbytes' `dequantize_4bit` gives, as operations that a compiler fuses into one kernel.
+    Dequantizes NormalFloat weights as bitsandbytes' `dequantize_4bit` does, in operations that a compiler can fuse into
+    one kernel.
 
     Args:
         packed (`torch.uint8` of shape `(..., rows, columns / 2)`):
@@ -148,8 +168,10 @@ def restore_nf4(
 
 class FrozenLinear(nn.Linear):
     """
-    A linear layer with a quantised weight. `weight` holds integers, so that neither PEFT nor `.to(dtype)` takes it
-    for something to compute with; `bias` is as it was.
+    A linear layer with a quantized weight.
+
+    `weight` holds integers, so that neither PEFT nor `.to(dtype)` mistakes it for a floating point weight. `bias` is
+    unchanged.
     """
 
     bits: int
@@ -158,8 +180,8 @@ class FrozenLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
 
-    def quantise(self, weight: torch.Tensor) -> None:
-        """Takes over a weight `(out_features, in_features)`, on the device that it is on."""
+    def quantize(self, weight: torch.Tensor) -> None:
+        """Stores a weight `(out_features, in_features)` quantized, on the device that it is on."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +194,7 @@ class FrozenLinear(nn.Linear):
 
 
 class Int8Linear(FrozenLinear):
-    """8-bit integers with one scale an output channel, restored to the dtype of the input for each product."""
+    """8-bit integers with one scale an output channel, dequantized to the dtype of the input for each product."""
 
     bits = 8
 
@@ -180,8 +202,8 @@ class Int8Linear(FrozenLinear):
         super().__init__(*args, **kwargs)
         self.register_buffer("scale", None, persistent=False)
 
-    def quantise(self, weight: torch.Tensor) -> None:
-        scaled, self.scale = quantise_rows(weight, 127)
+    def quantize(self, weight: torch.Tensor) -> None:
+        scaled, self.scale = quantize_rows(weight, 127)
         self.weight = nn.Parameter(scaled.round().to(torch.int8), requires_grad=False)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -190,42 +212,44 @@ class Int8Linear(FrozenLinear):
 
 class Fp8Linear(Int8Linear):
     """
-    8-bit floats (e4m3) with one scale an output channel. Where the hardware multiplies fp8, input and gradient are
-    quantised too, row by row, and both products run in fp8; elsewhere the weight is restored for each product.
+    8-bit floats (e4m3) with one scale an output channel.
+
+    Where the hardware multiplies fp8, input and gradient are quantized too, row by row, and both products run in fp8.
+    Elsewhere the weight is dequantized for each product.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_buffer("columns", None, persistent=False)
 
-    def quantise(self, weight: torch.Tensor) -> None:
+    def quantize(self, weight: torch.Tensor) -> None:
         rows, self.scale = to_fp8(weight)
         self.weight = nn.Parameter(rows.view(torch.uint8), requires_grad=False)
         self.multiplies = not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 9)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # `_scaled_mm` writes bfloat16 where its scales are those of rows.
+        # With one scale a row, `_scaled_mm` can only write bfloat16.
         if self.multiplies and x.dtype == torch.bfloat16:
             return _Fp8Linear.apply(x, self.weight, self.scale, bias, self.columns)
         return _WeightOnlyLinear.apply(x, self.weight, self.scale, bias)
 
 
 class Fp8TwiceLinear(Fp8Linear):
-    """fp8 with the weight stored in both orders, so that backward need not turn it round: as large as bf16."""
+    """fp8 with the weight stored in both orders, so that backward need not transpose it. It is as large as bf16."""
 
     bits = 16
 
-    def quantise(self, weight: torch.Tensor) -> None:
-        super().quantise(weight)
+    def quantize(self, weight: torch.Tensor) -> None:
+        super().quantize(weight)
         self.columns = self.weight.detach().t().contiguous()
 
 
 class Nf4Linear(FrozenLinear):
-    """bitsandbytes' 4-bit NormalFloat (https://huggingface.co/papers/2305.14314) in blocks of 64, scales quantised."""
+    """bitsandbytes' 4-bit NormalFloat (https://huggingface.co/papers/2305.14314) in blocks of 64, scales quantized."""
 
     bits = 4
 
-    def quantise(self, weight: torch.Tensor) -> None:
+    def quantize(self, weight: torch.Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit
 
         packed, self.quant_state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
@@ -233,8 +257,8 @@ class Nf4Linear(FrozenLinear):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         state = self.quant_state
-        # Compiled, its kernels are no slower, but every product waits for the host to go through its Python. On a CPU it
-        # takes a block that goes over the end of a row for one that ends there.
+        # Inside compiled blocks our own dequantization is as fast, and spares the host bitsandbytes' Python. On a CPU,
+        # bitsandbytes also ends a block of scales at the end of each row, where the weight's blocks do not end.
         if torch.compiler.is_compiling() or self.in_features % state.blocksize:
             tables = state.code, state.state2.code, state.state2.absmax, state.offset
             return _Nf4Linear.apply(x, self.weight.view(self.out_features, -1), state.absmax, *tables, bias)
@@ -259,13 +283,13 @@ PRECISIONS: dict[str, type[FrozenLinear] | None] = {
 
 
 def replace_linears(transformer: FluxTransformer2DModel, precision: str) -> list[tuple[nn.Linear, FrozenLinear]]:
-    """Puts empty layers of a precision in the place of the blocks' linear ones, and tells which stood where."""
+    """Replaces the blocks' linear layers by empty ones of a precision. Returns pairs of old and new layers."""
     cls = PRECISIONS[precision]
     replaced = []
     for blocks in BLOCKS:
         for parent in list(getattr(transformer, blocks).modules()):
             for name, child in list(parent.named_children()):
-                # The products need rows that are whole 16 bytes.
+                # The hardware's products need rows of a multiple of 16 bytes.
                 if type(child) is nn.Linear and child.in_features % 16 == 0 and child.out_features % 16 == 0:
                     sizes = (child.in_features, child.out_features, child.bias is not None)
                     frozen = cls(*sizes, device="meta", dtype=child.weight.dtype)
@@ -274,18 +298,18 @@ def replace_linears(transformer: FluxTransformer2DModel, precision: str) -> list
     return replaced
 
 
-def quantise_blocks(transformer: FluxTransformer2DModel, precision: str) -> None:
+def quantize_blocks(transformer: FluxTransformer2DModel, precision: str) -> None:
     """
-    Quantises a transformer in place, layer by layer, wherever it is.
+    Quantizes a transformer in place, layer by layer, on the device that it is on.
 
     Args:
         transformer (`FluxTransformer2DModel`):
-            Without LoRA, or with a fused one that was unloaded.
+            A transformer without LoRA layers. Fuse and unload a LoRA first.
         precision (`str`):
-            One of `PRECISIONS`; `"bf16"` leaves all as it is.
+            One of `PRECISIONS`; `"bf16"` changes nothing.
 
     Raises:
-        `ValueError`: if the precision is none of them.
+        `ValueError`: if the precision is unknown.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` has to be one of {tuple(PRECISIONS)} but is {precision!r}.")
@@ -293,13 +317,16 @@ def quantise_blocks(transformer: FluxTransformer2DModel, precision: str) -> None
         return
     for linear, frozen in replace_linears(transformer, precision):
         frozen.bias = linear.bias
-        frozen.quantise(linear.weight.detach())
+        frozen.quantize(linear.weight.detach())
         frozen.train(linear.training).requires_grad_(False)
-        # Frees the old weight before the next one is quantised.
+        # Frees the old weight before the next one is quantized.
         linear.weight = linear.bias = None
 
 
-# -- Loading: diffusers hands each tensor over as it reads it ----------------------------------------------------------
+# -- Loading ----------------------------------------------------------------------------------------------------------
+#
+# diffusers hands a quantizer each tensor as it reads it, so the model never exists in full precision. Registering a
+# quantizer of our own takes diffusers' private mappings and methods, which all stand here.
 
 
 class _Method(str, enum.Enum):
@@ -317,7 +344,7 @@ class FrozenLinearConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, precision: str, device: torch.device | str) -> "FrozenLinearConfig | None":
-        """`None`, which loads as usual, for a precision that quantises nothing."""
+        """The configuration for a precision, or `None` for one that quantizes nothing."""
         return None if PRECISIONS[precision] is None else cls(precision, device)
 
 
@@ -339,10 +366,10 @@ class FrozenLinearQuantizer(DiffusersQuantizer):
 
     def create_quantized_param(self, model, param_value, param_name, target_device, *args, dtype=None, **kwargs):
         layer = model.get_submodule(param_name.rpartition(".")[0])
-        layer.quantise(param_value.to(device=target_device, dtype=dtype))
+        layer.quantize(param_value.to(device=target_device, dtype=dtype))
 
     def get_cuda_warm_up_factor(self):
-        # diffusers allocates 2 / factor of the unquantised bytes at once.
+        # diffusers allocates 2 / factor of the unquantized bytes at once.
         return 2 * 16 // PRECISIONS[self.quantization_config.precision].bits
 
     @property
@@ -361,34 +388,3 @@ class FrozenLinearQuantizer(DiffusersQuantizer):
 
 auto.AUTO_QUANTIZER_MAPPING[_Method.FROZEN.value] = FrozenLinearQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_Method.FROZEN.value] = FrozenLinearConfig
-
-
-# -- LoRA --------------------------------------------------------------------------------------------------------------
-
-
-class MasterWeightLora(peft.tuners.lora.Linear):
-    """
-    PEFT's layer, with its two products in the dtype of the base and the weights in float32. PEFT casts the input up to
-    the weights, autocast casts it down again, and the sum is a step of its own; here one addition ends the product.
-    """
-
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if self.disable_adapters or self.merged or self.lora_variant or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        result = self.base_layer(x)
-        shape, result = result.shape, result.flatten(0, -2)
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                down, up = (layer[name].weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
-                low = F.linear(self.lora_dropout[name](x), down).flatten(0, -2)
-                if torch.compiler.is_compiling():
-                    # `addmm` would copy the whole result first; a sum becomes part of what follows.
-                    result = result + low @ (self.scaling[name] * up).t()
-                else:
-                    result = torch.addmm(result, low, up.t(), alpha=self.scaling[name])
-        return result.view(shape)
-
-
-LORA_LAYERS: dict[type[nn.Module], Callable] = {nn.Linear: MasterWeightLora}

@@ -1,0 +1,120 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The command line, made from the fields of an option group, and the YAML file that can stand in for it.
+
+`transformers.HfArgumentParser` does not fit: it knows neither `bool | None` nor `int | str`, shows the values of unknown
+options, and checks neither types nor choices nor names in a YAML file.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from semantic_fill.options import OptionGroup
+
+
+def build_parser(options_class: type[OptionGroup], description: str | None) -> argparse.ArgumentParser:
+    """A parser with one option for each field, in the groups of the bases. Options that are not passed are left out."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config_file", nargs="?", help="The same as --config.")
+    parser.add_argument("--config", help="YAML file of options. Options on the command line take precedence.")
+    for group_class in (*options_class.__bases__, options_class):
+        group = parser.add_argument_group(group_class.__doc__.splitlines()[0] if group_class.__doc__ else None)
+        hints = typing.get_type_hints(group_class)
+        for field in dataclasses.fields(group_class):
+            if field.name in group_class.__dict__.get("__annotations__", {}):
+                group.add_argument(f"--{field.name}", help=field.metadata["help"], **_argument(field, hints))
+    return parser
+
+
+def _argument(field: dataclasses.Field, hints: dict) -> dict:
+    """What `add_argument` needs to know of a field beside its name and help."""
+    hint = hints[field.name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction}
+    many = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    kind, words = (many or kinds)[0], field.metadata["words"]
+
+    def parse(text: str):
+        return text if text in words else kind(text)
+
+    # Argparse names it in the error about a value of another type.
+    parse.__name__ = " or ".join((*words, kind.__name__))
+    return {"type": parse, "choices": field.metadata["choices"]} | ({"nargs": "+"} if many else {})
+
+
+def read_yaml(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """
+    The entries of a YAML file as command-line arguments, so that types, choices and unknown names are checked alike.
+
+    Raises:
+        `ValueError`: if the file cannot be read, or is no flat mapping of option names to values.
+    """
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {path} has to hold a mapping of option names to values.")
+    switches = {
+        name for a in parser._actions if isinstance(a, argparse.BooleanOptionalAction) for name in a.option_strings
+    }
+    arguments = []
+    for key, value in root.value if root is not None else ():
+        name = f"--{key.value}"
+        if value.tag == "tag:yaml.org,2002:null":
+            continue
+        if name in switches:
+            if value.value not in ("true", "false"):
+                raise ValueError(f"{key.value} in {path} has to be true or false.")
+            arguments.append(name if value.value == "true" else f"--no-{key.value}")
+        elif isinstance(value, yaml.ScalarNode):
+            # The text as it stands: `no` and `1e-4` mean what they mean on the command line.
+            arguments.append(f"{name}={value.value}")
+        elif isinstance(value, yaml.SequenceNode) and all(isinstance(v, yaml.ScalarNode) for v in value.value):
+            arguments += [name, *(v.value for v in value.value)]
+        else:
+            raise ValueError(f"{key.value} in {path} has to be a single value or a list.")
+    return arguments
+
+
+def parse_options(options_class: type[OptionGroup], description: str | None, arguments: list[str]) -> typing.Any:
+    """
+    An object of `options_class` from a command line and the YAML file that it may name. Ends the process with a message
+    where they are wrong; the value of an unknown option, which may be a token, is in no message.
+    """
+    parser = build_parser(options_class, description)
+
+    def parse(arguments: list[str]) -> dict:
+        found, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            names = [text.split("=")[0] for text in unknown if text.startswith("--")]
+            hint = " Tokens are not taken here: use `hf auth login` or HF_TOKEN." if "token" in str(names) else ""
+            parser.error(f"unknown options: {', '.join(names) or 'values that belong to none'}.{hint}")
+        return vars(found)
+
+    found = parse(arguments)
+    try:
+        config = found.get("config", found.get("config_file"))
+        if config is not None:
+            found = parse(read_yaml(config, parser) + arguments)
+        found = {name: value for name, value in found.items() if name not in ("config", "config_file")}
+        missing = [
+            field.name
+            for field in dataclasses.fields(options_class)
+            if field.default is dataclasses.MISSING and field.name not in found
+        ]
+        if missing:
+            raise ValueError(f"these options are required: {', '.join(f'--{name}' for name in missing)}.")
+        return options_class(**found)
+    except ValueError as error:
+        parser.error(str(error))

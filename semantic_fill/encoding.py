@@ -1,0 +1,348 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Encodings of pictures and prompts: made once with the pipeline's own encoders, and cached on disk.
+
+Latents and prompts are cached by what they depend on, never by the step that uses them, so a cache is right for any order
+of samples and serves later runs too. Each encoding is one file with a checksum.
+"""
+
+import copy
+import functools
+import hashlib
+import time
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import transformers
+from accelerate import Accelerator, cpu_offload
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, panel_positions, tile_across_panels
+from semantic_fill.data import SampleSpec, TriptychDataset
+from semantic_fill.files import explain_write_errors, write_atomically
+from semantic_fill.memory import device_memory, parameter_bytes
+from semantic_fill.options import Options
+
+
+logger = get_logger(__name__)
+
+
+# -- Encoders ---------------------------------------------------------------------------------------------------------
+
+
+def load_encoders(options: Options, dtype: torch.dtype) -> FluxFillSemanticPipeline:
+    """The pipeline without its transformer, on the CPU: training encodes with the code that inference encodes with."""
+    source = options.pretrained_model_name_or_path
+    try:
+        pipeline = FluxFillSemanticPipeline.from_pretrained(
+            source,
+            transformer=None,
+            dtype=dtype,
+            semantic_mode=options.semantic_mode,
+            fusion_alpha=options.fusion_alpha,
+            **options.loading,
+        )
+    except safetensors.SafetensorError as error:
+        # transformers does not say which file is damaged.
+        damaged = [str(path) for path in sorted(Path(source).rglob("*.safetensors")) if not _has_header(path)]
+        raise ValueError(
+            f"--pretrained_model_name_or_path {source} holds a damaged file"
+            f" ({', '.join(damaged) or 'of a text encoder'}): {error}"
+        ) from error
+    for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        component.requires_grad_(False).eval()
+    return pipeline
+
+
+def _has_header(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def offload_encoders(pipeline: FluxFillSemanticPipeline, device: torch.device) -> None:
+    """
+    Installs hooks that bring the encoders to the device while they are used. They take turns as whole models, or layer
+    by layer where the device has no room for one of them. The encodings are the same.
+    """
+    names = ("text_encoder", "text_encoder_2", "vae")
+    sizes = {name: parameter_bytes([getattr(pipeline, name)]) for name in names}
+    free, limit = device_memory(device)
+    streamed = [name for name in names if sizes[name] > limit]
+    if not streamed:
+        # Together they would need more memory than a quantized transformer does.
+        pipeline.enable_model_cpu_offload(device=device)
+        return
+    for name in streamed:
+        logger.info(
+            f"The pipeline's {name} is streamed through {device} layer by layer, which is slower: it has"
+            f" {sizes[name] / 2**30:.1f} GiB, and of {free / 2**30:.1f} GiB that are free, room for"
+            f" {max(0, limit) / 2**30:.1f} GiB"
+        )
+    # The hooks return weights to where they found them, so everything has to start on the CPU.
+    pipeline.remove_all_hooks()
+    pipeline.to("cpu", silence_dtype_warnings=True)
+    for name in names:
+        if name in streamed:
+            cpu_offload(getattr(pipeline, name), device)
+        else:
+            getattr(pipeline, name).to(device)
+
+
+def release_encoders(pipeline: FluxFillSemanticPipeline) -> None:
+    """Frees the text encoders once everything is encoded, and moves the VAE to the CPU until something is painted."""
+    pipeline.remove_all_hooks()
+    pipeline.vae.to("cpu")
+    pipeline.text_encoder = pipeline.text_encoder_2 = None
+
+
+def longest_prompt(tokenizer: transformers.PreTrainedTokenizerBase, captions: Iterable[str]) -> int:
+    """T5 tokens of the longest caption, rounded up to a multiple of 16, which kernels prefer, and at most FLUX's 512."""
+    longest = max(len(tokenizer(caption, truncation=True, max_length=512).input_ids) for caption in set(captions))
+    return min(512, -(-longest // 16) * 16)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a frozen model's names, shapes and first values, which spares reading all of its gigabytes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        first = parameter.flatten()[:64].to(device="cpu", dtype=torch.float64)
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{first.tolist()}".encode())
+    return digest.hexdigest()
+
+
+# -- Encodings --------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """
+    Encodes samples.
+
+    Args:
+        pipeline (`FluxFillSemanticPipeline`):
+            The pipeline without its transformer.
+        dataset (`TriptychDataset`):
+            The samples.
+        max_sequence_length (`int`):
+            T5 tokens of a prompt.
+        cache_dir (`Path`, *optional*):
+            Folder that keeps encodings, each in a file named by all that it depends on. Without it, batches are encoded
+            when they are used.
+    """
+
+    def __init__(
+        self,
+        pipeline: FluxFillSemanticPipeline,
+        dataset: TriptychDataset,
+        max_sequence_length: int,
+        cache_dir: Path | None = None,
+    ):
+        self.pipeline, self.dataset, self.max_sequence_length = pipeline, dataset, max_sequence_length
+        self.mode, self.folder = SEMANTIC_MODES[pipeline.config.semantic_mode], cache_dir
+        patch, size = pipeline.patch_size, (dataset.height, dataset.width)
+        if any(side % patch for side in size):
+            raise ValueError(f"--resolution and --width have to be multiples of {patch} with this VAE but are {size}.")
+        self.rows, self.columns, self.panels = size[0] // patch, size[1] // patch, len(self.mode.panels)
+        # Both depend on the geometry alone.
+        self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, *size))[1]
+        self.positions = panel_positions(self.rows, self.columns, self.panels)
+        self.picture_hashes = {}
+        if cache_dir is not None:
+            vae = pipeline.vae
+            # The map's tokens are cached after scaling, so the scaling belongs to the key.
+            scaling = (vae.config.shift_factor, vae.config.scaling_factor)
+            self.latent_key = (fingerprint(vae), *scaling, *size, self.mode, pipeline.config.fusion_alpha)
+            text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+            vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
+            words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
+            self.prompt_key = (*map(fingerprint, text_encoders), words, max_sequence_length)
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of image tokens on the whole canvas."""
+        return self.rows * self.columns * self.panels
+
+    def token_panels(self) -> torch.Tensor:
+        """`(image_tokens,)`: the index of the panel that each token lies on."""
+        return torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
+
+    @torch.no_grad()
+    def encode_views(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
+        """Batched views -> VAE posteriors of the diptych and the masked diptych, and semantic tokens of one panel."""
+        on_canvas = views["semantic"] if self.mode.map_on_canvas and not drop_map else None
+        diptych, mask = self.pipeline.prepare_diptych(views["visible"], views["target"], on_canvas)
+        moments, masked_moments = self.pipeline.encode_moments(diptych, mask)
+        encoded = {"moments": moments, "masked_moments": masked_moments}
+        if self.mode.module_class is not None:
+            encoded["semantic"] = self.pipeline.encode_semantic(views["semantic"])
+        return encoded
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts -> `prompt_embeds (batch, max_sequence_length, channels)` and `pooled_prompt_embeds (batch, channels)`."""
+        prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts, prompts, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    # Read: what the data loader's workers do.
+
+    def read(self, spec: SampleSpec) -> dict:
+        """One sample: its encodings from the cache, or without a cache its views and caption."""
+        prompt = "" if spec.drop_caption else self.dataset.caption(spec.index)
+        if self.folder is None:
+            return {"spec": spec, "views": self.dataset.views(spec.index, spec.flip), "prompt": prompt}
+        latents = read_encoding(self.latent_file(spec.index, spec.flip, spec.drop_map))
+        return {"spec": spec, "encoded": latents | read_encoding(self.prompt_file(prompt))}
+
+    # Encode: read samples become the model's inputs.
+
+    def encode_batch(
+        self, samples: list[dict], generators: list[torch.Generator], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor | None]:
+        """Read samples -> `x_0`, `x_cond` and all other inputs of the model that are not noise, on the device."""
+        if self.folder is not None:
+            names = samples[0]["encoded"]
+            encoded = {n: torch.stack([sample["encoded"][n] for sample in samples]).to(device) for n in names}
+        else:
+            parts = []
+            for sample in samples:
+                views = {name: view[None] for name, view in sample["views"].items()}
+                encoded_views = self.encode_views(views, sample["spec"].drop_map)
+                parts.append(encoded_views | self.encode_prompts([sample["prompt"]]))
+            encoded = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+        self.mask, self.positions = self.mask.to(device), self.positions.to(device)
+        moments = (encoded["moments"], encoded["masked_moments"])
+        x_0, x_cond, img_ids = self.pipeline.encode_diptych(None, self.mask, moments, generators, dtype)
+        inputs = {"x_0": x_0, "x_cond": x_cond, "img_ids": img_ids}
+        inputs |= {name: encoded[name].to(dtype) for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        if "semantic" in encoded:
+            tokens = tile_across_panels(encoded["semantic"], self.rows, self.columns, self.panels)
+            inputs["semantic_tokens"] = tokens.to(dtype)
+            inputs["positions"] = self.positions
+            inputs["keep_map"] = torch.tensor([not sample["spec"].drop_map for sample in samples], device=device)
+        return inputs
+
+    # The cache.
+
+    def _file(self, *key) -> Path:
+        return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
+
+    def latent_file(self, index: int, flip: bool, drop_map: bool) -> Path:
+        # Pictures are read for their hash once in a run, not in each step.
+        if index not in self.picture_hashes:
+            pictures = self.dataset.picture_bytes(index)
+            self.picture_hashes[index] = [hashlib.sha256(data).hexdigest() for data in pictures]
+        return self._file(*self.picture_hashes[index], self.latent_key, flip, drop_map and self.mode.map_on_canvas)
+
+    def prompt_file(self, prompt: str) -> Path:
+        return self._file(prompt, self.prompt_key)
+
+    def fill_cache(self, accelerator: Accelerator, flips: bool = False, dropped_maps: bool = False) -> None:
+        """Encodes what is not in the cache, shared among the processes. All of them have to call this."""
+        # All prompts come first, so that text encoders and VAE each move to the device once. Encoding one item at a time
+        # needs the least memory, and no encoding depends on its neighbors.
+        prompts = {self.dataset.caption(index) for index in range(len(self.dataset))} | {""}
+        jobs = {self.prompt_file(p): functools.partial(self.encode_prompts, [p]) for p in sorted(prompts)}
+        for index in range(len(self.dataset)):
+            for flip in (False, True) if flips else (False,):
+                for drop in (False, True) if dropped_maps and self.mode.map_on_canvas else (False,):
+                    job = functools.partial(self._encode_sample, index, flip, drop)
+                    jobs[self.latent_file(index, flip, drop)] = job
+
+        missing = [path for path in jobs if not is_intact(path)]
+        logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
+        with explain_write_errors("--cache_root"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            remove_leftovers(self.folder)
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        # All processes have to list what is missing before one of them makes it.
+        accelerator.wait_for_everyone()
+        if own:
+            offload_encoders(self.pipeline, accelerator.device)
+        for path in tqdm(own, desc="Encoding", disable=not accelerator.is_local_main_process):
+            encoded = {name: tensor[0].contiguous().cpu() for name, tensor in jobs[path]().items()}
+            save = functools.partial(safetensors.torch.save_file, encoded, metadata={"crc32": checksum(encoded)})
+            with explain_write_errors("--cache_root", "What is encoded already is kept."):
+                write_atomically(path, save)
+        accelerator.wait_for_everyone()
+
+    def _encode_sample(self, index: int, flip: bool, drop_map: bool) -> dict[str, torch.Tensor]:
+        views = self.dataset.views(index, flip)
+        return self.encode_views({name: view[None] for name, view in views.items()}, drop_map)
+
+
+class SampleReader(torch.utils.data.Dataset):
+    """What the data loader's workers call: a `SampleSpec` in, a read sample out."""
+
+    def __init__(self, encoder: Encoder):
+        # Workers read and never encode, so they get no copy of the pipeline.
+        self.encoder = copy.copy(encoder)
+        self.encoder.pipeline = None
+
+    def __len__(self) -> int:
+        return len(self.encoder.dataset)
+
+    def __getitem__(self, spec: SampleSpec) -> dict:
+        return self.encoder.read(spec)
+
+
+# -- Files ------------------------------------------------------------------------------------------------------------
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), value)
+    return str(value)
+
+
+def read_encoding(path: Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of an encoding.
+
+    Raises:
+        `ValueError`: if the file is missing or is not what was written.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            found = (file.metadata() or {}).get("crc32")
+    except (safetensors.SafetensorError, OSError) as error:
+        damage = f"{type(error).__name__}: {error}"
+    else:
+        if tensors and found == checksum(tensors):
+            return tensors
+        damage = "its content is not what was written"
+    # A run cannot mend this itself, because its encoders are released by the time that steps read.
+    raise ValueError(
+        f"The encoding {path} was damaged while the run was under way ({damage}). The next start encodes it again:"
+        " continue with --resume_from_checkpoint latest."
+    )
+
+
+def is_intact(path: Path) -> bool:
+    """Whether an encoding exists and is what was written."""
+    if not path.exists():
+        return False
+    try:
+        read_encoding(path)
+    except ValueError:
+        logger.warning(f"{path} is damaged and is encoded again")
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files that killed runs left: those that nobody has written to for a day."""
+    for path in folder.glob(".*.safetensors.*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
+                path.unlink()

@@ -1,0 +1,306 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""How much of a step is kept for backward, how much memory a step needs, and the choice that `--fast` makes for a GPU."""
+
+import functools
+import math
+import subprocess
+import sys
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from semantic_fill.lora import NARROW
+from semantic_fill.precision import BLOCKS, PRECISIONS
+
+
+# -- Checkpointing -----------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default}
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+}
+
+
+def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """The policy of selective checkpointing: results of attention and of long matrix products are kept."""
+    second = 2 if op is aten.addmm.default else 1
+    keep = op in ATTENTION or (op in PRODUCTS and args[second].shape[-2] > NARROW)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
+    """Selective checkpointing, inside each block, so that a compiled block contains it too."""
+
+    # One method for each class of blocks: a closure over each block would be compiled once for each.
+    @functools.cache
+    def checkpointed(cls):
+        plain = cls.forward
+
+        def forward(self, *args, **kwargs):
+            context_fn = functools.partial(create_selective_checkpoint_contexts, keep_products)
+            block = functools.partial(plain, self)
+            return checkpoint(block, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+
+        return forward
+
+    for blocks in BLOCKS:
+        for block in getattr(transformer, blocks):
+            block.forward = types.MethodType(checkpointed(type(block)), block)
+
+
+def offload_blocks(transformer: FluxTransformer2DModel) -> None:
+    """Full checkpointing that keeps the blocks' inputs in the CPU's memory until backward."""
+
+    def offloaded(block, hidden_states, encoder_hidden_states, *shared):
+        # The text tokens are offloaded too, however few: they are a view that would keep a block's whole output alive.
+        # The embeddings that all blocks share stay on the device, since they would be copied once for each block.
+        def forward(hidden_states, encoder_hidden_states):
+            return block(hidden_states, encoder_hidden_states, *shared)
+
+        # Only pinned memory can be copied without the host waiting.
+        with save_on_cpu(pin_memory=hidden_states.is_cuda):
+            return checkpoint(forward, hidden_states, encoder_hidden_states, use_reentrant=False)
+
+    transformer.enable_gradient_checkpointing(offloaded)
+
+
+CHECKPOINTING = {
+    "none": lambda transformer: None,
+    "selective": checkpoint_products,
+    "full": lambda transformer: transformer.enable_gradient_checkpointing(),
+    "offload": offload_blocks,
+}
+
+
+# -- The choice of --fast ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step runs. The fields are named as the options."""
+
+    base_precision: str
+    checkpointing: str
+    compile: bool
+    attention_backend: str = "native"
+
+    def __str__(self):
+        return (
+            f"--base_precision {self.base_precision} --checkpointing {self.checkpointing}"
+            f" --{'' if self.compile else 'no-'}compile --attention_backend {self.attention_backend}"
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    What a step computes, as far as its memory depends on it.
+
+    Args:
+        transformer (`FluxTransformer2DModel`): Only its sizes are read, so it may be on the meta device.
+        tokens (`int`): Image and text tokens of one sample.
+        batch_size, rank, use_8bit_adam: As the options of these names. `use_8bit_adam` is `None` with another optimizer.
+    """
+
+    transformer: FluxTransformer2DModel
+    tokens: int
+    batch_size: int
+    rank: int
+    use_8bit_adam: bool | None
+
+
+# Fastest first.
+PLANS = [
+    Plan(precision, checkpointing, compile=True)
+    for precision, checkpointing in (
+        ("fp8x2", "none"),
+        ("fp8", "none"),
+        ("fp8", "selective"),
+        ("bf16", "none"),
+        ("bf16", "selective"),
+        ("fp8", "full"),
+        ("bf16", "full"),
+        ("int8", "full"),
+        ("nf4", "full"),
+        ("nf4", "offload"),
+    )
+]
+# Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape
+# (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
+KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1)}
+# The compiler keeps this much more where products are in fp8 and nothing is recomputed.
+FP8_KEPT_BYTES = 6.3
+# The estimate leaves this much free, because the CUDA context grows and the allocator cannot use every gap.
+SPARE_SHARE, SPARE_BYTES = 0.06, 2**30
+
+
+def device_memory(device: torch.device) -> tuple[float, float]:
+    """Bytes that are free, and bytes that may be planned with. Infinite on devices other than CUDA."""
+    if device.type != "cuda":
+        return math.inf, math.inf
+    # Memory that the allocator holds without a tensor in it is free as well.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return free, free * (1 - SPARE_SHARE) - SPARE_BYTES
+
+
+def parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
+    """Bytes of the modules' parameters."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def estimate_peak(plan: Plan, workload: Workload) -> float:
+    """Bytes that a training step allocates at its peak."""
+    transformer, tokens = workload.transformer, workload.batch_size * workload.tokens
+    blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
+    linears = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    frozen = sum(linear.weight.numel() for linear in linears)
+    rest = sum(parameter.numel() for parameter in transformer.parameters()) - frozen
+    precision = PRECISIONS[plan.base_precision]
+    # Modulation has no LoRA by default. It is counted in case a longer --lora_layers adds one.
+    lora = workload.rank * sum(linear.in_features + linear.out_features for linear in linears)
+    # Weight, gradient and the optimizer's two moments.
+    trained = lora * (4 + 4 + (2 if workload.use_8bit_adam else 8))
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    eager = not plan.compile
+    kept = KEPT_BYTES[plan.checkpointing][eager]
+    if plan.compile and plan.checkpointing == "none" and plan.base_precision.startswith("fp8"):
+        kept += FP8_KEPT_BYTES
+    kept *= tokens * len(blocks) * width
+    # A block that is recomputed keeps for a while what it would keep without checkpointing.
+    recomputed = KEPT_BYTES["none"][eager] * tokens * width * 2 * (plan.checkpointing != "none")
+    # Scales add little: one a row, or an eighth of a bit a weight with nf4.
+    bits = 16 if precision is None else precision.bits * 1.04
+    return frozen * bits / 8 + 2 * rest + trained + kept + recomputed
+
+
+def empty_transformer(
+    source: str, revision: str | None = None, cache_dir: str | None = None
+) -> FluxTransformer2DModel:
+    """The transformer of a base model without its weights, on the meta device, for its sizes."""
+    config = FluxTransformer2DModel.load_config(
+        source, subfolder="transformer", revision=revision, cache_dir=cache_dir
+    )
+    with init_empty_weights():
+        return FluxTransformer2DModel.from_config(config)
+
+
+CUDNN = "_native_cudnn"
+CUDNN_TRIAL = """
+import sys, torch, torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+*shape, dtype, device = sys.argv[1:]
+shape, options = tuple(map(int, shape)), {"dtype": getattr(torch, dtype), "device": device}
+inputs = [torch.randn(shape, **options).transpose(1, 2).requires_grad_() for _ in range(3)]
+out_grad = torch.randn(shape, **options).transpose(1, 2)
+grads = {}
+for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(*inputs)
+    grads[backend] = torch.autograd.grad(out, inputs, out_grad)
+for ours, theirs in zip(*grads.values()):
+    assert (ours - theirs).float().norm() < 0.02 * theirs.float().norm()
+"""
+
+
+def cudnn_attends(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
+    """
+    Whether cuDNN's attention, the fastest from compute capability 9.0 on, survives a backward pass and agrees with
+    another kernel. Some of its versions crash the process at some shapes, so the trial runs in a process of its own.
+
+    Args:
+        shape (`tuple[int, int, int, int]`): Batch, tokens, heads and channels of a head.
+    """
+    arguments = [*map(str, shape), str(dtype).removeprefix("torch."), str(device)]
+    try:
+        trial = subprocess.run([sys.executable, "-c", CUDNN_TRIAL, *arguments], capture_output=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return False
+    return trial.returncode == 0
+
+
+def choose_plan(
+    workload: Workload, fixed: dict[str, str | bool | None], device: torch.device, dtype: torch.dtype
+) -> tuple[Plan, str]:
+    """
+    The fastest of `PLANS` that fits the device's free memory.
+
+    Args:
+        workload (`Workload`): What a step computes.
+        fixed (`dict`): The fields of `Plan` as the user passed them. `None` leaves the choice to this function.
+        device, dtype: Where the run computes, and in which dtype.
+
+    Returns:
+        `tuple[Plan, str]`: The choice and the reason for it.
+    """
+    fixed = {name: value for name, value in fixed.items() if value is not None}
+    if device.type != "cuda":
+        return replace(Plan("bf16", "none", compile=False), **fixed), f"{device.type} gains nothing from the others"
+    major, minor = torch.cuda.get_device_capability(device)
+    multiplies_fp8 = (major, minor) >= (8, 9) and dtype == torch.bfloat16
+    free, limit = device_memory(device)
+    plans = dict.fromkeys(replace(plan, **fixed) for plan in PLANS)
+    if not multiplies_fp8 and "base_precision" not in fixed:
+        plans = [plan for plan in plans if not plan.base_precision.startswith("fp8")]
+    tried = []
+    for plan in plans:
+        peak = estimate_peak(plan, workload)
+        tried.append(f"{plan} about {peak / 2**30:.1f} GiB")
+        if peak <= limit:
+            break
+    config = workload.transformer.config
+    shape = (workload.batch_size, workload.tokens, config.num_attention_heads, config.attention_head_dim)
+    # Eager blocks have crashed where the trial and compiled blocks were fine (benchmarks/RESULTS.md).
+    if "attention_backend" not in fixed and plan.compile and major >= 9 and cudnn_attends(shape, device, dtype):
+        plan = replace(plan, attention_backend=CUDNN)
+    products = "fp8 products" if multiplies_fp8 else f"no fp8 products (compute capability {major}.{minor}, {dtype})"
+    verdict = "" if peak <= limit else "; nothing fits, so this is what needs least"
+    return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Considered: {'; '.join(tried)}"
+
+
+# -- Out of memory ----------------------------------------------------------------------------------------------------
+
+
+def memory_advice(plan: Plan, workload: Workload, accumulation_steps: int, encoder_bytes: float = 0) -> str:
+    """
+    Names the flags that would save memory, the most effective first.
+
+    Args:
+        plan (`Plan`), workload (`Workload`): What the run does now.
+        accumulation_steps (`int`): Forward passes in an optimizer step.
+        encoder_bytes (`float`): Bytes of the encoders that stay on the device without --cache_latents.
+
+    Returns:
+        `str`: A sentence, and a line for each flag with what it saves by the estimate of `--fast`.
+    """
+    peak = estimate_peak(plan, workload)
+
+    def saved(plan: Plan = plan, workload: Workload = workload) -> float:
+        return peak - estimate_peak(plan, workload)
+
+    savings = {f"--checkpointing {name}": saved(replace(plan, checkpointing=name)) for name in CHECKPOINTING}
+    savings |= {f"--base_precision {name}": saved(replace(plan, base_precision=name)) for name in PRECISIONS}
+    smaller = f"--train_batch_size 1 --gradient_accumulation_steps {workload.batch_size * accumulation_steps}"
+    savings[smaller] = saved(workload=replace(workload, batch_size=1))
+    savings["--cache_latents"] = encoder_bytes
+    if workload.use_8bit_adam is not None:
+        savings["--use_8bit_adam"] = saved(workload=replace(workload, use_8bit_adam=True))
+    lines = [
+        f"  {flags}: about {saved / 2**30:.2f} GiB"
+        for flags, saved in sorted(savings.items(), key=lambda item: -item[1])
+        if saved > 0
+    ]
+    if not lines:
+        return "Every flag that saves memory is in use: lower --resolution, --max_sequence_length or --rank."
+    return f"A step needs about {(peak + encoder_bytes) / 2**30:.2f} GiB. These flags save:\n" + "\n".join(lines)

@@ -1,0 +1,356 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The options as typed, frozen dataclasses in groups, with their help texts and their rules.
+
+`Options` is all groups at once, so a function can ask for the group it needs (`DataOptions`, say) and be handed the whole.
+Options never change: what a run finds out on its way makes a new object with `dataclasses.replace`.
+"""
+
+import dataclasses
+import math
+import operator
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.optimization import SchedulerType
+
+from pipeline_flux_fill_semantic import SEMANTIC_MODES
+from semantic_attention import SEMANTIC_POSITIONS
+from semantic_fill.memory import CHECKPOINTING
+from semantic_fill.precision import PRECISIONS
+
+
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+# Piecewise constant takes rules that no option states.
+LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT)
+HUB_CHECKPOINT = "last-checkpoint"
+
+
+def option(
+    default=dataclasses.MISSING,
+    *,
+    help: str,
+    choices: typing.Iterable[str] | None = None,
+    words: tuple[str, ...] = (),
+    at_least: float = 0,
+    **limits: float,
+) -> typing.Any:
+    """
+    A field of an option group.
+
+    Args:
+        default: Value where the option is not passed. Without one, the option is required.
+        help: Help text on the command line and in the reference.
+        choices: All accepted values.
+        words: Strings accepted beside numbers.
+        at_least, limits: Bounds of a number, named as in `LIMITS`.
+    """
+    metadata = {"help": help, "choices": choices and tuple(choices), "words": words}
+    return dataclasses.field(default=default, metadata=metadata | {"limits": {"at_least": at_least} | limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionGroup:
+    """What all groups share: choices and bounds are checked however the object is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"--{field.name} has to be one of {', '.join(choices)} but is {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise ValueError(f"--{field.name} has to be a finite number but is {value}.")
+            for name, bound in field.metadata["limits"].items():
+                if not LIMITS[name](value, bound):
+                    raise ValueError(f"--{field.name} has to be {name.replace('_', ' ')} {bound:g} but is {value}.")
+
+    def _set_defaults(self, **defaults) -> None:
+        """Fills in defaults that follow from other options. Only `__post_init__` may call it."""
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OptionGroup):
+    """Model"""
+
+    pretrained_model_name_or_path: str = option(help="FLUX.1 Fill: a folder or a Hub repository.")
+    revision: str | None = option(None, help="Revision of the model on the Hub.")
+    variant: str | None = option(None, help="Variant of the model's files, for example fp16.")
+    cache_dir: str | None = option(None, help="Folder for downloaded models and data sets.")
+
+    @property
+    def loading(self) -> dict:
+        """Keyword arguments of every `from_pretrained` call that loads a part of the base model."""
+        return {
+            "revision": self.revision,
+            "variant": self.variant,
+            "cache_dir": self.cache_dir,
+            "use_safetensors": True,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(OptionGroup):
+    """Data"""
+
+    dataset_name: str | None = option(None, help="Data set on the Hub, or a folder of parquet or webdataset files.")
+    dataset_config_name: str | None = option(None, help="Configuration of the Hub data set.")
+    train_data_dir: str | None = option(None, help="Local folder with pictures and a `metadata.jsonl`.")
+    image_column: str = option("image", help="Column of the triptych (visible | target | semantic).")
+    visible_column: str | None = option(None, help="Column of the visible view, where the views are three pictures.")
+    target_column: str | None = option(None, help="Column of the target view.")
+    semantic_column: str | None = option(None, help="Column of the semantic map.")
+    caption_column: str | None = option(None, help="Column of the captions. Default: `text` where the data has it.")
+    instance_prompt: str | None = option(None, help="Prompt of the samples that have no caption.")
+    max_train_samples: int | None = option(None, at_least=1, help="Use only the first rows, up to this number.")
+    resolution: int = option(512, help="Height of a panel in pixels, a multiple of 16. Also its width unless --width.")
+    width: int | None = option(None, help="Width of a panel in pixels, a multiple of 16.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._set_defaults(width=self.resolution)
+        for name in ("resolution", "width"):
+            size = getattr(self, name)
+            if size <= 0 or size % 16:
+                raise ValueError(f"--{name} has to be a positive multiple of 16 but is {size}.")
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError("Pass exactly one of --dataset_name and --train_data_dir.")
+        views = [self.visible_column, self.target_column, self.semantic_column]
+        if any(views) and not all(views):
+            raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
+        if self.target_column and self.target_column in (self.visible_column, self.semantic_column):
+            raise ValueError(f"--target_column {self.target_column} is what is painted, so no other view can show it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticOptions(OptionGroup):
+    """Semantic guidance"""
+
+    semantic_mode: str = option("cross_attention", choices=SEMANTIC_MODES, help="How the semantic map enters.")
+    fusion_alpha: float = option(0.5, at_most=1, help="Share of the map in the blend of pixel_fusion.")
+    semantic_num_layers: int = option(1, at_least=1, help="Layers of the module.")
+    semantic_num_heads: int = option(8, at_least=1, help="Attention heads of a cross-attention layer.")
+    semantic_head_dim: int = option(16, at_least=1, help="Channels of an attention head.")
+    semantic_position: str = option(
+        "rope",
+        choices=SEMANTIC_POSITIONS,
+        help="How cross-attention finds places: rope rotates queries and keys by row and column, none compares contents.",
+    )
+    semantic_dropout: float = option(0.0, at_most=1, help="Share of samples trained without their map.")
+    semantic_weights: str | None = option(
+        None, help="Trained module to start from, with its own configuration: a trained folder or Hub repository."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions(OptionGroup):
+    """LoRA"""
+
+    rank: int = option(16, at_least=1, help="Rank of the LoRA.")
+    lora_alpha: int | None = option(None, at_least=1, help="Scale of the LoRA. Default: the rank.")
+    lora_dropout: float = option(0.0, at_most=1, help="Dropout in front of the LoRA's matrices.")
+    lora_layers: str | None = option(
+        None, help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer."
+    )
+    fused_lora: bool = option(
+        True,
+        help="Compute LoRA products in the base's dtype, and with --compile join those of layers that read the same"
+        " input. --no-fused_lora: PEFT's own layers.",
+    )
+    lora_weights: str | None = option(None, help="Trained LoRA to start from: a folder or Hub repository.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions(OptionGroup):
+    """Objective"""
+
+    seed: int = option(0, below=2**32, help="Every random draw follows from it and the sample's place in the run.")
+    max_sequence_length: int | str | None = option(
+        None,
+        words=("auto",),
+        at_least=1,
+        at_most=512,
+        help="T5 tokens of a prompt. `auto`: as many as the longest caption needs. Default: 512, or auto with --fast.",
+    )
+    random_flip: bool = option(False, help="Mirror all three views together, half of the time.")
+    caption_dropout: float = option(0.0, at_most=1, help="Share of samples trained with an empty prompt.")
+    guidance_scale: float = option(1.0, help="Fed to the guidance embedding while training.")
+    weighting_scheme: str = option(
+        "logit_normal",
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none"),
+        help="Distribution of timesteps (logit_normal, mode) or weight of the loss (sigma_sqrt, cosmap).",
+    )
+    logit_mean: float = option(0.0, at_least=-math.inf, help="Mean of logit_normal's normal distribution.")
+    logit_std: float = option(1.0, above=0, help="Standard deviation of logit_normal's normal distribution.")
+    # Above 2 / (pi - 2) timesteps would leave (0, 1), see https://huggingface.co/papers/2403.03206.
+    mode_scale: float = option(1.29, at_most=2 / (math.pi - 2), help="Scale of the mode distribution.")
+    timestep_shift: float | str = option(
+        "resolution",
+        words=("resolution", "none"),
+        above=0,
+        help="`resolution`: shift timesteps as inference does at this size. `none`, or a factor such as 3.0.",
+    )
+    loss_region: str = option("diptych", choices=("diptych", "target"), help="Panels that the loss is taken over.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(OptionGroup):
+    """Optimizer and schedule"""
+
+    train_batch_size: int = option(4, at_least=1, help="Samples in a forward pass of one process.")
+    gradient_accumulation_steps: int = option(1, at_least=1, help="Forward passes in an optimizer step.")
+    num_train_epochs: int = option(1, at_least=1, help="Passes over the data.")
+    max_train_steps: int | None = option(None, at_least=1, help="Optimizer steps; overrides --num_train_epochs.")
+    max_bad_steps: int = option(10, at_least=1, help="Stop after so many steps in a row without finite gradients.")
+    optimizer: str = option("adamw", choices=("adamw", "prodigy"), help="AdamW or Prodigy.")
+    use_8bit_adam: bool = option(False, help="Use bitsandbytes' AdamW, whose states have 8 bits.")
+    learning_rate: float = option(1e-4, help="Learning rate of the LoRA.")
+    semantic_learning_rate: float | None = option(None, help="Rate of the module. Default: --learning_rate.")
+    semantic_scale_learning_rate: float | None = option(
+        None,
+        help="Rate of the module's gates, which start at zero. Default: ten times --semantic_learning_rate.",
+    )
+    prodigy_use_bias_correction: bool = option(True, help="Prodigy's bias correction.")
+    prodigy_safeguard_warmup: bool = option(True, help="Keep Prodigy's estimate from growing during warm-up.")
+    adam_beta1: float = option(0.9, below=1, help="First beta of both optimizers.")
+    adam_beta2: float = option(0.999, below=1, help="Second beta of both optimizers.")
+    adam_weight_decay: float = option(1e-4, help="Weight decay of both optimizers.")
+    adam_epsilon: float = option(1e-8, above=0, help="Epsilon of both optimizers.")
+    max_grad_norm: float = option(1.0, above=0, help="Norm that gradients are clipped to.")
+    lr_scheduler: str = option("constant", choices=LR_SCHEDULERS, help="Schedule of the learning rates.")
+    lr_warmup_steps: int = option(0, help="Steps in which the rates rise from zero.")
+    lr_num_cycles: int = option(1, help="Restarts of cosine_with_restarts.")
+    lr_power: float = option(1.0, help="Power of polynomial.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(OptionGroup):
+    """Precision, memory and speed"""
+
+    mixed_precision: str | None = option(
+        None, choices=("no", "fp16", "bf16"), help="Default: accelerate's configuration."
+    )
+    allow_tf32: bool = option(False, help="Allow TF32 in float32 matrix products.")
+    fast: bool = option(
+        False,
+        help="Choose --base_precision, --checkpointing, --compile and --attention_backend by the GPU and its free"
+        " memory, and --max_sequence_length auto. Options you pass explicitly are never overridden.",
+    )
+    base_precision: str | None = option(
+        None,
+        choices=PRECISIONS,
+        help="Precision of the frozen blocks. Default: bf16, which keeps the dtype of --mixed_precision. nf4 needs"
+        " bitsandbytes.",
+    )
+    checkpointing: str | None = option(
+        None,
+        choices=CHECKPOINTING,
+        help="What backward recomputes: nothing (none, the default), all but matrix products and attention"
+        " (selective), or everything (full). offload is full with the blocks' inputs kept in the CPU's memory.",
+    )
+    gradient_checkpointing: bool = option(False, help="The same as --checkpointing full, unless that is passed.")
+    compile: bool | None = option(None, help="Compile the transformer's repeated blocks. Default: no.")
+    attention_backend: str | None = option(
+        None,
+        choices=[backend.value for backend in AttentionBackendName],
+        help="As in diffusers' `set_attention_backend`. Default: native, or with --fast cuDNN's where it works.",
+    )
+    cache_latents: bool = option(True, help="Encode pictures and prompts once, before training.")
+    cache_root: str | None = option(None, help="Folder for encodings. Default: OUTPUT_DIR/cache.")
+    dataloader_num_workers: int = option(0, help="Processes that read samples.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(OptionGroup):
+    """Checkpoints, validation, tracking and the Hub"""
+
+    output_dir: str = option("semantic-fill-lora", help="Folder for checkpoints and the result.")
+    checkpointing_steps: int = option(500, at_least=1, help="Optimizer steps between checkpoints.")
+    checkpoints_total_limit: int | None = option(None, at_least=1, help="Number of checkpoints to keep.")
+    resume_from_checkpoint: str | None = option(
+        None, help="`latest`, the path of a checkpoint, or a Hub repository that one was pushed to."
+    )
+    validation_steps: int | None = option(
+        None,
+        at_least=1,
+        help="Optimizer steps between paintings of validation samples. They are also painted at the end, with"
+        " --push_to_hub in any case.",
+    )
+    num_validation_images: int = option(4, at_least=1, help="Training rows painted, starting with the first.")
+    validation_inference_steps: int = option(28, at_least=1, help="Denoising steps of a validation painting.")
+    validation_guidance_scale: float = option(30.0, help="Guidance scale of a validation painting.")
+    logging_dir: str = option("logs", help="Folder inside --output_dir for the tracker's files.")
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="Level of log messages.")
+    report_to: str = option("tensorboard", help="tensorboard, wandb, all or none.")
+    push_to_hub: bool = option(False, help="Push the result, with the token of `hf auth login` or HF_TOKEN.")
+    hub_model_id: str | None = option(None, help="Hub repository. Default: the name of --output_dir.")
+    hub_private_repo: bool = option(False, help="Create the repository as private.")
+    hub_strategy: str = option(
+        "end",
+        choices=("end", "every_checkpoint"),
+        help=f"Push the result only, or also each checkpoint as `{HUB_CHECKPOINT}/`.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(
+    ModelOptions,
+    DataOptions,
+    SemanticOptions,
+    LoraOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    RuntimeOptions,
+    OutputOptions,
+):
+    """All options of a training run."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._set_defaults(
+            lora_alpha=self.rank,
+            max_sequence_length="auto" if self.fast else 512,
+            semantic_learning_rate=self.learning_rate,
+            cache_root=str(Path(self.output_dir, "cache")),
+        )
+        # Prodigy finds the step size itself and knows one rate only.
+        factor = 1 if self.optimizer == "prodigy" else 10
+        self._set_defaults(semantic_scale_learning_rate=factor * self.semantic_learning_rate)
+        if self.gradient_checkpointing:
+            self._set_defaults(checkpointing="full")
+        if not self.fast:
+            self._set_defaults(base_precision="bf16", checkpointing="none", compile=False, attention_backend="native")
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        """Refuses combinations with which a run would fail late or silently go wrong."""
+        if self.resume_from_checkpoint is not None and (self.lora_weights or self.semantic_weights):
+            raise ValueError(
+                "--lora_weights and --semantic_weights cannot go with --resume_from_checkpoint: the checkpoint's weights"
+                " would replace them."
+            )
+        if self.semantic_position == "rope" and self.semantic_head_dim % 4:
+            raise ValueError(
+                "--semantic_head_dim has to be a multiple of 4 with --semantic_position rope, half for rows and half for"
+                f" columns, but is {self.semantic_head_dim}."
+            )
+        rates = {self.learning_rate, self.semantic_learning_rate, self.semantic_scale_learning_rate}
+        if self.optimizer == "prodigy" and len(rates) > 1:
+            raise ValueError(f"--optimizer prodigy takes one learning rate for all weights but got {sorted(rates)}.")
+        if self.max_train_steps is not None and self.lr_warmup_steps >= self.max_train_steps:
+            raise ValueError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} has to be below the {self.max_train_steps} steps of the run."
+            )
+        if self.validation_steps is not None and self.train_data_dir is not None:
+            data, output = Path(self.train_data_dir), Path(self.output_dir)
+            listed = any((data / f"metadata.{ending}").is_file() for ending in ("jsonl", "csv", "parquet"))
+            if not listed and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+                raise ValueError(
+                    f"--output_dir {output} cannot lie in --train_data_dir {data}: without a metadata file, a later run"
+                    " would take this run's paintings for data."
+                )

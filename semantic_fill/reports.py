@@ -1,0 +1,89 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""What a run says: its start-up lines, its steps, and at debug level the shapes of a batch."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from semantic_fill.checkpoints import TrainingState
+from semantic_fill.data import PANELS, ResumableBatchSampler
+from semantic_fill.memory import CUDNN
+from semantic_fill.options import Options
+
+
+logger = get_logger(__name__)
+
+
+def announce(model, options: Options) -> None:
+    """
+    Logs how the map enters.
+
+    Args:
+        model (`SemanticFillModel`): Before it is sharded or wrapped.
+    """
+    logger.info(f"Semantic mode: {options.semantic_mode}")
+    for line in [] if model.semantic_attention is None else model.semantic_attention.describe():
+        logger.info(line)
+    if options.attention_backend == CUDNN and not options.compile:
+        logger.warning(
+            f"--attention_backend {CUDNN} without --compile: with torch 2.11 the process crashed, or gradients were not"
+            " finite (benchmarks/RESULTS.md). Pass --compile, or leave it out."
+        )
+
+
+def log_scales(scales: list[float], level: int, digits: int) -> None:
+    for layer, scale in enumerate(scales):
+        logger.log(level, f"Layer {layer} scale: {scale:.{digits}f}")
+
+
+def log_step(run, bar: tqdm, norm: float, skipped: int) -> None:
+    """Reports a step of a `Run` to the progress bar, the trackers and, every 100 steps, the log."""
+    step, loss, rate = run.state.step, run.state.loss, run.lr_scheduler.get_last_lr()[0]
+    scales = run.engine.unwrap(run.model).scales()
+    bar.update()
+    bar.set_postfix(loss=f"{loss:.4f}", lr=rate, **({"scale": f"{scales[0]:.4f}"} if scales else {}))
+    logs = {"loss": loss, "lr": rate, "gradient_norm": norm, "skipped_steps": skipped}
+    run.engine.accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
+    if step % 100 == 0:
+        logger.info(f"[Step {step}] Loss: {loss:.4f}")
+        log_scales(scales, logging.INFO, digits=3)
+
+
+def explain_skipped_step(state: TrainingState, norm: float, overflowed: bool, sampler: ResumableBatchSampler) -> None:
+    """Logs why a step was not applied."""
+    if overflowed:
+        logger.info(f"Step {state.step} skipped: its gradients overflowed, their scale is lowered")
+    else:
+        rows = sampler.rows_before(state.samples_seen)
+        logger.warning(f"Step {state.step} skipped: loss {state.loss}, gradient norm {norm}, rows {rows}")
+
+
+@contextlib.contextmanager
+def log_shapes(run, batch) -> Iterator[None]:
+    """Logs the shapes of a `Batch` on its way through the model of a `Run`, and the scales, where debug is enabled."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        yield
+        return
+    size, model = (run.options.resolution, run.options.width), run.engine.unwrap(run.model)
+    shapes = {f"{name}_img": (len(batch.t), 3, *size) for name in PANELS}
+    shapes["diptych"] = (len(batch.t), 3, size[0], run.encoder.panels * size[1])
+    for name in ("x_0", "x_cond", "semantic_tokens", "x_t"):
+        if getattr(batch, name) is not None:
+            shapes[name] = tuple(getattr(batch, name).shape)
+
+    def add_inputs(transformer, args, kwargs):
+        batch_size, tokens, channels = kwargs["hidden_states"].shape
+        shapes["x_t_enhanced"] = (batch_size, tokens, batch.x_t.shape[-1])
+        shapes["hidden_states"] = (batch_size, tokens, channels)
+
+    handle = model.transformer.register_forward_pre_hook(add_inputs, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    for name, shape in shapes.items():
+        logger.debug(f"{name}: {shape}")
+    log_scales(model.scales(), logging.DEBUG, digits=6)

@@ -1,0 +1,90 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Paintings of validation samples, made with the pipeline and the weights that are being trained."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
+
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_fill.encoding import Encoder, read_encoding
+from semantic_fill.engines import Engine
+from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors
+from semantic_fill.options import Options
+
+
+def paint_samples(model, encoder: Encoder, step: int, engine: Engine, options: Options) -> PIL.Image.Image | None:
+    """
+    Paints samples into `samples/` and into the trackers. Every process has to call it.
+
+    Args:
+        model (`SemanticFillModel`): The unwrapped model.
+
+    Returns:
+        `PIL.Image.Image`: Rows of visible view, map, painting and target; `None` on all but the main process.
+    """
+    accelerator = engine.accelerator
+    # Sharded weights need every process to paint, and one of them keeps the picture.
+    if not (accelerator.is_main_process or engine.forward_is_collective):
+        return None
+    vae, vae_device = encoder.pipeline.vae, encoder.pipeline.vae.device
+    vae.to(accelerator.device)
+    model.eval()
+    try:
+        pictures = _paint(model, encoder, engine, options)
+    finally:
+        model.train()
+        vae.to(vae_device)
+    if not accelerator.is_main_process:
+        return None
+    grid = make_image_grid(pictures, rows=len(pictures) // 4, cols=4)
+    folder = Path(options.output_dir, "samples")
+    with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"step-{step:06d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": wandb.Image(grid)}, step=step)
+    return grid
+
+
+@torch.no_grad()
+def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[PIL.Image.Image]:
+    components = dict(encoder.pipeline.components)
+    if encoder.folder is not None:
+        # The text encoders were released, and the prompts' encodings are in the cache.
+        components |= {"text_encoder": None, "text_encoder_2": None}
+    pipeline = FluxFillSemanticPipeline(
+        **components | {"transformer": model.transformer, "semantic_attention": model.semantic_attention},
+        semantic_mode=options.semantic_mode,
+        fusion_alpha=options.fusion_alpha,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    rows = []
+    for index in range(min(options.num_validation_images, len(encoder.dataset))):
+        views, caption = encoder.dataset.views(index), encoder.dataset.caption(index)
+        if encoder.folder is not None:
+            prompt = read_encoding(encoder.prompt_file(caption))
+            prompt = {name: tensor[None].to(engine.accelerator.device) for name, tensor in prompt.items()}
+        else:
+            prompt = encoder.encode_prompts([caption])
+        with engine.autocast():
+            painted = pipeline(
+                image=views["visible"],
+                semantic_image=views["semantic"] if encoder.mode.uses_map else None,
+                num_inference_steps=options.validation_inference_steps,
+                guidance_scale=options.validation_guidance_scale,
+                max_sequence_length=options.max_sequence_length,
+                generator=torch.Generator().manual_seed(options.seed),
+                output_type="pt",
+                **prompt,
+            ).images[0]
+        rows += [views["visible"], views["semantic"], painted.float().cpu(), views["target"]]
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(rows)))

@@ -1,0 +1,104 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Trained weights as inference loads them: saving LoRA and module, and loading them to train on.
+
+Checkpoints and results hold the same files, so either can be painted with and started from.
+"""
+
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from pipeline_flux_fill_semantic import SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline
+from semantic_attention import load_semantic_module
+from semantic_fill.options import Options
+
+
+def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options: Options) -> None:
+    """
+    Saves LoRA and module as inference loads them, in the float32 that they are trained in.
+
+    Args:
+        model (`SemanticFillModel`): The unwrapped model.
+        weights (`dict[str, torch.Tensor]`): Its full tensors, from `Engine.weights`.
+    """
+    parts = {
+        part: {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
+        for part in ("transformer", "semantic_attention")
+    }
+    semantic_attention = None
+    if model.semantic_attention is not None:
+        semantic_attention = type(model.semantic_attention).from_config(model.semantic_attention.config)
+        semantic_attention.load_state_dict(parts["semantic_attention"])
+    FluxFillSemanticPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(model.transformer, state_dict=parts["transformer"]),
+        semantic_attention=semantic_attention,
+        semantic_mode=options.semantic_mode,
+        fusion_alpha=options.fusion_alpha,
+        max_sequence_length=options.max_sequence_length,
+        # Private, and what the diffusers training scripts themselves write rank and alpha with.
+        **_collate_lora_metadata({"transformer": model.transformer}),
+    )
+
+
+def load_weights(folder: Path, model) -> None:
+    """Loads LoRA and module of a checkpoint into a model that is not sharded yet."""
+    load_lora(model.transformer, folder)
+    if model.semantic_attention is not None:
+        path = folder / SEMANTIC_SUBFOLDER / SAFETENSORS_WEIGHTS_NAME
+        model.semantic_attention.load_state_dict(safetensors.torch.load_file(path))
+
+
+def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, cache_dir: str | None = None) -> None:
+    """
+    Loads a LoRA of a folder or Hub repository into the transformer's own.
+
+    Raises:
+        `ValueError`: if there is none, or its rank, alpha or layers are not those of this run.
+    """
+    try:
+        weights, metadata = FluxFillSemanticPipeline.lora_state_dict(
+            str(source),
+            weight_name=LORA_WEIGHT_NAME_SAFE,
+            use_safetensors=True,
+            cache_dir=cache_dir,
+            return_lora_metadata=True,
+        )
+    # Safetensors does not name a damaged file.
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{source} holds no trained LoRA: {error}") from error
+    config = transformer.peft_config["default"]
+    rank = next((weight.shape[0] for name, weight in weights.items() if ".lora_A." in name), None)
+    # Where there is no metadata, diffusers takes the rank for alpha.
+    alpha = (metadata or {}).get("transformer.lora_alpha", rank)
+    if (rank, alpha) != (config.r, config.lora_alpha):
+        raise ValueError(
+            f"The LoRA in {source} has rank {rank} and alpha {alpha}, but --rank is {config.r} and --lora_alpha"
+            f" {config.lora_alpha}: pass --rank {rank} --lora_alpha {alpha}."
+        )
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    result = set_peft_model_state_dict(transformer, convert_unet_state_dict_to_peft(weights))
+    missing = [name for name in result.missing_keys if "lora" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"The LoRA in {source} does not fit --lora_layers: missing {missing[:3]}, unexpected"
+            f" {result.unexpected_keys[:3]}."
+        )
+
+
+def load_module(source: str, cache_dir: str | None = None) -> torch.nn.Module:
+    """The module of a trained folder or Hub repository, or of the `semantic_attention` folder itself."""
+    errors = []
+    for subfolder in (SEMANTIC_SUBFOLDER, None):
+        try:
+            return load_semantic_module(source, subfolder=subfolder, cache_dir=cache_dir, dtype=torch.float32)
+        except (OSError, safetensors.SafetensorError) as error:
+            errors.append(str(error))
+    raise ValueError(f"--semantic_weights {source} holds no trained module: {errors[0]}")
