@@ -1,0 +1,140 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""What several test files share: small triptychs, runs in this process and in processes of their own, and comparisons."""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import train_semantic_fill_lora as trainer
+from semantic_fill.engines import find_engine
+
+
+ROOT = Path(__file__).parent.parent
+LORA_FILE = "pytorch_lora_weights.safetensors"
+MODULE_FILE = "semantic_attention/diffusion_pytorch_model.safetensors"
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+
+
+# -- Data -------------------------------------------------------------------------------------------------------------
+
+
+def draw_triptych(seed: int, height: int = 32, width: int = 32) -> PIL.Image.Image:
+    """Three different views of one random scene of colored blocks."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    target = np.kron(blocks, np.ones((8, 8, 1), np.uint8))
+    visible = np.repeat(target.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    semantic = (target > 127).astype(np.uint8) * 255
+    return PIL.Image.fromarray(np.concatenate([visible, target, semantic], axis=1))
+
+
+def write_triptychs(folder: Path, count: int = 6, height: int = 32, width: int = 32) -> Path:
+    """An image folder of triptychs with captions, as `--train_data_dir` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        draw_triptych(index, height, width).save(folder / f"{index:03d}.png")
+        rows.append({"file_name": f"{index:03d}.png", "text": f"caption {index % 2}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+# -- Runs in this process ---------------------------------------------------------------------------------------------
+
+
+def arguments(base_folder, output_dir, *more, data=None, resolution=32):
+    """The options of a small run."""
+    options = f"--pretrained_model_name_or_path {base_folder} --output_dir {output_dir} --resolution {resolution}"
+    options += " --rank 4 --max_sequence_length 16 --train_batch_size 2 --report_to none --mixed_precision no"
+    options += f" --train_data_dir {data}" if data else ""
+    return trainer.parse_args([*options.split(), *map(str, more)])
+
+
+def fresh_state() -> None:
+    """Resets accelerate's state, which is a singleton."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def run(*args, **kwargs) -> Path:
+    """A whole run in this process. Returns its output folder."""
+    fresh_state()
+    options = arguments(*args, **kwargs)
+    trainer.main(options)
+    return Path(options.output_dir)
+
+
+def assemble(options, **kwargs) -> trainer.Run:
+    """A run without its loop."""
+    fresh_state()
+    accelerator = Accelerator(cpu=True, mixed_precision=options.mixed_precision)
+    return trainer.assemble(options, find_engine(accelerator, options), **kwargs)
+
+
+def first_batch(run: trainer.Run) -> trainer.Batch:
+    return run.make_batch(next(trainer.read_samples(run)[1]))
+
+
+def spoil(monkeypatch, spoiled: dict) -> None:
+    """Passes a run's losses, counted from 1, through functions."""
+    compare, count = trainer.compare, itertools.count(1)
+
+    def spoiled_compare(*args):
+        return spoiled.get(next(count), lambda loss: loss)(compare(*args))
+
+    monkeypatch.setattr(trainer, "compare", spoiled_compare)
+
+
+# -- Runs in processes of their own -----------------------------------------------------------------------------------
+
+
+def command(base_folder, data, output_dir, *more, config="one_gpu", processes=1):
+    """The command line of a small run, launched as users launch it."""
+    launch = [*LAUNCH, "--config_file", str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", str(processes)]
+    options = f"--mixed_precision no --pretrained_model_name_or_path {base_folder} --train_data_dir {data}"
+    options += f" --output_dir {output_dir} --resolution 32 --rank 4 --max_sequence_length 16 --report_to none"
+    return [*launch, str(ROOT / "train_semantic_fill_lora.py"), *options.split(), *map(str, more)]
+
+
+def environment(tmp_path, **more):
+    return os.environ | ON_CPU | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)} | more
+
+
+def assert_ended_well(done, processes: int) -> None:
+    """
+    A launched run exited with 0.
+
+    With several gloo processes, torch's native shutdown may abort one of them once all of its Python is done
+    (https://github.com/pytorch/pytorch/pull/179291). That message is accepted if the run itself raised no Python error,
+    so such a test has to judge by what the run left behind.
+    """
+    if processes > 1 and "terminate called without an active exception" in done.stderr:
+        # The launcher's own traceback ends in ChildFailedError. Any other one is the run's.
+        assert done.stderr.count("Traceback (most recent call last)") == 1, done.stderr
+        assert "ChildFailedError" in done.stderr and "SIGABRT" in done.stderr, done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+# -- Weights ----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(folder, file=LORA_FILE) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(folder, file))
+
+
+def assert_same_weights(a, b) -> None:
+    """LoRA and module of two trained folders are equal bit for bit."""
+    for file in (LORA_FILE, MODULE_FILE):
+        first, second = weights_of(a, file), weights_of(b, file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), file
