@@ -138,3 +138,21 @@ def assert_same_weights(a, b) -> None:
         first, second = weights_of(a, file), weights_of(b, file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first), file
+
+
+def reference_layers(model) -> list[dict]:
+    """The weights of a `SemanticAttentionModel` under the names of the independent reference."""
+    return [
+        {
+            "norm_x_weight": layer.norm_image.weight,
+            "norm_x_bias": layer.norm_image.bias,
+            "norm_s_weight": layer.norm_semantic.weight,
+            "norm_s_bias": layer.norm_semantic.bias,
+            "q_weight": layer.to_q.weight,
+            "k_weight": layer.to_k.weight,
+            "v_weight": layer.to_v.weight,
+            "out_weight": layer.to_out.weight,
+            "scale": layer.scale,
+        }
+        for layer in model.layers
+    ]
