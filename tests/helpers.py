@@ -84,6 +84,29 @@ def first_batch(run: trainer.Run) -> trainer.Batch:
     return run.make_batch(next(trainer.read_samples(run)[1]))
 
 
+def first_loss(run: trainer.Run, backend=None) -> torch.Tensor:
+    """
+    The loss of a run's first batch, with a LoRA that is not zero, so that all that is trained has a gradient. A `backend`
+    of `torch.compile` compiles the transformer's blocks.
+    """
+    transformer = run.engine.unwrap(run.model).transformer
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    if backend is not None:
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.compile(backend=backend, fullgraph=True)
+    batch = first_batch(run)
+    # Dropout draws from the global generator.
+    torch.manual_seed(0)
+    return trainer.compare(run.model(batch), batch, run.objective)
+
+
+def gradients(run: trainer.Run) -> dict[str, torch.Tensor]:
+    """The gradients of everything that is trained, by name."""
+    return {name: p.grad for name, p in run.engine.unwrap(run.model).named_parameters() if p.requires_grad}
+
+
 def spoil(monkeypatch, spoiled: dict) -> None:
     """Passes a run's losses, counted from 1, through functions."""
     compare, count = trainer.compare, itertools.count(1)
