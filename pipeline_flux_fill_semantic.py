@@ -117,8 +117,8 @@ def _get_mode(name: str) -> SemanticMode:
 
 
 def _is_of_class(module: torch.nn.Module | None, module_class: type | None) -> bool:
-    # By the class's name for itself, because a process may hold this class twice: installed and as a dynamic module.
-    # A compiled module passes the attribute through as well.
+    # A process may hold each class twice, installed and as a dynamic module, so `isinstance` does not tell. The classes'
+    # `description` does, and a compiled module passes it through as well.
     return getattr(module, "description", None) == getattr(module_class, "description", None)
 
 
@@ -333,7 +333,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     _optional_components = ["semantic_attention"]
     # The module is small enough to stay on the device, and it runs between two steps of the transformer.
     _exclude_from_cpu_offload = ["semantic_attention"]
-    # Records what the module is about to see in each step. Set only while `semantic_attention_maps` runs.
+    # It records what the module is about to see in each step, and it is set only while `semantic_attention_maps` runs.
     _attention_observer = None
 
     def __init__(
@@ -381,7 +381,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     def _set_semantic_mode(self, semantic_mode: str, fusion_alpha: float, max_sequence_length: int) -> None:
         mode, module = _get_mode(semantic_mode), self.semantic_attention
         if semantic_mode == "cross_attention" and _is_of_class(module, SemanticProjectionModel):
-            # Weights from before the projection had a mode of its own.
+            # Such weights were saved before the projection had a mode of its own.
             semantic_mode = "projection"
         elif mode.module_class and module is not None and not _is_of_class(module, mode.module_class):
             raise ValueError(
@@ -583,10 +583,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         sizes = {f"{picture.shape[-1]}x{picture.shape[-2]}" for picture in pictures}
         if len(sizes) != 1:
             raise ValueError(f"`{name}` has to hold pictures of one size but holds {sorted(sizes)}.")
-        # Contiguous, because convolutions round differently on channels-last pictures.
+        # The pixels have to be contiguous, because convolutions round differently on channels-last pictures.
         pixels = torch.cat(pictures).to(torch.float32).contiguous()
         low, high = (extreme.item() for extreme in pixels.aminmax())
-        # Written so that NaN fails as well.
+        # This form of the condition makes NaN fail as well.
         if not (low >= 0 and high <= 1):
             raise ValueError(f"`{name}` has to hold values within [0, 1] but holds [{low}, {high}].")
         size = (height or pixels.shape[-2], width or pixels.shape[-1])

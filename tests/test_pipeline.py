@@ -1,32 +1,24 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The pipeline against `FluxFillPipeline` and the reference, and every way in which it is used."""
+"""The pipeline against `FluxFillPipeline` and the reference, and what it leaves behind."""
 
 import contextlib
 import copy
-import json
-import os
-import subprocess
-import sys
+import inspect
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 import reference as ref
-import safetensors.torch
 import torch
-from conftest import ROOT
 from diffusers import FirstBlockCacheConfig, FluxFillPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
-from test_semantic_attention import reference_layers, trained_like
+from test_semantic_attention import projection_layers, reference_layers, trained_like
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
-from semantic_attention import SemanticAttentionModel
+from semantic_attention import SemanticAttentionModel, SemanticProjectionModel
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 STEPS = 2
 
 
@@ -97,6 +89,33 @@ def differs(a: torch.Tensor, b: torch.Tensor, by: float = 1e-3) -> bool:
     return (a.float() - b.float()).abs().max().item() > by
 
 
+class Trained:
+    """A LoRA folder, and what its weights paint before they are saved."""
+
+    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention"):
+        self.folder = folder
+        module_class = SEMANTIC_MODES[semantic_mode].module_class
+        self.module = None if module_class is None else trained_like(seed, model_class=module_class)
+        pipe = make_pipe(base, own=True, semantic_attention=self.module, semantic_mode=semantic_mode)
+        # The rank is not the alpha, so that a lost alpha shows.
+        config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_out"])
+        torch.manual_seed(seed)
+        pipe.transformer.add_adapter(config)
+        layers = get_peft_model_state_dict(pipe.transformer)
+        for name, parameter in pipe.transformer.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        self.plain = paint(pipe, return_diptych=True)
+        self.guided = paint(pipe, semantic_image=picture(2) if SEMANTIC_MODES[semantic_mode].uses_map else None)
+        FluxFillSemanticPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=layers,
+            semantic_attention=self.module,
+            semantic_mode=semantic_mode,
+            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+        )
+
+
 # -- Nothing changes where the map is left out ------------------------------------------------------------------------
 
 
@@ -124,6 +143,79 @@ def test_fills_a_mask_as_fill_pipeline_does(base, case):
     assert torch.equal(paint(make_pipe(base, semantic_attention=module), image, **size, **extra), expected)
 
 
+@torch.no_grad()
+def test_a_scale_of_zero_equals_no_map_in_every_mode(base):
+    for name, mode in SEMANTIC_MODES.items():
+        if mode.uses_map:
+            module = None if mode.module_class is None else trained_like(model_class=mode.module_class)
+            pipe = make_pipe(base, semantic_attention=module, semantic_mode=name)
+            assert torch.equal(paint(pipe, semantic_image=picture(2), semantic_scale=0), paint(pipe)), name
+
+
+STOCK_CALL = inspect.signature(FluxFillPipeline.__call__).parameters
+
+
+def test_the_stock_parameters_come_first_in_the_stock_order():
+    ours = inspect.signature(FluxFillSemanticPipeline.__call__).parameters
+    assert list(ours) == [*STOCK_CALL, "semantic_image", "semantic_scale", "return_diptych"]
+    changed = {name for name in STOCK_CALL if ours[name].default != STOCK_CALL[name].default}
+    # `None` means the number of tokens that the weights were trained with.
+    assert changed == {"max_sequence_length"} and ours["max_sequence_length"].default is None
+    own = [(ours[name].default) for name in ("semantic_image", "semantic_scale", "return_diptych")]
+    assert own == [None, 1.0, False]
+
+
+def test_takes_what_fill_pipeline_takes_by_position(base):
+    given = {
+        "prompt": "a hill",
+        "image": to_pil(picture(1)),
+        "mask_image": to_pil((picture(3) > 0.5).float()),
+        # 40 is no multiple of 16, so the stock pipeline rounds it down.
+        "height": 40,
+        "width": 48,
+        "num_inference_steps": STEPS,
+        "output_type": "pt",
+        "return_dict": False,
+        "max_sequence_length": 16,
+    }
+    values = [given.get(name, parameter.default) for name, parameter in STOCK_CALL.items() if name != "self"]
+    pipe = make_pipe(base, semantic_attention=trained_like())
+    results = []
+    for each in (base, pipe):
+        torch.manual_seed(0)
+        results.append(each(*values)[0])
+    assert torch.equal(*results) and results[0].shape[-2:] == (32, 48)
+    torch.manual_seed(0)
+    assert differs(pipe(*values, picture(2))[0], results[0], by=1e-4)
+
+
+@pytest.mark.parametrize("batch, prompts, num_images_per_prompt", [(2, 4, 1), (2, 2, 2), (1, 2, 2)])
+def test_fills_batches_as_fill_pipeline_does(base, batch, prompts, num_images_per_prompt):
+    kwargs = {
+        "prompt": [f"hill {number}" for number in range(prompts)],
+        "image": picture(1, batch=batch),
+        "mask_image": (picture(3, batch=batch) > 0.5)[:, :1].float(),
+        "height": 32,
+        "width": 48,
+        "num_images_per_prompt": num_images_per_prompt,
+    }
+    assert torch.equal(paint(make_pipe(base, semantic_attention=trained_like()), **kwargs), paint(base, **kwargs))
+
+
+def test_masked_image_latents_reach_fill_pipeline(base):
+    # diffusers 0.42 accepts them with no picture only and then fails without one; the error is the same here.
+    for pipe in (base, make_pipe(base)):
+        with pytest.raises(ValueError, match="`image` or `masked_image_latents`"):
+            paint(pipe, masked_image_latents=torch.zeros(1, 6, 320))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA"])
+def test_masks_keep_their_mode(base, mode):
+    image, mask = to_pil(picture(1)), to_pil((picture(3) > 0.5).float()).convert(mode)
+    size = {"mask_image": mask, "height": 48, "width": 32}
+    assert torch.equal(paint(make_pipe(base), image, **size), paint(base, image, **size))
+
+
 def test_a_trained_module_changes_the_picture(base):
     module = SemanticAttentionModel()
     torch.nn.init.constant_(module.layers[0].scale, 0.5)
@@ -140,11 +232,14 @@ def test_a_trained_module_changes_the_picture(base):
 
 @torch.no_grad()
 @pytest.mark.parametrize("height, width", [(32, 48), (64, 16)])
-@pytest.mark.parametrize("position", ["none", "rope"])
-def test_a_whole_call_equals_the_reference(base, posterior_mode, height, width, position):
+@pytest.mark.parametrize("kind", ["none", "rope", "projection"])
+def test_a_whole_call_equals_the_reference(base, posterior_mode, height, width, kind):
     visible, semantic = picture(1, height, width), picture(2, height, width)
     rows, columns = height // 16, width // 16
-    module = trained_like(num_layers=2, position=position)
+    if kind == "projection":
+        module = trained_like(model_class=SemanticProjectionModel, num_layers=2)
+    else:
+        module = trained_like(num_layers=2, position=kind)
     pipe = make_pipe(base, semantic_attention=module)
     with watched(pipe.transformer) as (passed, fed):
         latents = paint(
@@ -154,24 +249,35 @@ def test_a_whole_call_equals_the_reference(base, posterior_mode, height, width, 
     canvas, mask = diptych_of(visible * 2 - 1)
     x_cond = ref.condition(pipe.vae, canvas, mask)
     semantic_tokens = ref.encode_semantic(pipe.vae, semantic * 2 - 1)
-    positions = ref.panel_positions(rows, columns) if position == "rope" else None
+    positions = ref.panel_positions(rows, columns) if kind == "rope" else None
     prompt_embeds, pooled_prompt_embeds, _ = pipe.encode_prompt("a hill", max_sequence_length=16)
     x_1 = ref.pack(torch.randn(1, 16, 2 * rows, 4 * columns, generator=seeded()))
 
+    x_cond_enhanced = x_cond
+    if kind == "projection":
+        x_cond_enhanced = ref.project(x_cond, semantic_tokens, projection_layers(module), strength=0.8)
+
     def enhance(x):
+        if kind == "projection":
+            return x
         return ref.enhance(x, semantic_tokens, reference_layers(module), positions=positions, strength=0.8)
 
     def predict(x, t):
         ids = ref.image_ids(rows, 2 * columns)
-        return ref.predict(pipe.transformer, x, x_cond, t, prompt_embeds, pooled_prompt_embeds, ids, guidance=30.0)
+        return ref.predict(
+            pipe.transformer, x, x_cond_enhanced, t, prompt_embeds, pooled_prompt_embeds, ids, guidance=30.0
+        )
 
     close = {"rtol": 1e-4, "atol": 1e-4}
     assert len(passed) == len(fed) == STEPS
     for before, after in zip(passed, fed):
         torch.testing.assert_close(before[..., 64:], x_cond, **close)
-        assert torch.equal(after[..., 64:], before[..., 64:])
+        torch.testing.assert_close(after[..., 64:], x_cond_enhanced, **close)
         torch.testing.assert_close(after[..., :64], enhance(before[..., :64]), **close)
-        assert differs(after[..., :64], before[..., :64], by=0.1)
+        same, changed = (slice(0, 64), slice(64, 128)) if kind == "projection" else (slice(64, 384), slice(0, 64))
+        assert torch.equal(after[..., same], before[..., same]) and differs(
+            after[..., changed], before[..., changed], 0.1
+        )
     torch.testing.assert_close(passed[0][..., :64], x_1)
     sigmas = ref.inference_sigmas(STEPS, rows * 2 * columns)
     torch.testing.assert_close(latents, ref.sample(x_1, sigmas, enhance, predict), **close)
@@ -255,169 +361,6 @@ def test_a_callback_sees_and_changes_x_t_itself(base):
     with watched(pipe.transformer) as (passed, fed):
         paint(pipe, semantic_image=picture(2), callback_on_step_end=lambda *a: {"latents": torch.ones_like(seen[0])})
     assert torch.equal(passed[1][..., :64], torch.ones_like(seen[0])) and differs(fed[1][..., :64], seen[0])
-
-
-# -- Batches, sizes, kinds of pictures, outputs -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("semantic_mode", ["cross_attention", "pixel_fusion", "in_context"])
-@pytest.mark.parametrize("num_images_per_prompt", [1, 2])
-def test_a_batch_equals_its_singles(base, semantic_mode, num_images_per_prompt):
-    module = trained_like() if SEMANTIC_MODES[semantic_mode].attends else None
-    pipe = make_pipe(base, semantic_attention=module, semantic_mode=semantic_mode)
-    prompts, images, maps = ["a hill", "the sea at night"], picture(1, batch=2), picture(2, batch=2)
-    kwargs = {"output_type": "latent", "return_diptych": True}
-
-    def single(seed, prompt, image, semantic):
-        return paint(
-            pipe, images[[image]], prompts[prompt], semantic_image=maps[[semantic]], generator=seeded(seed), **kwargs
-        )
-
-    together = paint(
-        pipe,
-        images,
-        prompts,
-        semantic_image=maps,
-        num_images_per_prompt=num_images_per_prompt,
-        generator=[seeded(seed) for seed in range(2 * num_images_per_prompt)],
-        **kwargs,
-    )
-    assert len(together) == 2 * num_images_per_prompt
-    close = 2e-5
-    for seed, latents in enumerate(together):
-        of = seed // num_images_per_prompt
-        torch.testing.assert_close(latents[None], single(seed, of, of, of), rtol=0, atol=close)
-        # A wrong prompt, picture or map would show.
-        for wrong in ((1 - of, of, of), (of, 1 - of, of), (of, of, 1 - of)):
-            assert differs(latents[None], single(seed, *wrong), by=2 * close)
-
-
-def test_one_prompt_and_one_map_serve_a_batch(base):
-    pipe = make_pipe(base, semantic_attention=trained_like())
-    images, semantic = picture(1, batch=2), picture(2)
-    one = paint(pipe, images, semantic_image=semantic, prompt_2="hills")
-    both = paint(pipe, images, ["a hill"] * 2, semantic_image=semantic.repeat(2, 1, 1, 1), prompt_2=["hills"] * 2)
-    assert one.shape == (2, 3, 32, 48) and torch.equal(one, both)
-    assert paint(pipe, images[:1], semantic_image=picture(2, batch=2)).shape == (2, 3, 32, 48)
-    assert paint(pipe, images[:1], ["a hill", "the sea"], semantic_image=semantic).shape == (2, 3, 32, 48)
-
-
-@torch.no_grad()
-def test_prompt_embeddings_in_place_of_a_prompt(base):
-    pipe = make_pipe(base, semantic_attention=trained_like())
-    prompt_embeds, pooled_prompt_embeds, _ = pipe.encode_prompt("a hill", max_sequence_length=16)
-    given = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
-    assert torch.equal(paint(pipe, semantic_image=picture(2), **given), paint(pipe, semantic_image=picture(2)))
-
-
-@pytest.mark.parametrize("height, width", [(16, 16), (16, 80), (64, 32)])
-def test_any_multiple_of_16(base, height, width):
-    pipe = make_pipe(base, semantic_attention=trained_like(position="rope"))
-    views = {"image": picture(1, height, width), "semantic_image": picture(2, height, width)}
-    assert paint(pipe, **views).shape == (1, 3, height, width)
-    assert paint(pipe, **views, return_diptych=True).shape == (1, 3, height, 2 * width)
-
-
-@pytest.mark.parametrize("size", [{}, {"height": 48, "width": 32}])
-def test_pil_numpy_and_tensors_give_the_same(base, size):
-    pipe = make_pipe(base, semantic_attention=trained_like())
-    views = picture(1), picture(2)
-    kinds = {
-        "tensor": lambda view: view,
-        "tensor without batch": lambda view: view[0],
-        "numpy": lambda view: view.movedim(1, -1).numpy(),
-        "numpy without batch": lambda view: view[0].movedim(0, -1).numpy(),
-        "PIL": to_pil,
-        "list of PIL": lambda view: [to_pil(view)],
-        "list of tensors": lambda view: [view[0]],
-    }
-    results = {
-        name: paint(pipe, make(views[0]), semantic_image=make(views[1]), **size) for name, make in kinds.items()
-    }
-    expected = results["tensor"]
-    assert expected.shape[-2:] == (size.get("height", 32), size.get("width", 48))
-    assert [name for name, result in results.items() if not torch.equal(result, expected)] == []
-
-
-def test_resizing_keeps_the_colours_of_a_map(base, monkeypatch):
-    pipe = make_pipe(base, semantic_attention=trained_like())
-    palette = to_pil((picture(2) > 0.5).float()).convert("P")
-    encoded = []
-    encode = pipe.encode_semantic
-    monkeypatch.setattr(pipe, "encode_semantic", lambda semantic: encoded.append(semantic) or encode(semantic))
-    paint(pipe, picture(1), semantic_image=palette, height=80, width=112)
-    assert encoded[0].shape == (1, 3, 80, 112)
-    colours = {tuple(colour) for colour in encoded[0][0].flatten(1).T.tolist()}
-    assert colours == {tuple(c / 255 for c in colour) for _, colour in palette.convert("RGB").getcolors()}
-
-
-def test_output_types(base):
-    pipe = make_pipe(base, semantic_attention=trained_like())
-    results = {
-        kind: paint(pipe, semantic_image=picture(2), output_type=kind) for kind in ("pt", "np", "pil", "latent")
-    }
-    assert results["pt"].shape == (1, 3, 32, 48)
-    assert np.array_equal(results["np"], results["pt"].movedim(1, -1).numpy())
-    assert [image.size for image in results["pil"]] == [(48, 32)]
-    assert np.array_equal(np.asarray(results["pil"][0]), (results["np"][0] * 255).round().astype(np.uint8))
-
-    whole = {
-        kind: paint(pipe, semantic_image=picture(2), output_type=kind, return_diptych=True)
-        for kind in ("pt", "np", "pil", "latent")
-    }
-    assert torch.equal(ref.target_half(whole["pt"]), results["pt"])
-    assert np.array_equal(whole["np"][:, :, 48:], results["np"])
-    assert np.array_equal(np.asarray(whole["pil"][0])[:, 48:], np.asarray(results["pil"][0]))
-    assert results["latent"].shape == (1, 6, 64)
-    assert torch.equal(ref.unpack(whole["latent"], 2, 6)[..., 6:], ref.unpack(results["latent"], 2, 3))
-    as_tuple = pipe(
-        "a hill",
-        picture(1),
-        picture(2),
-        num_inference_steps=STEPS,
-        max_sequence_length=16,
-        generator=seeded(),
-        output_type="pt",
-        return_dict=False,
-    )
-    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], results["pt"])
-
-
-def test_given_latents_are_the_start(base):
-    pipe = make_pipe(base, semantic_attention=trained_like())
-    latents = torch.randn(1, 12, 64, generator=seeded(5))
-    with watched(pipe.transformer) as (passed, _):
-        paint(pipe, semantic_image=picture(2), latents=latents)
-    assert torch.equal(passed[0][..., :64], latents)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("with_map", [True, False])
-@pytest.mark.parametrize("semantic_mode", list(SEMANTIC_MODES))
-def test_semantic_modes(base, semantic_mode, with_map):
-    visible, semantic = picture(1), picture(2)
-    mode = SEMANTIC_MODES[semantic_mode]
-    pipe = make_pipe(base, semantic_mode=semantic_mode, fusion_alpha=0.25)
-    given = {"semantic_image": semantic} if with_map and mode.map_on_canvas else {}
-    canvas, mask = {
-        "cross_attention": lambda: diptych_of(visible),
-        "none": lambda: diptych_of(visible),
-        "pixel_fusion": lambda: (
-            ref.make_diptych(0.75 * visible + 0.25 * semantic if with_map else visible, visible),
-            diptych_of(visible)[1],
-        ),
-        "in_context": lambda: (
-            torch.cat([visible, visible, semantic if with_map else torch.full_like(visible, 0.5)], dim=3),
-            torch.cat([torch.zeros(1, 1, 32, 48), torch.ones(1, 1, 32, 48), torch.zeros(1, 1, 32, 48)], dim=3),
-        ),
-    }[semantic_mode]()
-    expected = fill(base, canvas, mask)
-    torch.testing.assert_close(paint(pipe, **given, return_diptych=True), expected)
-    torch.testing.assert_close(paint(pipe, **given), expected[..., 48:96])
-    latents = paint(pipe, **given, return_diptych=True, output_type="latent")
-    target = paint(pipe, **given, output_type="latent")
-    columns = 3 * len(mode.panels)
-    assert torch.equal(ref.unpack(target, 2, 3), ref.unpack(latents, 2, columns)[..., 6:12])
 
 
 # -- Nothing is left behind -------------------------------------------------------------------------------------------
@@ -517,369 +460,3 @@ def test_a_float32_module_in_a_bfloat16_pipeline(base):
     assert passed[0].dtype == fed[0].dtype == torch.bfloat16 and module.dtype == torch.float32
     assert differs(fed[0][..., :64], passed[0][..., :64], by=0.1)
     assert images.isfinite().all()
-
-
-# -- Save and load ----------------------------------------------------------------------------------------------------
-
-
-def test_from_pipe_both_ways(base):
-    module = trained_like()
-    pipe = FluxFillSemanticPipeline.from_pipe(base, semantic_attention=module, semantic_mode="cross_attention")
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe.transformer is base.transformer and pipe.semantic_attention is module
-    assert differs(paint(pipe, semantic_image=picture(2)), paint(pipe), by=1e-4)
-    back = FluxFillPipeline.from_pipe(pipe)
-    back.set_progress_bar_config(disable=True)
-    assert type(back) is FluxFillPipeline and back.transformer is base.transformer
-    assert torch.equal(fill(back, *diptych_of(picture(1))), paint(pipe, return_diptych=True))
-    other = FluxFillSemanticPipeline.from_pipe(make_pipe(base, semantic_mode="in_context", fusion_alpha=0.3))
-    assert other.semantic_attention is None
-    assert (other.config.semantic_mode, other.config.fusion_alpha) == ("in_context", 0.3)
-
-
-@pytest.mark.parametrize("with_module", [True, False])
-def test_save_pretrained_and_back(base, tmp_path, with_module):
-    module = trained_like(num_layers=2) if with_module else None
-    mode = "cross_attention" if with_module else "pixel_fusion"
-    pipe = make_pipe(base, semantic_attention=module, semantic_mode=mode, fusion_alpha=0.4)
-    pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    expected = ["semantic_attention", "SemanticAttentionModel"] if with_module else [None, None]
-    assert index["semantic_attention"] == expected
-    loaded = FluxFillSemanticPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert (loaded.config.semantic_mode, loaded.config.fusion_alpha) == (mode, 0.4)
-    views = {"semantic_image": picture(2)}
-    torch.testing.assert_close(paint(loaded, **views), paint(pipe, **views), rtol=1e-4, atol=1e-4)
-
-
-CUSTOM = """
-import pathlib, sys, torch
-from diffusers import DiffusionPipeline
-base, custom, lora, saved, out = sys.argv[1:]
-torch.set_grad_enabled(False)
-views = torch.load(out + "/views.pt")
-for name, folder, load in (("lora", base, True), ("saved", saved, False)):
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=custom, trust_remote_code=True)
-    assert type(pipe).__name__ == "FluxFillSemanticPipeline" and "diffusers_modules" in type(pipe).__module__
-    if load:
-        pipe.load_lora_weights(lora)
-    images = pipe("a hill", *views, num_inference_steps=2, max_sequence_length=16, output_type="pt",
-                  generator=torch.Generator().manual_seed(0)).images
-    torch.save(images, f"{out}/{name}.pt")
-pipe.save_pretrained(out + "/again")
-"""
-
-
-@pytest.mark.parametrize("form", [".", "pipeline.py", "pipeline_flux_fill_semantic.py"])
-def test_as_custom_pipeline(base, base_folder, trained, tmp_path, form):
-    saved = make_pipe(base, semantic_attention=trained_like(3))
-    saved.save_pretrained(tmp_path / "saved")
-    views = [picture(1), picture(2)]
-    torch.save(views, tmp_path / "views.pt")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", CUSTOM, base_folder, str(ROOT / form), str(trained.folder)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "saved"), str(tmp_path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(torch.load(tmp_path / "lora.pt"), trained.guided, **close)
-    torch.testing.assert_close(torch.load(tmp_path / "saved.pt"), paint(saved, semantic_image=picture(2)), **close)
-    again = FluxFillSemanticPipeline.from_pretrained(tmp_path / "again")
-    again.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(
-        paint(again, semantic_image=picture(2)), paint(saved, semantic_image=picture(2)), **close
-    )
-
-
-# -- LoRA -------------------------------------------------------------------------------------------------------------
-
-
-class Trained:
-    """A LoRA folder, and what its weights paint before they are saved."""
-
-    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention"):
-        self.folder = folder
-        self.module = trained_like(seed) if SEMANTIC_MODES[semantic_mode].attends else None
-        pipe = make_pipe(base, own=True, semantic_attention=self.module, semantic_mode=semantic_mode)
-        # The rank is not the alpha, so that a lost alpha shows.
-        config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_out"])
-        torch.manual_seed(seed)
-        pipe.transformer.add_adapter(config)
-        layers = get_peft_model_state_dict(pipe.transformer)
-        for name, parameter in pipe.transformer.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        self.plain = paint(pipe, return_diptych=True)
-        self.guided = paint(pipe, semantic_image=None if semantic_mode == "none" else picture(2))
-        FluxFillSemanticPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=layers,
-            semantic_attention=self.module,
-            semantic_mode=semantic_mode,
-            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-        )
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    return Trained(base, tmp_path_factory.mktemp("lora"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def other(base, tmp_path_factory):
-    return Trained(base, tmp_path_factory.mktemp("other"), seed=1)
-
-
-def close_to(images, expected, tolerance=1e-4) -> bool:
-    return not differs(images, expected, tolerance)
-
-
-def is_plain(pipe) -> bool:
-    return pipe.semantic_attention is None and not getattr(pipe.transformer, "peft_config", None)
-
-
-def test_lora_and_module_come_and_go(base, trained):
-    pipe = make_pipe(base, own=True)
-    before = paint(pipe, return_diptych=True)
-    assert differs(trained.plain, before)
-    pipe.load_lora_weights(trained.folder)
-    assert close_to(paint(pipe, return_diptych=True), trained.plain)
-    assert close_to(paint(pipe, semantic_image=picture(2)), trained.guided)
-    assert differs(trained.guided, trained.plain[..., 48:])
-    state = pipe.semantic_attention.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in trained.module.state_dict().items())
-    pipe.unload_lora_weights()
-    assert is_plain(pipe)
-    assert torch.equal(paint(pipe, return_diptych=True), before)
-    pipe.load_lora_weights(str(trained.folder), adapter_name="again")
-    assert close_to(paint(pipe, semantic_image=picture(2)), trained.guided)
-
-
-def test_a_lora_folder_holds_what_the_design_says(trained):
-    files = {path.relative_to(trained.folder).as_posix() for path in trained.folder.rglob("*") if path.is_file()}
-    module = {"semantic_attention/config.json", "semantic_attention/diffusion_pytorch_model.safetensors"}
-    assert files == {LORA_FILE} | module
-    with safetensors.safe_open(trained.folder / LORA_FILE, framework="pt") as weights:
-        metadata, keys = weights.metadata(), list(weights.keys())
-    assert all(key.startswith("transformer.") and "lora_" in key for key in keys)
-    adapter = json.loads(metadata["lora_adapter_metadata"])
-    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"]) == (2, 8)
-    assert json.loads(metadata["semantic_fill"])["semantic_mode"] == "cross_attention"
-
-
-def test_fill_pipeline_loads_the_same_lora(base, trained):
-    stock = make_pipe(base, FluxFillPipeline, own=True)
-    stock.load_lora_weights(trained.folder)
-    assert close_to(fill(stock, *diptych_of(picture(1))), trained.plain)
-
-
-def test_fuse_and_unfuse(base, trained):
-    pipe = make_pipe(base, own=True)
-    before = paint(pipe, return_diptych=True)
-    pipe.load_lora_weights(trained.folder)
-    pipe.fuse_lora()
-    assert close_to(paint(pipe, semantic_image=picture(2)), trained.guided)
-    pipe.unfuse_lora()
-    assert close_to(paint(pipe, semantic_image=picture(2)), trained.guided)
-    pipe.unload_lora_weights()
-    assert is_plain(pipe) and close_to(paint(pipe, return_diptych=True), before)
-
-
-def test_unloading_a_fused_lora_keeps_the_module(base, trained):
-    pipe = make_pipe(base, own=True)
-    pipe.load_lora_weights(trained.folder)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    assert not getattr(pipe.transformer, "peft_config", None)
-    assert close_to(paint(pipe, semantic_image=picture(2)), trained.guided)
-
-
-def test_two_adapters(base, trained, other):
-    pipe = make_pipe(base, own=True)
-    pipe.load_lora_weights(trained.folder, adapter_name="first")
-    pipe.load_lora_weights(other.folder, adapter_name="second")
-    pipe.set_adapters("second")
-    assert close_to(paint(pipe, semantic_image=picture(2)), other.guided)
-    pipe.set_adapters("first")
-    assert close_to(paint(pipe, return_diptych=True), trained.plain)
-    pipe.set_adapters(["first", "second"], adapter_weights=[0.5, 0.5])
-    mixed = paint(pipe, return_diptych=True)
-    assert differs(mixed, trained.plain) and differs(mixed, other.plain)
-    pipe.unload_lora_weights()
-    assert is_plain(pipe)
-
-
-def test_a_state_dict_loads_the_lora_only(base, trained):
-    module = trained_like(5)
-    pipe = make_pipe(base, own=True, semantic_attention=module)
-    weights = safetensors.torch.load_file(trained.folder / LORA_FILE)
-    pipe.load_lora_weights(weights)
-    assert pipe.semantic_attention is module and pipe.transformer.peft_config
-
-
-def test_loaded_modes(base, tmp_path):
-    saved = Trained(base, tmp_path, seed=0, semantic_mode="in_context")
-    pipe = make_pipe(base, own=True)
-    pipe.load_lora_weights(tmp_path)
-    assert pipe.config.semantic_mode == "in_context" and pipe.semantic_attention is None
-    assert close_to(paint(pipe, semantic_image=picture(2)), saved.guided)
-    pipe.unload_lora_weights()
-    assert pipe.config.semantic_mode == "cross_attention" and is_plain(pipe)
-
-
-def test_a_lora_without_module_changes_nothing(base, trained, tmp_path):
-    (tmp_path / LORA_FILE).write_bytes((trained.folder / LORA_FILE).read_bytes())
-    module = trained_like(5)
-    for pipe in (make_pipe(base, own=True), make_pipe(base, own=True, semantic_attention=module)):
-        before = pipe.semantic_attention
-        with pytest.raises(ValueError, match="`pretrained_model_name_or_path_or_dict` has to .*semantic_attention"):
-            pipe.load_lora_weights(tmp_path)
-        assert pipe.semantic_attention is before and not getattr(pipe.transformer, "peft_config", None)
-
-
-@pytest.mark.parametrize("fault", ["shape", "file"])
-def test_a_load_that_fails_midway_changes_nothing(base, trained, tmp_path, fault):
-    trained.module.save_pretrained(tmp_path / "semantic_attention")
-    weights = safetensors.torch.load_file(trained.folder / LORA_FILE)
-    if fault == "shape":
-        name = next(name for name in weights if "lora_B" in name)
-        weights[name] = torch.zeros(7, weights[name].shape[1])
-        safetensors.torch.save_file(weights, tmp_path / LORA_FILE)
-    module = trained_like(5)
-    pipe = make_pipe(base, own=True, semantic_attention=module)
-    before = paint(pipe, semantic_image=picture(2))
-    with pytest.raises((RuntimeError, ValueError, OSError)):
-        pipe.load_lora_weights(tmp_path)
-    assert pipe.semantic_attention is module and not getattr(pipe.transformer, "peft_config", None)
-    assert torch.equal(paint(pipe, semantic_image=picture(2)), before)
-
-
-def test_other_processes_save_nothing(trained, tmp_path):
-    layers = {"lora_A": torch.zeros(1)}
-    FluxFillSemanticPipeline.save_lora_weights(
-        tmp_path / "out", layers, semantic_attention=trained.module, is_main_process=False
-    )
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "wrong, named",
-    [
-        ({}, "semantic_attention"),
-        ({"semantic_mode": "none", "semantic_attention": SemanticAttentionModel()}, "semantic_attention"),
-        ({"semantic_mode": "both"}, "semantic_mode"),
-    ],
-)
-def test_wrong_saves(tmp_path, wrong, named):
-    with pytest.raises(ValueError, match=f"`{named}` has to be "):
-        FluxFillSemanticPipeline.save_lora_weights(tmp_path / "out", {"lora_A": torch.zeros(1)}, **wrong)
-    assert not (tmp_path / "out").exists()
-
-
-# -- Wrong calls ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrong, named, came",
-    [
-        ({"semantic_mode": "both"}, "semantic_mode", "both"),
-        ({"fusion_alpha": 1.5}, "fusion_alpha", "1.5"),
-        ({"semantic_attention": torch.nn.Linear(1, 1)}, "semantic_attention", "Linear"),
-        ({"semantic_attention": SemanticAttentionModel(in_channels=32)}, "semantic_attention", "32"),
-    ],
-)
-def test_wrong_pipelines(base, wrong, named, came):
-    with pytest.raises(ValueError, match=f"`{named}` has to .*{came}"):
-        make_pipe(base, **wrong)
-
-
-NAN = torch.full((1, 3, 32, 48), float("nan"))
-
-
-@pytest.mark.parametrize(
-    "wrong, named, came",
-    [
-        ({"image": "street.png"}, "image", "str"),
-        ({"image": []}, "image", r"\[\]|empty"),
-        ({"image": picture(1)[:, :1]}, "image", "1, 1, 32, 48"),
-        ({"image": np.zeros((1, 3, 32, 48), np.float32)}, "image", "48"),
-        ({"image": picture(1) * 255}, "image", "255"),
-        ({"image": picture(1) * 2 - 1}, "image", "-1"),
-        ({"image": NAN}, "image", "nan"),
-        ({"image": picture(1, 32, 40)}, "image", "40x32"),
-        ({"image": [picture(1), picture(1, 32, 32)]}, "image", "48x32"),
-        ({"image": picture(1, batch=3), "prompt": ["a", "b"]}, "image", "3"),
-        ({"semantic_image": 7}, "semantic_image", "int"),
-        ({"semantic_image": NAN}, "semantic_image", "nan"),
-        ({"semantic_image": np.zeros((32, 48, 3), np.uint8) + 7}, "semantic_image", "7"),
-        ({"semantic_image": picture(2, 48, 48)}, "semantic_image", "48x48"),
-        ({"semantic_image": picture(2, batch=2), "prompt": ["a", "b", "c"]}, "semantic_image", "2"),
-        ({"semantic_scale": float("nan")}, "semantic_scale", "nan"),
-        ({"semantic_scale": "1"}, "semantic_scale", "'1'"),
-        ({"height": 32}, "height", "32"),
-        ({"height": 40, "width": 48}, "height", "40"),
-        ({"height": 32, "width": 0}, "width", "0"),
-        ({"latents": torch.zeros(1, 6, 64)}, "latents", "1, 6, 64"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt", "0"),
-        ({"strength": 1.2}, "strength", "1.2"),
-        ({"prompt": 3}, "prompt", "but is 3"),
-        ({"prompt": None}, "prompt", "prompt_embeds"),
-        ({"output_type": "jpg"}, "output_type", "jpg"),
-    ],
-)
-def test_wrong_calls(base, wrong, named, came):
-    pipe = make_pipe(base, semantic_attention=trained_like())
-    kwargs = {"semantic_image": picture(2)} | wrong
-    with pytest.raises(ValueError, match=rf"(?s)\b{named}\b.*({came})"):
-        paint(pipe, **kwargs)
-    assert len(pipe.transformer._forward_pre_hooks) == 0
-
-
-def test_no_picture(base):
-    with pytest.raises(ValueError, match="`image` has to be .* None"):
-        make_pipe(base)("a hill")
-
-
-def test_a_map_without_a_module(base):
-    with pytest.raises(ValueError, match="`semantic_image` was passed.*`semantic_attention`"):
-        paint(make_pipe(base), semantic_image=picture(2))
-
-
-@pytest.mark.parametrize(
-    "semantic_mode, wrong, named",
-    [
-        ("none", {"semantic_image": picture(2)}, "semantic_image"),
-        ("pixel_fusion", {"mask_image": picture(3)[:, :1]}, "mask_image"),
-        ("in_context", {"mask_image": picture(3)[:, :1]}, "mask_image"),
-    ],
-)
-def test_wrong_calls_in_other_modes(base, semantic_mode, wrong, named):
-    with pytest.raises(ValueError, match=f"`{named}` was passed.*{semantic_mode}"):
-        paint(make_pipe(base, semantic_mode=semantic_mode), **wrong)
-
-
-def test_several_masked_pictures_and_images_per_prompt(base):
-    masks = picture(3, batch=2)[:, :1]
-    with pytest.raises(ValueError, match="`num_images_per_prompt` has to be 1 .* 2 "):
-        paint(make_pipe(base), picture(1, batch=2), mask_image=masks, height=32, width=48, num_images_per_prompt=2)
-
-
-@pytest.mark.parametrize("name", [LORA_FILE, "no/such/folder"])
-def test_a_path_that_is_no_folder_is_named(base, tmp_path, name):
-    (tmp_path / LORA_FILE).touch()
-    # A name that could be a repository's is looked for on the Hub.
-    with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path_or_dict` has to be a folder.*{name}'"):
-        make_pipe(base).load_lora_weights(tmp_path / name)
-
-
-def test_a_hub_out_of_reach_is_not_a_missing_module(base, tmp_path):
-    with pytest.raises(LocalEntryNotFoundError):
-        make_pipe(base).load_lora_weights("user/not-cached", cache_dir=str(tmp_path), local_files_only=True)

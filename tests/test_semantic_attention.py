@@ -7,7 +7,7 @@ import pytest
 import reference as ref
 import safetensors.torch
 import torch
-from conftest import reference_layers
+from helpers import reference_layers
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, panel_positions, tile_across_panels
 from semantic_attention import (
