@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -47,27 +47,26 @@ def load_rows(options: DataOptions, split: str = "train", cache_dir: str | None 
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
-    kwargs = {"split": split, "cache_dir": cache_dir}
+    kwargs: dict[str, Any] = {"split": split, "cache_dir": cache_dir}
+    name = options.dataset_name or ""
     if options.train_data_dir is not None:
-        source, builder = f"--train_data_dir {options.train_data_dir}", ("imagefolder",)
+        source, builder = f"--train_data_dir {options.train_data_dir}", "imagefolder"
         kwargs["data_dir"] = options.train_data_dir
         expected = "has to be a folder of pictures with a `metadata.jsonl`"
-    elif os.path.isdir(options.dataset_name):
-        source = f"--dataset_name {options.dataset_name}"
-        folder, expected = Path(options.dataset_name), "has to hold *.parquet, *.tar (webdataset) or metadata.jsonl"
-        for name, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar"), ("imagefolder", "metadata.jsonl")):
-            files = sorted(str(path) for path in folder.rglob(pattern))
+    elif os.path.isdir(name):
+        source, expected = f"--dataset_name {name}", "has to hold *.parquet, *.tar (webdataset) or metadata.jsonl"
+        for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar"), ("imagefolder", "metadata.jsonl")):
+            files = sorted(str(path) for path in Path(name).rglob(pattern))
             if files:
                 break
         else:
             raise ValueError(f"{source} {expected} files but holds none.")
-        builder = (name,)
-        kwargs |= {"data_dir": str(folder)} if name == "imagefolder" else {"data_files": {"train": files}}
+        kwargs |= {"data_dir": name} if builder == "imagefolder" else {"data_files": {"train": files}}
     else:
-        source, expected = f"--dataset_name {options.dataset_name}", "has to be a data set that can be loaded"
-        builder = (options.dataset_name, options.dataset_config_name)
+        source, expected = f"--dataset_name {name}", "has to be a data set that can be loaded"
+        builder, kwargs["name"] = name, options.dataset_config_name
     try:
-        rows = datasets.load_dataset(*builder, **kwargs)
+        rows = datasets.load_dataset(builder, **kwargs)
     # A missing folder, a broken metadata file and a missing picture each have an error of their own.
     except Exception as error:
         raise ValueError(f"{source} {expected}, but: {error.__cause__ or error}") from error
@@ -113,6 +112,13 @@ def cut_triptych(pictures: Sequence[PIL.Image.Image]) -> dict[str, PIL.Image.Ima
         sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in zip(PANELS, pictures))
         raise ValueError(f"has views of different sizes ({sizes})")
     return dict(zip(PANELS, pictures, strict=True))
+
+
+def read_triptychs(folder: Path) -> list[dict[str, PIL.Image.Image]]:
+    """The views of each triptych that the `metadata.jsonl` of a folder lists, for those who need neither size nor text."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    names = [json.loads(line)["file_name"] for line in lines if line.strip()]
+    return [cut_triptych([read_picture(folder / name)]) for name in names]
 
 
 def read_palette(path: str | Path) -> dict[str, tuple[int, int, int]]:
@@ -310,7 +316,7 @@ def prefetch(
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
 
-    def prepare_next() -> tuple[Prepared, torch.cuda.Event]:
+    def prepare_next() -> tuple[Prepared, Any]:
         with torch.cuda.stream(stream):
             return prepare(next(samples)), stream.record_event()
 
