@@ -71,6 +71,8 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> list[str]:
     arguments = []
     for key, value in root.value if root is not None else ():
         name = f"--{key.value}"
+        if name == "--config":
+            raise ValueError(f"{path} cannot name another file with `config`.")
         if value.tag == "tag:yaml.org,2002:null":
             continue
         if name in switches:
@@ -96,6 +98,9 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
 
     def parse(arguments: list[str]) -> dict:
         found, unknown = parser.parse_known_args(arguments)
+        # Any other value is a slip, and may be a token.
+        if not getattr(found, "config_file", ".yaml").endswith((".yaml", ".yml")):
+            unknown.append(found.config_file)
         if unknown:
             names = [text.split("=")[0] for text in unknown if text.startswith("--")]
             hint = " Tokens are not taken here: use `hf auth login` or HF_TOKEN." if "token" in str(names) else ""
@@ -104,9 +109,11 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
 
     found = parse(arguments)
     try:
+        if "config" in found and "config_file" in found:
+            raise ValueError("Pass one YAML file, either alone or with --config.")
         config = found.get("config", found.get("config_file"))
         if config is not None:
-            found = parse(read_yaml(config, parser) + arguments)
+            found = parse(read_yaml(config, parser)) | found
         found = {name: value for name, value in found.items() if name not in ("config", "config_file")}
         missing = [
             field.name
