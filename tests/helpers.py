@@ -1,10 +1,13 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """What several test files share: small triptychs, runs in this process and in processes of their own, and comparisons."""
 
+import io
 import itertools
 import json
 import os
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +49,26 @@ def write_triptychs(folder: Path, count: int = 6, height: int = 32, width: int =
         rows.append({"file_name": f"{index:03d}.png", "text": f"caption {index % 2}"})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+def encode_picture(picture: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
+    """A picture file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def png_of_zeros(width: int, height: int, bits: int = 8, color_type: int = 2) -> bytes:
+    """A PNG file of a kind that Pillow does not write. Only the header of a huge one holds its size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color_type]
+    rows = bytes(min(height * (1 + width * channels * bits // 8), 10**6))
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 # -- Runs in this process ---------------------------------------------------------------------------------------------
@@ -178,4 +201,11 @@ def reference_layers(model) -> list[dict]:
             "scale": layer.scale,
         }
         for layer in model.layers
+    ]
+
+
+def projection_layers(model) -> list[dict]:
+    """The weights of a `SemanticProjectionModel` under the names of the independent reference."""
+    return [
+        {"weight": layer.linear.weight, "bias": layer.linear.bias, "scale": layer.scale} for layer in model.layers
     ]
