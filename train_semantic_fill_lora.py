@@ -20,12 +20,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.optimization import get_scheduler
@@ -40,6 +42,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
+from semantic_attention import SemanticModel
 from semantic_fill.checkpoints import Checkpointer, StopSignals, TrainingState, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import ResumableBatchSampler, TriptychDataset, load_rows, prefetch, seed_of
@@ -129,11 +132,11 @@ def timestep_shift_factor(shift: float | str, scheduler: FlowMatchEulerDiscreteS
     if shift != "resolution":
         return float(shift)
     config = scheduler.config
-    if not config.use_dynamic_shifting:
-        return config.shift
+    if not config["use_dynamic_shifting"]:
+        return config["shift"]
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     mu = calculate_shift(image_tokens, *(config[name] for name in names))
-    return mu if config.time_shift_type == "linear" else math.exp(mu)
+    return mu if config["time_shift_type"] == "linear" else math.exp(mu)
 
 
 def add_noise(
@@ -188,10 +191,10 @@ def make_batch(
 class SemanticFillModel(torch.nn.Module):
     """Everything that is trained in one module, so that one wrapper of DDP or FSDP2 holds it."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, semantic_attention: torch.nn.Module | None):
+    def __init__(self, transformer: FluxTransformer2DModel, semantic_attention: SemanticModel | None):
         super().__init__()
-        self.transformer = transformer
-        self.semantic_attention = semantic_attention
+        self.transformer: Any = transformer
+        self.semantic_attention: Any = semantic_attention
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.predict(self.attend(batch), batch)
@@ -199,7 +202,7 @@ class SemanticFillModel(torch.nn.Module):
     def attend(self, batch: Batch) -> torch.Tensor:
         """The transformer's input `[B, N, 384]`, x_t and x_cond, enhanced with the map unless a sample drops it."""
         hidden_states = torch.cat((batch.x_t, batch.x_cond), dim=-1)
-        if self.semantic_attention is None:
+        if self.semantic_attention is None or batch.keep_map is None:
             return hidden_states
         enhanced = self.semantic_attention.enhance(hidden_states, batch.semantic_tokens, batch.positions)
         return torch.where(batch.keep_map[:, None, None], enhanced, hidden_states)
@@ -239,13 +242,14 @@ def compare(pred: torch.Tensor, batch: Batch, objective: Objective) -> torch.Ten
 
 def load_transformer(options: Options, device: torch.device, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The base's transformer, its blocks quantized as they are read."""
-    return FluxTransformer2DModel.from_pretrained(
+    transformer: Any = FluxTransformer2DModel.from_pretrained(
         options.pretrained_model_name_or_path,
         subfolder="transformer",
         dtype=dtype,
         quantization_config=FrozenLinearConfig.of(options.base_precision, device),
         **options.loading,
-    ).to(device)
+    )
+    return transformer.to(device)
 
 
 def build_model(transformer: FluxTransformer2DModel, options: Options) -> SemanticFillModel:
@@ -258,7 +262,8 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
         transformer.set_attention_backend(options.attention_backend)
     layers = [layer.strip() for layer in options.lora_layers.split(",")] if options.lora_layers else None
     add_lora(transformer, options.rank, options.lora_alpha, options.lora_dropout, layers, options.fused_lora)
-    semantic_attention, module_class = None, SEMANTIC_MODES[options.semantic_mode].module_class
+    semantic_attention: Any = None
+    module_class = SEMANTIC_MODES[options.semantic_mode].module_class
     if module_class is not None:
         if options.semantic_weights:
             semantic_attention = load_module(options.semantic_weights, options.cache_dir)
@@ -381,7 +386,7 @@ def assemble(
     if checkpoint is not None:
         load_weights(checkpoint, model)
     announce(model, options)
-    guidance_embeds = model.transformer.config.guidance_embeds
+    guidance_embeds = model.transformer.config["guidance_embeds"]
     engine.shard(model)
     optimizer = build_optimizer(model, options)
     lr_scheduler = get_scheduler(
@@ -441,7 +446,7 @@ def workload(options: Options, encoder: Encoder) -> Workload:
     )
 
 
-def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Plan:
+def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
     """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
     fixed = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
     choice = choose_plan(workload(options, encoder), fixed, device, dtype)
@@ -558,14 +563,14 @@ def parse_args(arguments: list[str] | None = None) -> Options:
     return parse_options(Options, __doc__, sys.argv[1:] if arguments is None else arguments)
 
 
-def setup(options: Options) -> Accelerator:
-    """The accelerator, and logging."""
+def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerator:
+    """The accelerator, and logging. A tracker of the caller's own takes the place of `--report_to`."""
     logging_dir = str(Path(options.output_dir, options.logging_dir))
     accelerator = Accelerator(
         # A plugin, because an environment variable of accelerate would override the plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=options.gradient_accumulation_steps),
         mixed_precision=options.mixed_precision,
-        log_with=None if options.report_to == "none" else options.report_to,
+        log_with=log_with or (None if options.report_to == "none" else options.report_to),
         project_config=ProjectConfiguration(project_dir=options.output_dir, logging_dir=logging_dir),
         kwargs_handlers=[DDP_OPTIONS],
     )
@@ -613,7 +618,7 @@ def main(options: Options) -> None:
             if options.push_to_hub:
                 repo_id = open_repo(options)
                 options = replace(options, hub_model_id=repo_id)
-            if options.hub_strategy == "every_checkpoint":
+            if repo_id is not None and options.hub_strategy == "every_checkpoint":
                 on_checkpoint = functools.partial(push_checkpoint, repo_id=repo_id)
         run = assemble(options, engine, checkpoint=find_checkpoint(options), on_checkpoint=on_checkpoint)
         if accelerator.is_main_process:

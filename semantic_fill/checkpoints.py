@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import filelock
 import safetensors.torch
@@ -54,7 +55,7 @@ class TrainingState:
 # -- Training state ---------------------------------------------------------------------------------------------------
 
 
-def split_tensors(tree, prefix: str, tensors: dict[str, torch.Tensor]):
+def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
     """A nested state as JSON. Its tensors move to `tensors`, and their names stand in their places."""
     if isinstance(tree, torch.Tensor):
         tensors[prefix] = tree.detach().cpu().contiguous().clone()
@@ -66,7 +67,7 @@ def split_tensors(tree, prefix: str, tensors: dict[str, torch.Tensor]):
     return tree
 
 
-def join_tensors(tree, tensors: dict[str, torch.Tensor]):
+def join_tensors(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The inverse of `split_tensors`."""
     if isinstance(tree, dict) and "__tensor__" in tree:
         return tensors[tree["__tensor__"]]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,7 +304,7 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
 
 def prefetch(
     prepare: Callable[[list[dict]], Prepared], samples: Iterator[list[dict]], device: torch.device
-) -> Iterator[Prepared]:
+) -> Generator[Prepared]:
     """
     The results of `prepare` for endless samples. On a GPU a thread prepares the next result while the current one is
     used, on a stream of its own: copies from the host would otherwise wait for everything that the main stream still

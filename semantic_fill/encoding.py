@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -143,8 +144,10 @@ class Encoder:
         max_sequence_length: int,
         cache_dir: Path | None = None,
     ):
-        self.pipeline, self.dataset, self.max_sequence_length = pipeline, dataset, max_sequence_length
-        self.mode, self.folder = SEMANTIC_MODES[pipeline.config.semantic_mode], cache_dir
+        self.pipeline: Any = pipeline
+        self.dataset, self.max_sequence_length = dataset, max_sequence_length
+        self.mode = SEMANTIC_MODES[pipeline.config["semantic_mode"]]
+        self.cached, self.folder = cache_dir is not None, cache_dir or Path()
         patch, size = pipeline.patch_size, (dataset.height, dataset.width)
         if any(side % patch for side in size):
             raise ValueError(f"--resolution and --width have to be multiples of {patch} with this VAE but are {size}.")
@@ -153,11 +156,11 @@ class Encoder:
         self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, *size))[1]
         self.positions = panel_positions(self.rows, self.columns, self.panels)
         self.picture_hashes = {}
-        if cache_dir is not None:
+        if self.cached:
             vae = pipeline.vae
             # The map's tokens are cached after scaling, so the scaling belongs to the key.
             scaling = (vae.config.shift_factor, vae.config.scaling_factor)
-            self.latent_key = (fingerprint(vae), *scaling, *size, self.mode, pipeline.config.fusion_alpha)
+            self.latent_key = (fingerprint(vae), *scaling, *size, self.mode, pipeline.config["fusion_alpha"])
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
             vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
             words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
@@ -196,7 +199,7 @@ class Encoder:
     def read(self, spec: SampleSpec) -> dict:
         """One sample: its encodings from the cache, or without a cache its views and caption."""
         prompt = "" if spec.drop_caption else self.dataset.caption(spec.index)
-        if self.folder is None:
+        if not self.cached:
             return {"spec": spec, "views": self.dataset.views(spec.index, spec.flip), "prompt": prompt}
         latents = read_encoding(self.latent_file(spec.index, spec.flip, spec.drop_map))
         return {"spec": spec, "encoded": latents | read_encoding(self.prompt_file(prompt))}
@@ -205,9 +208,9 @@ class Encoder:
 
     def encode_batch(
         self, samples: list[dict], generators: list[torch.Generator], device: torch.device, dtype: torch.dtype
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, torch.Tensor]:
         """Read samples -> `x_0`, `x_cond` and all other inputs of the model that are not noise, on the device."""
-        if self.folder is not None:
+        if self.cached:
             names = samples[0]["encoded"]
             encoded = {n: torch.stack([sample["encoded"][n] for sample in samples]).to(device) for n in names}
         else:
@@ -300,7 +303,7 @@ class SampleReader(torch.utils.data.Dataset):
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, value)
     return str(value)
 
 

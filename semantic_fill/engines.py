@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -70,7 +71,7 @@ class Engine:
         """The device to build the model on."""
         return self.accelerator.device
 
-    def shard(self, model: torch.nn.Module) -> None:
+    def shard(self, model: Any) -> None:
         """Shards the built model in place, before its optimizer is made."""
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
@@ -81,7 +82,7 @@ class Engine:
         return self.accelerator.prepare(model, optimizer)
 
     @staticmethod
-    def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    def unwrap(model: Any) -> Any:
         """The model inside what `prepare` wrapped around it."""
         # A launch file may have the whole model compiled.
         model = getattr(model, "_orig_mod", model)
@@ -110,9 +111,10 @@ class Engine:
     def gather(self, loss: torch.Tensor, gradient_norm: torch.Tensor, number: int) -> tuple[float, float, int]:
         """The mean loss, the largest gradient norm and the largest `number` of all processes, in one exchange."""
         values = torch.stack([loss.float(), gradient_norm.float(), torch.tensor(float(number), device=loss.device)])
-        losses, norms, numbers = self.accelerator.gather(values).view(-1, len(values)).unbind(dim=1)
-        loss, norm, number = torch.stack([losses.mean(), norms.max(), numbers.max()]).tolist()
-        return loss, norm, int(number)
+        gathered: Any = self.accelerator.gather(values)
+        losses, norms, numbers = gathered.view(-1, len(values)).unbind(dim=1)
+        mean_loss, max_norm, max_number = torch.stack([losses.mean(), norms.max(), numbers.max()]).tolist()
+        return mean_loss, max_norm, int(max_number)
 
     def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
         """Applies the gradients if they are `finite`, and clears them."""
@@ -146,7 +148,7 @@ class Engine:
         optimizer.load_state_dict(state)
 
 
-def to_full_tensors(tree):
+def to_full_tensors(tree: Any) -> Any:
     """A nested state with its shards gathered. A collective, if there are shards."""
     if isinstance(tree, DTensor):
         return tree.full_tensor()
@@ -173,7 +175,7 @@ class FSDP2Engine(Engine):
         # Blocks move to the accelerator one by one, so it never holds the whole model.
         return torch.device("cpu")
 
-    def shard(self, model: torch.nn.Module) -> None:
+    def shard(self, model: Any) -> None:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         transformer = model.transformer
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
@@ -200,7 +202,7 @@ class FSDP2Engine(Engine):
         model.set_requires_gradient_sync(last)
         yield
 
-    def backward(self, model, loss):
+    def backward(self, model, loss: Any):
         (loss / self.accumulation_steps).backward()
 
     def load_optimizer(self, optimizer, state):

@@ -12,6 +12,7 @@ import logging
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import peft.tuners.lora
 import torch
@@ -59,7 +60,8 @@ class MasterWeightLora(peft.tuners.lora.Linear):
         shape, result = result.shape, result.flatten(0, -2)
         for name in self.active_adapters:
             if name in self.lora_A:
-                down, up = (layer[name].weight.to(x.dtype) for layer in (self.lora_A, self.lora_B))
+                layers: list[Any] = [self.lora_A[name], self.lora_B[name]]
+                down, up = (layer.weight.to(x.dtype) for layer in layers)
                 low = F.linear(self.lora_dropout[name](x), down).flatten(0, -2)
                 if torch.compiler.is_compiling():
                     # `addmm` would copy the result first. The compiler fuses a sum into what follows.
@@ -72,7 +74,7 @@ class MasterWeightLora(peft.tuners.lora.Linear):
 def add_lora(
     transformer: FluxTransformer2DModel,
     rank: int,
-    alpha: float,
+    alpha: int,
     dropout: float = 0.0,
     layers: list[str] | None = None,
     fused: bool = True,
@@ -173,7 +175,7 @@ def join_summands(graph: Graph) -> None:
             last.replace_all_uses_with(call(graph, last, aten.mm.default, *factors))
 
 
-def groups(graph: Graph, key: Callable[[Node], Node | None], fits: Callable[[Node], bool]) -> Iterable[list[Node]]:
+def groups(graph: Graph, key: Callable[[Node], Any], fits: Callable[[Node], bool]) -> Iterable[list[Node]]:
     """Two or more products of one dtype with the same key, in the graph's order, none of which depends on another."""
     found = defaultdict(list)
     for mm in graph.find_nodes(op="call_function", target=aten.mm.default):
@@ -198,9 +200,10 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
 
 def is_sum(node: Node) -> bool:
     """Whether a node adds two tensors of its own shape and dtype, so that either of them can replace it."""
-    if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(arg, Node) for arg in node.args):
+    terms = [arg for arg in node.args if isinstance(arg, Node)]
+    if node.target is not aten.add.Tensor or node.kwargs or len(terms) < len(node.args):
         return False
-    kinds = {(value.shape, value.dtype) for value in (arg.meta["val"] for arg in (node, *node.args))}
+    kinds = {(value.shape, value.dtype) for value in (arg.meta["val"] for arg in (node, *terms))}
     return len(kinds) == 1
 
 
@@ -227,7 +230,7 @@ def leave_sum(mm: Node) -> bool:
     path = steps_into_sum(mm)
     place = next(i for i, node in enumerate(path) if is_sum(node))
     first, term = path[place], path[place - 1]
-    rest = [arg for arg in first.args if arg is not term]
+    rest = [arg for arg in first.args if isinstance(arg, Node) and arg is not term]
     if len(rest) != 1:
         return False
     first.replace_all_uses_with(rest[0])
@@ -235,7 +238,7 @@ def leave_sum(mm: Node) -> bool:
     return True
 
 
-def shape(node: Node) -> torch.Size:
+def shape(node: Any) -> torch.Size:
     return node.meta["val"].shape
 
 
@@ -247,5 +250,5 @@ def call(graph: Graph, before: Node, target: Callable, *args) -> Node:
     return node
 
 
-def cat(graph: Graph, before: Node, tensors: list[Node], dim: int) -> Node:
+def cat(graph: Graph, before: Node, tensors: list[Any], dim: int) -> Node:
     return call(graph, before, aten.cat.default, tensors, dim)

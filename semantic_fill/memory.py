@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -172,7 +173,7 @@ def estimate_peak(plan: Plan, workload: Workload) -> float:
     lora = workload.rank * sum(linear.in_features + linear.out_features for linear in linears)
     # Weight, gradient and the optimizer's two moments.
     trained = lora * (4 + 4 + (2 if workload.use_8bit_adam else 8))
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
     kept = KEPT_BYTES[plan.checkpointing][eager]
     if plan.compile and plan.checkpointing == "none" and plan.base_precision.startswith("fp8"):
@@ -189,11 +190,12 @@ def empty_transformer(
     source: str, revision: str | None = None, cache_dir: str | None = None
 ) -> FluxTransformer2DModel:
     """The transformer of a base model without its weights, on the meta device, for its sizes."""
-    config = FluxTransformer2DModel.load_config(
+    config: Any = FluxTransformer2DModel.load_config(
         source, subfolder="transformer", revision=revision, cache_dir=cache_dir
     )
     with init_empty_weights():
-        return FluxTransformer2DModel.from_config(config)
+        transformer: Any = FluxTransformer2DModel.from_config(config)
+    return transformer
 
 
 CUDNN = "_native_cudnn"
@@ -260,7 +262,7 @@ def choose_plan(
         if peak <= limit:
             break
     config = workload.transformer.config
-    shape = (workload.batch_size, workload.tokens, config.num_attention_heads, config.attention_head_dim)
+    shape = (workload.batch_size, workload.tokens, config["num_attention_heads"], config["attention_head_dim"])
     # Eager blocks have crashed where the trial and compiled blocks were fine (benchmarks/RESULTS.md).
     if "attention_backend" not in fixed and plan.compile and major >= 9 and cudnn_attends(shape, device, dtype):
         plan = replace(plan, attention_backend=CUDNN)

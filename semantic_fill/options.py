@@ -3,6 +3,9 @@
 
 `Options` is all groups at once, so a function can ask for the group it needs (`DataOptions`, say) and be handed the whole.
 Options never change: what a run finds out on its way makes a new object with `dataclasses.replace`.
+
+A field whose default is `None` but whose type is not follows from other options, or from what the run finds out: from the
+data (`max_train_steps`) or with --fast from the GPU. It is filled in before anything uses it.
 """
 
 import dataclasses
@@ -109,7 +112,7 @@ class DataOptions(OptionGroup):
     instance_prompt: str | None = option(None, help="Prompt of the samples that have no caption.")
     max_train_samples: int | None = option(None, at_least=1, help="Use only the first rows, up to this number.")
     resolution: int = option(512, help="Height of a panel in pixels, a multiple of 16. Also its width unless --width.")
-    width: int | None = option(None, help="Width of a panel in pixels, a multiple of 16.")
+    width: int = option(None, help="Width of a panel in pixels, a multiple of 16.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,7 +155,7 @@ class LoraOptions(OptionGroup):
     """LoRA"""
 
     rank: int = option(16, at_least=1, help="Rank of the LoRA.")
-    lora_alpha: int | None = option(None, at_least=1, help="Scale of the LoRA. Default: the rank.")
+    lora_alpha: int = option(None, at_least=1, help="Scale of the LoRA. Default: the rank.")
     lora_dropout: float = option(0.0, at_most=1, help="Dropout in front of the LoRA's matrices.")
     lora_layers: str | None = option(
         None, help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer."
@@ -170,7 +173,7 @@ class ObjectiveOptions(OptionGroup):
     """Objective"""
 
     seed: int = option(0, below=2**32, help="Every random draw follows from it and the sample's place in the run.")
-    max_sequence_length: int | str | None = option(
+    max_sequence_length: int = option(
         None,
         words=("auto",),
         at_least=1,
@@ -205,13 +208,13 @@ class OptimizerOptions(OptionGroup):
     train_batch_size: int = option(4, at_least=1, help="Samples in a forward pass of one process.")
     gradient_accumulation_steps: int = option(1, at_least=1, help="Forward passes in an optimizer step.")
     num_train_epochs: int = option(1, at_least=1, help="Passes over the data.")
-    max_train_steps: int | None = option(None, at_least=1, help="Optimizer steps; overrides --num_train_epochs.")
+    max_train_steps: int = option(None, at_least=1, help="Optimizer steps; overrides --num_train_epochs.")
     max_bad_steps: int = option(10, at_least=1, help="Stop after so many steps in a row without finite gradients.")
     optimizer: str = option("adamw", choices=("adamw", "prodigy"), help="AdamW or Prodigy.")
     use_8bit_adam: bool = option(False, help="Use bitsandbytes' AdamW, whose states have 8 bits.")
     learning_rate: float = option(1e-4, help="Learning rate of the LoRA.")
-    semantic_learning_rate: float | None = option(None, help="Rate of the module. Default: --learning_rate.")
-    semantic_scale_learning_rate: float | None = option(
+    semantic_learning_rate: float = option(None, help="Rate of the module. Default: --learning_rate.")
+    semantic_scale_learning_rate: float = option(
         None,
         help="Rate of the module's gates, which start at zero. Default: ten times --semantic_learning_rate.",
     )
@@ -241,27 +244,27 @@ class RuntimeOptions(OptionGroup):
         help="Choose --base_precision, --checkpointing, --compile and --attention_backend by the GPU and its free"
         " memory, and --max_sequence_length auto. Options you pass explicitly are never overridden.",
     )
-    base_precision: str | None = option(
+    base_precision: str = option(
         None,
         choices=PRECISIONS,
         help="Precision of the frozen blocks. Default: bf16, which keeps the dtype of --mixed_precision. nf4 needs"
         " bitsandbytes.",
     )
-    checkpointing: str | None = option(
+    checkpointing: str = option(
         None,
         choices=CHECKPOINTING,
         help="What backward recomputes: nothing (none, the default), all but matrix products and attention"
         " (selective), or everything (full). offload is full with the blocks' inputs kept in the CPU's memory.",
     )
     gradient_checkpointing: bool = option(False, help="The same as --checkpointing full, unless that is passed.")
-    compile: bool | None = option(None, help="Compile the transformer's repeated blocks. Default: no.")
-    attention_backend: str | None = option(
+    compile: bool = option(None, help="Compile the transformer's repeated blocks. Default: no.")
+    attention_backend: str = option(
         None,
         choices=[backend.value for backend in AttentionBackendName],
         help="As in diffusers' `set_attention_backend`. Default: native, or with --fast cuDNN's where it works.",
     )
     cache_latents: bool = option(True, help="Encode pictures and prompts once, before training.")
-    cache_root: str | None = option(None, help="Folder for encodings. Default: OUTPUT_DIR/cache.")
+    cache_root: str = option(None, help="Folder for encodings. Default: OUTPUT_DIR/cache.")
     dataloader_num_workers: int = option(0, help="Processes that read samples.")
 
 

@@ -10,6 +10,7 @@ product that sends gradients through the frozen weight to be quantized, compiled
 """
 
 import enum
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -252,6 +253,7 @@ class Nf4Linear(FrozenLinear):
     def quantize(self, weight: torch.Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit
 
+        self.quant_state: Any
         packed, self.quant_state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
@@ -284,7 +286,7 @@ PRECISIONS: dict[str, type[FrozenLinear] | None] = {
 
 def replace_linears(transformer: FluxTransformer2DModel, precision: str) -> list[tuple[nn.Linear, FrozenLinear]]:
     """Replaces the blocks' linear layers by empty ones of a precision. Returns pairs of old and new layers."""
-    cls = PRECISIONS[precision]
+    cls: Any = PRECISIONS[precision]
     replaced = []
     for blocks in BLOCKS:
         for parent in list(getattr(transformer, blocks).modules()):
@@ -320,7 +322,7 @@ def quantize_blocks(transformer: FluxTransformer2DModel, precision: str) -> None
         frozen.quantize(linear.weight.detach())
         frozen.train(linear.training).requires_grad_(False)
         # Frees the old weight before the next one is quantized.
-        linear.weight = linear.bias = None
+        del linear.weight, linear.bias
 
 
 # -- Loading ----------------------------------------------------------------------------------------------------------
@@ -337,7 +339,8 @@ class FrozenLinearConfig(QuantizationConfigMixin):
     """`quantization_config` for `from_pretrained`: the blocks' linear layers in one of `PRECISIONS`."""
 
     def __init__(self, precision: str, device: torch.device | str):
-        self.quant_method, self.precision, self.device = _Method.FROZEN, precision, str(device)
+        self.quant_method: Any = _Method.FROZEN
+        self.precision, self.device = precision, str(device)
 
     def to_diff_dict(self) -> dict:
         return self.to_dict()
@@ -350,6 +353,7 @@ class FrozenLinearConfig(QuantizationConfigMixin):
 
 class FrozenLinearQuantizer(DiffusersQuantizer):
     requires_calibration = False
+    quantization_config: Any
 
     def update_device_map(self, device_map):
         return device_map or {"": self.quantization_config.device}
@@ -370,7 +374,8 @@ class FrozenLinearQuantizer(DiffusersQuantizer):
 
     def get_cuda_warm_up_factor(self):
         # diffusers allocates 2 / factor of the unquantized bytes at once.
-        return 2 * 16 // PRECISIONS[self.quantization_config.precision].bits
+        precision: Any = PRECISIONS[self.quantization_config.precision]
+        return 2 * 16 // precision.bits
 
     @property
     def supports_parallel_loading(self) -> bool:

@@ -5,6 +5,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import peft
 import torch
 import transformers
 from accelerate.logging import get_logger
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_file, upload_folder
 
 import pipeline_flux_fill_semantic
 import semantic_attention
@@ -27,6 +28,7 @@ logger = get_logger(__name__)
 
 FLUX_LICENSE = "flux-1-dev-non-commercial-license"
 FLUX_LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/blob/main/LICENSE.md"
+EVALUATION_START, EVALUATION_END = "<!-- evaluation: start -->\n", "<!-- evaluation: end -->\n"
 
 
 def save_result(
@@ -151,6 +153,30 @@ pixels a view. Outputs are subject to the license of the base model.
         instance_prompt=options.instance_prompt,
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
+
+
+def add_to_model_card(trained: str, section: str, results: list[EvalResult], picture: Path) -> None:
+    """Puts an evaluation into the card of a trained folder or repository, in place of an earlier one."""
+    on_hub, path = is_hub_id(trained), Path(trained, "README.md")
+    card = ModelCard.load(trained if on_hub else path)
+    section = f"{EVALUATION_START}{section}{EVALUATION_END}"
+    before = re.compile(re.escape(EVALUATION_START) + ".*?" + re.escape(EVALUATION_END), re.DOTALL)
+    if before.search(card.text):
+        card.text = before.sub(lambda _: section, card.text)
+    else:
+        # The list of arguments is long, so the figures come before it.
+        head, training, rest = card.text.partition("## Training\n")
+        card.text = f"{head}{section}\n{training}{rest}"
+    card.data.model_name = trained if on_hub else Path(trained).resolve().name
+    card.data.eval_results = results
+    place = f"samples/{picture.name}"
+    if on_hub:
+        upload_file(repo_id=trained, path_or_fileobj=picture, path_in_repo=place, commit_message="Evaluation")
+        card.push_to_hub(trained, commit_message="Evaluation")
+    else:
+        (path.parent / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(picture, path.parent / place)
+        card.save(path)
 
 
 def public_config(options: Options) -> dict:

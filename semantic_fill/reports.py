@@ -44,7 +44,8 @@ def log_step(run, bar: tqdm, norm: float, skipped: int) -> None:
     step, loss, rate = run.state.step, run.state.loss, run.lr_scheduler.get_last_lr()[0]
     scales = run.engine.unwrap(run.model).scales()
     bar.update()
-    bar.set_postfix(loss=f"{loss:.4f}", lr=rate, **({"scale": f"{scales[0]:.4f}"} if scales else {}))
+    shown = {"loss": f"{loss:.4f}", "lr": rate} | ({"scale": f"{scales[0]:.4f}"} if scales else {})
+    bar.set_postfix(shown)
     logs = {"loss": loss, "lr": rate, "gradient_norm": norm, "skipped_steps": skipped}
     run.engine.accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
     if step % 100 == 0:
@@ -68,7 +69,7 @@ def log_shapes(run, batch) -> Iterator[None]:
         yield
         return
     size, model = (run.options.resolution, run.options.width), run.engine.unwrap(run.model)
-    shapes = {f"{name}_img": (len(batch.t), 3, *size) for name in PANELS}
+    shapes: dict[str, tuple] = {f"{name}_img": (len(batch.t), 3, *size) for name in PANELS}
     shapes["diptych"] = (len(batch.t), 3, size[0], run.encoder.panels * size[1])
     for name in ("x_0", "x_cond", "semantic_tokens", "x_t"):
         if getattr(batch, name) is not None:

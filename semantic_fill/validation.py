@@ -2,6 +2,7 @@
 """Paintings of validation samples, made with the pipeline and the weights that are being trained."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -49,7 +50,7 @@ def paint_samples(model, encoder: Encoder, step: int, engine: Engine, options: O
         if tracker.name == "tensorboard":
             tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
         elif tracker.name == "wandb":
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] It is optional.
 
             tracker.log({"validation": wandb.Image(grid)}, step=step)
     return grid
@@ -58,7 +59,7 @@ def paint_samples(model, encoder: Encoder, step: int, engine: Engine, options: O
 @torch.no_grad()
 def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[PIL.Image.Image]:
     components = dict(encoder.pipeline.components)
-    if encoder.folder is not None:
+    if encoder.cached:
         # The text encoders were released, and the prompts' encodings are in the cache.
         components |= {"text_encoder": None, "text_encoder_2": None}
     pipeline = FluxFillSemanticPipeline(
@@ -70,21 +71,21 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[PI
     rows = []
     for index in range(min(options.num_validation_images, len(encoder.dataset))):
         views, caption = encoder.dataset.views(index), encoder.dataset.caption(index)
-        if encoder.folder is not None:
-            prompt = read_encoding(encoder.prompt_file(caption))
+        if encoder.cached:
+            prompt: dict[str, Any] = read_encoding(encoder.prompt_file(caption))
             prompt = {name: tensor[None].to(engine.accelerator.device) for name, tensor in prompt.items()}
         else:
             prompt = encoder.encode_prompts([caption])
         with engine.autocast():
-            painted = pipeline(
+            output: Any = pipeline(
                 image=views["visible"],
                 semantic_image=views["semantic"] if encoder.mode.uses_map else None,
                 num_inference_steps=options.validation_inference_steps,
                 guidance_scale=options.validation_guidance_scale,
-                max_sequence_length=options.max_sequence_length,
+                max_sequence_length=encoder.max_sequence_length,
                 generator=torch.Generator().manual_seed(options.seed),
                 output_type="pt",
                 **prompt,
-            ).images[0]
-        rows += [views["visible"], views["semantic"], painted.float().cpu(), views["target"]]
+            )
+        rows += [views["visible"], views["semantic"], output.images[0].float().cpu(), views["target"]]
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(rows)))

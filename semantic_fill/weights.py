@@ -6,6 +6,7 @@ Checkpoints and results hold the same files, so either can be painted with and s
 
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,7 +29,7 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
         model (`SemanticFillModel`): The unwrapped model.
         weights (`dict[str, torch.Tensor]`): Its full tensors, from `Engine.weights`.
     """
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         part: {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
         for part in ("transformer", "semantic_attention")
     }
@@ -36,9 +37,10 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
     if model.semantic_attention is not None:
         semantic_attention = type(model.semantic_attention).from_config(model.semantic_attention.config)
         semantic_attention.load_state_dict(parts["semantic_attention"])
+    lora: Any = get_peft_model_state_dict(model.transformer, state_dict=parts["transformer"])
     FluxFillSemanticPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=get_peft_model_state_dict(model.transformer, state_dict=parts["transformer"]),
+        transformer_lora_layers=lora,
         semantic_attention=semantic_attention,
         semantic_mode=options.semantic_mode,
         fusion_alpha=options.fusion_alpha,
