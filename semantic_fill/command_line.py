@@ -114,7 +114,12 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
         config = found.get("config", found.get("config_file"))
         if config is not None:
             found = parse(read_yaml(config, parser)) | found
-        found = {name: value for name, value in found.items() if name not in ("config", "config_file")}
+        found = {
+            # Argparse makes lists of several values, which could be changed.
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found.items()
+            if name not in ("config", "config_file")
+        }
         missing = [
             field.name
             for field in dataclasses.fields(options_class)

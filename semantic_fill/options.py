@@ -60,7 +60,8 @@ class OptionGroup:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            if choices and value is not None and value not in choices:
+            chosen = value if isinstance(value, tuple) else (value,)
+            if choices and value is not None and not set(chosen) <= set(choices):
                 raise ValueError(f"--{field.name} has to be one of {', '.join(choices)} but is {value!r}.")
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
