@@ -40,8 +40,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 
 # As a dynamic module (`custom_pipeline=`) this file has a package, and the other file stands beside it. Installed, it
-# has none. `import ... as` passes the dynamic loader's check for packages that are not installed. The Hub's `pipeline.py`
-# has the other file's source in place of this statement.
+# has none. `import ... as` passes the dynamic loader's check for packages that are not installed. The Hub's
+# `pipeline.py` has the other file's source in place of this statement.
 if __package__:
     from .semantic_attention import (
         SemanticAttentionModel,
@@ -57,8 +57,8 @@ else:
     SemanticProjectionModel = _semantic_attention.SemanticProjectionModel
     load_semantic_module = _semantic_attention.load_semantic_module
 
-# `save_pretrained` records the component as ["semantic_attention", "SemanticAttentionModel"]. A pipeline loaded through
-# `custom_pipeline=` must be able to import that name where the package is not installed.
+# `save_pretrained` records the component as ["semantic_attention", "SemanticAttentionModel"]. A pipeline loaded
+# through `custom_pipeline=` must be able to import that name where the package is not installed.
 sys.modules.setdefault("semantic_attention", sys.modules[SemanticAttentionModel.__module__])
 
 logger = logging.get_logger(__name__)
@@ -68,7 +68,7 @@ SEMANTIC_SUBFOLDER = "semantic_attention"
 SEMANTIC_METADATA_KEY = "semantic_fill"
 
 
-# -- Modes -------------------------------------------------------------------------------------------------------------
+# -- Modes ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ def _get_mode(name: str) -> SemanticMode:
 
 
 def _is_of_class(module: torch.nn.Module | None, module_class: type | None) -> bool:
-    # A process may hold each class twice, installed and as a dynamic module, so `isinstance` does not tell. The classes'
-    # `description` does, and a compiled module passes it through as well.
+    # A process may hold each class twice, installed and as a dynamic module, so `isinstance` does not tell. The
+    # classes' `description` does, and a compiled module passes it through as well.
     return getattr(module, "description", None) == getattr(module_class, "description", None)
 
 
-# -- The token grid ----------------------------------------------------------------------------------------------------
+# -- The token grid ---------------------------------------------------------------------------------------------------
 
 
 class _Canvas(NamedTuple):
@@ -169,7 +169,7 @@ def panel_positions(rows: int, columns: int, num_panels: int, device: torch.devi
     return tile_across_panels(grid[None], rows, columns, num_panels)[0]
 
 
-# -- Pictures: the one reader that training, evaluation, the page and painting share ------------------------------------
+# -- Pictures: the one reader that training, evaluation, the page and painting share ----------------------------------
 
 
 def require_8bit(picture: PIL.Image.Image) -> None:
@@ -308,8 +308,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     Translates a picture into another view of the same scene with FLUX.1 Fill, guided by a semantic map.
 
     Without `mask_image`, a call paints the target view beside the visible one. With `mask_image`, it is
-    [`FluxFillPipeline`] plus guidance. Without a semantic map, or at `semantic_scale=0`, both equal [`FluxFillPipeline`]
-    bit for bit.
+    [`FluxFillPipeline`] plus guidance. Without a semantic map, or at `semantic_scale=0`, both equal
+    [`FluxFillPipeline`] bit for bit.
 
     Args:
         scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer:
@@ -385,8 +385,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             semantic_mode = "projection"
         elif mode.module_class and module is not None and not _is_of_class(module, mode.module_class):
             raise ValueError(
-                f'`semantic_attention` has to be a `{mode.module_class.__name__}` with `semantic_mode="{semantic_mode}"`'
-                f" but is {type(module).__name__}."
+                f"`semantic_attention` has to be a `{mode.module_class.__name__}` with"
+                f' `semantic_mode="{semantic_mode}"` but is {type(module).__name__}.'
             )
         if not 0 <= fusion_alpha <= 1:
             raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {fusion_alpha}.")
@@ -399,7 +399,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         """Number of pixels along one side of a token: the VAE's factor times the 2x2 packing."""
         return self.vae_scale_factor * 2
 
-    # -- Encode: the steps that training and inference share -----------------------------------------------------------
+    # -- Encode: the steps that training and inference share ----------------------------------------------------------
 
     def prepare_diptych(
         self,
@@ -421,8 +421,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 visible view unchanged and `"in_context"` has a mid-gray third panel.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The canvas `(batch, 3, height, panels * width)` in [0, 1], and the mask
-            `(1, 1, height, panels * width)`, which is 1 on the target panel and 0 elsewhere.
+            `tuple[torch.Tensor, torch.Tensor]`: The canvas `(batch, 3, height, panels * width)` in [0, 1], and the
+            mask `(1, 1, height, panels * width)`, which is 1 on the target panel and 0 elsewhere.
         """
         mode = SEMANTIC_MODES[self.config.semantic_mode]
         target = visible if target is None else target
@@ -525,7 +525,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # diffusers has no public function for the packing that its `__call__` uses.
         return self._pack_latents(latents, *latents.shape)
 
-    # -- Guide ---------------------------------------------------------------------------------------------------------
+    # -- Guide --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _semantic_guidance(
@@ -538,8 +538,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         """Enhances the transformer's input during one call. An error in that call ends the guidance as well."""
         if self._attention_observer is not None and semantic_tokens is None:
             raise ValueError(
-                "`semantic_attention_maps` needs a `semantic_image` and a `semantic_scale` other than 0, because without"
-                " them nothing attends to a map."
+                "`semantic_attention_maps` needs a `semantic_image` and a `semantic_scale` other than 0, because"
+                " without them nothing attends to a map."
             )
 
         def enhance(transformer, args, kwargs):
@@ -561,12 +561,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 stack.callback(handle.remove)
             yield
 
-    # -- Paint ---------------------------------------------------------------------------------------------------------
+    # -- Paint --------------------------------------------------------------------------------------------------------
 
     def _read_view(
         self, name: str, view: PipelineImageInput, height: int | None, width: int | None, mode: str
     ) -> torch.Tensor:
-        """Reads a picture argument as `(batch, 3, height, width)` in [0, 1] on the device, resized if a size is given."""
+        """Reads a picture argument as `(batch, 3, height, width)` in [0, 1] on the device, resized to a given size."""
         pictures = []
         for item in view if isinstance(view, (list, tuple)) else [view]:
             if isinstance(item, PIL.Image.Image):
@@ -576,8 +576,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 item = item.movedim(-1, -3) if item.ndim > 2 else item
             if not isinstance(item, torch.Tensor) or item.ndim not in (3, 4) or item.shape[-3] != 3 or 0 in item.shape:
                 raise ValueError(
-                    f"`{name}` has to be a PIL image, a numpy array (batch, height, width, 3), a tensor (batch, 3, height,"
-                    f" width) or a list of them, but is or holds {getattr(item, 'shape', type(item).__name__)}."
+                    f"`{name}` has to be a PIL image, a numpy array (batch, height, width, 3), a tensor (batch, 3,"
+                    f" height, width) or a list of them, but is or holds {getattr(item, 'shape', type(item).__name__)}"
                 )
             pictures.append(item if item.ndim == 4 else item[None])
         sizes = {f"{picture.shape[-1]}x{picture.shape[-2]}" for picture in pictures}
@@ -611,13 +611,13 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             raise ValueError(f'`semantic_image` was passed, but `semantic_mode="{name}"` uses no map. Leave it out.')
         if mode.map_on_canvas and (not translates or semantic_scale not in (0, 1)):
             raise ValueError(
-                f'With `semantic_mode="{name}"` the map is a part of the canvas, so `semantic_image` excludes `mask_image`'
-                f" and needs a `semantic_scale` of 0 or 1, which is {semantic_scale}."
+                f'With `semantic_mode="{name}"` the map is a part of the canvas, so `semantic_image` excludes'
+                f" `mask_image` and needs a `semantic_scale` of 0 or 1, which is {semantic_scale}."
             )
         if mode.module_class is not None and semantic_scale != 0 and self.semantic_attention is None:
             raise ValueError(
-                "`semantic_image` was passed, but the pipeline has no `semantic_attention` that could use it. Load one with"
-                " `load_lora_weights` or pass one to the constructor, or leave `semantic_image` out."
+                "`semantic_image` was passed, but the pipeline has no `semantic_attention` that could use it. Load one"
+                " with `load_lora_weights` or pass one to the constructor, or leave `semantic_image` out."
             )
 
     def _read_pictures_to_fill(self, image, mask_image):
@@ -711,8 +711,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 Prompt of the T5 encoder. Defaults to `prompt`.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 The visible view: a picture, a numpy array `(batch, height, width, 3)` or a tensor
-                `(batch, 3, height, width)`, in [0, 1]. Its sides have to be multiples of 16 unless `height` and `width`
-                are passed. With `mask_image`, the picture to fill. PIL images pass [`read_picture`].
+                `(batch, 3, height, width)`, in [0, 1]. Its sides have to be multiples of 16 unless `height` and
+                `width` are passed. With `mask_image`, the picture to fill. PIL images pass [`read_picture`].
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 As in [`FluxFillPipeline`]: white is repainted. A PIL image is brought upright by its EXIF orientation.
             masked_image_latents (`torch.Tensor`, *optional*):
@@ -840,7 +840,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             images = _cut_target(images, canvas)
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
-    # -- Explain -------------------------------------------------------------------------------------------------------
+    # -- Explain ------------------------------------------------------------------------------------------------------
 
     def semantic_attention_maps(
         self,
@@ -883,8 +883,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         module, name = self.semantic_attention, self.config.semantic_mode
         if SEMANTIC_MODES[name].module_class is None or not _is_of_class(module, SemanticAttentionModel):
             raise ValueError(
-                "`semantic_attention_maps` needs a pipeline with a `SemanticAttentionModel`, because nothing else attends"
-                f" to the map, but this one has {type(module).__name__} in the mode {name!r}."
+                "`semantic_attention_maps` needs a pipeline with a `SemanticAttentionModel`, because nothing else"
+                f" attends to the map, but this one has {type(module).__name__} in the mode {name!r}."
             )
         if not -len(module.layers) <= layer < len(module.layers):
             raise ValueError(
@@ -898,7 +898,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             self._attention_observer = None
         return recorder.output(images)
 
-    # -- Load and save -------------------------------------------------------------------------------------------------
+    # -- Load and save ------------------------------------------------------------------------------------------------
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor], **kwargs
@@ -1112,7 +1112,7 @@ def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[s
             f" `weight_name` for a file in it, but is {source!r}."
         ) from error
     except LocalEntryNotFoundError:
-        # It is a kind of `EntryNotFoundError`, but it says that the Hub was out of reach, not that the file is missing.
+        # It is a kind of `EntryNotFoundError`, but it says that the Hub was out of reach, not that a file is missing.
         raise
     except EntryNotFoundError:
         return None

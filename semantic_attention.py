@@ -4,8 +4,8 @@
 - [`SemanticAttentionModel`] lets the noisy latents attend to the map before each call of the transformer.
 - [`SemanticProjectionModel`] adds the map's latents to the picture channels of the condition, place by place.
 
-Both have the same interface (`enhance`, `scales`, `describe`), so the pipeline and the trainer never ask which one they
-hold. Both have gates that start at exactly zero, as ControlNet's zero convolutions do
+Both have the same interface (`enhance`, `scales`, `describe`), so the pipeline and the trainer never ask which one
+they hold. Both have gates that start at exactly zero, as ControlNet's zero convolutions do
 (https://huggingface.co/papers/2302.05543): an untrained module leaves the base model unchanged.
 
 This file stands apart from the pipeline so that the trainer can publish the two as one file.
@@ -36,7 +36,7 @@ ROPE_THETA = 100
 LAST_COMMIT_FOR_OLD_MODULES = "bd5985d"
 
 
-# -- Layers ------------------------------------------------------------------------------------------------------------
+# -- Layers -----------------------------------------------------------------------------------------------------------
 
 
 class SemanticCrossAttention(nn.Module):
@@ -78,8 +78,8 @@ class SemanticCrossAttention(nn.Module):
 
         Noise and map share no content that could lead attention there. This method therefore gives queries and keys a
         constant part, which rotary embedding turns into a preference for near tokens. The output of a layer norm sums
-        to zero over its channels, so a bias of ones is orthogonal to it. A projection whose rows sum to `strength` adds
-        that constant and nothing else; a projection whose rows sum to zero does not see it.
+        to zero over its channels, so a bias of ones is orthogonal to it. A projection whose rows sum to `strength`
+        adds that constant and nothing else; a projection whose rows sum to zero does not see it.
 
         Args:
             strength (`float`, defaults to 6.0):
@@ -183,7 +183,7 @@ class SemanticProjection(nn.Module):
         return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
 
 
-# -- Models ------------------------------------------------------------------------------------------------------------
+# -- Models -----------------------------------------------------------------------------------------------------------
 
 
 class SemanticModel(ModelMixin, ConfigMixin):
@@ -191,8 +191,8 @@ class SemanticModel(ModelMixin, ConfigMixin):
     The interface that the two ways in share. Use [`SemanticAttentionModel`] or [`SemanticProjectionModel`].
 
     A subclass has its layers in `layers`, names itself in `description`, and says in `input_part` which of the
-    transformer's input channels it enhances: part 0 are the noisy latents, part 1 the picture channels of the condition,
-    each `in_channels` wide.
+    transformer's input channels it enhances: part 0 are the noisy latents, part 1 the picture channels of the
+    condition, each `in_channels` wide.
     """
 
     description: str
@@ -201,7 +201,7 @@ class SemanticModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
         r"""
-        Makes the model that a config describes, which older configs may name differently (see [`load_semantic_module`]).
+        Makes the model that a config describes, which may be an older one. See [`load_semantic_module`].
 
         `from_pretrained`, a saved pipeline folder and [`load_semantic_module`] all make their model here, so older
         weights are recognized in this one place. diffusers itself ignores unknown config values with a warning, and an
@@ -231,8 +231,8 @@ class SemanticModel(ModelMixin, ConfigMixin):
             config = {k: v for k, v in config.items() if k not in ("position", "num_heads", "head_dim")}
         elif injection != "noise" or position not in SEMANTIC_POSITIONS:
             raise ValueError(
-                f"The module was saved with `position={position!r}` and `injection={injection!r}`, which this version no"
-                f" longer supports. Commit {LAST_COMMIT_FOR_OLD_MODULES} can still use it."
+                f"The module was saved with `position={position!r}` and `injection={injection!r}`, which this version"
+                f" no longer supports. Commit {LAST_COMMIT_FOR_OLD_MODULES} can still use it."
             )
         return super(SemanticModel, model_class).from_config(config, return_unused_kwargs, **kwargs)
 
@@ -380,8 +380,8 @@ class SemanticAttentionModel(SemanticModel):
         if positions is None or tuple(positions.shape) != (tokens, 2) or semantic_tokens.shape[1] != tokens:
             got = None if positions is None else tuple(positions.shape)
             raise ValueError(
-                f'With `position="rope"`, `positions` has to have the shape ({tokens}, 2), the row and column of each of'
-                f" the {tokens} image tokens and of as many semantic tokens, but has {got} for"
+                f'With `position="rope"`, `positions` has to have the shape ({tokens}, 2), the row and column of each'
+                f" of the {tokens} image tokens and of as many semantic tokens, but has {got} for"
                 f" {semantic_tokens.shape[1]} semantic tokens."
             )
         return self.pos_embed(positions)
@@ -441,8 +441,8 @@ class SemanticAttentionModel(SemanticModel):
                 Number of image tokens in a chunk.
 
         Yields:
-            `torch.Tensor` of shape `(batch, num_heads, up to chunk_size, semantic_tokens)` in float32. Each row sums to
-            one. `torch.cat(list(...), dim=2)` is the whole matrix.
+            `torch.Tensor` of shape `(batch, num_heads, up to chunk_size, semantic_tokens)` in float32. Each row sums
+            to one. `torch.cat(list(...), dim=2)` is the whole matrix.
 
         Raises:
             `IndexError`: `layer` or one of `tokens` does not exist.
@@ -548,7 +548,7 @@ def load_semantic_module(
     return SemanticAttentionModel.from_pretrained(source, subfolder=subfolder, **kwargs)
 
 
-# -- Attention maps ----------------------------------------------------------------------------------------------------
+# -- Attention maps ---------------------------------------------------------------------------------------------------
 
 # The colors of a heat map from 0 to 1, with linear interpolation between them.
 HEAT_COLORS = np.array([[0, 0, 0], [150, 20, 90], [245, 110, 30], [255, 250, 200]], np.float32)
@@ -563,8 +563,8 @@ class SemanticAttentionOutput(BaseOutput):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             The painted pictures.
         maps (`np.ndarray` of shape `(pictures, steps, points, rows, columns)` and dtype `float32`):
-            How much each point looks at each place of the semantic map, on a grid of 16x16-pixel tokens. Every heat map
-            sums to one. Without `average_heads` the shape is `(pictures, steps, points, heads, rows, columns)`.
+            How much each point looks at each place of the semantic map, on a grid of 16x16-pixel tokens. Every heat
+            map sums to one. Without `average_heads` the shape is `(pictures, steps, points, heads, rows, columns)`.
         points (`list[tuple[float, float]]`):
             The points, (x, y) in pixels of one view.
         steps (`list[int]`):

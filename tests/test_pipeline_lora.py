@@ -68,8 +68,8 @@ for name, folder, load in (("lora", base, True), ("saved", saved, False)):
     assert type(pipe).__name__ == "FluxFillSemanticPipeline" and "diffusers_modules" in type(pipe).__module__
     if load:
         pipe.load_lora_weights(lora)
-    images = pipe("a hill", image=views[0], semantic_image=views[1], num_inference_steps=2, max_sequence_length=16, output_type="pt",
-                  generator=torch.Generator().manual_seed(0)).images
+    images = pipe("a hill", image=views[0], semantic_image=views[1], num_inference_steps=2, max_sequence_length=16,
+                  output_type="pt", generator=torch.Generator().manual_seed(0)).images
     torch.save(images, f"{out}/{name}.pt")
 pipe.save_pretrained(out + "/again")
 """

@@ -59,7 +59,7 @@ def oriented(image: PIL.Image.Image, orientation: int = 6) -> bytes:
     return encoded(image, exif=exif)
 
 
-# -- What is read ------------------------------------------------------------------------------------------------------
+# -- What is read -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"])
@@ -142,7 +142,7 @@ def test_a_photograph_with_further_views_of_itself_is_not_animated():
     assert opened.n_frames == 2 and read_picture(data).size == read_picture(opened).size == (4, 4)
 
 
-# -- What is refused ---------------------------------------------------------------------------------------------------
+# -- What is refused --------------------------------------------------------------------------------------------------
 
 FRAMES = [PIL.Image.new("RGB", (4, 4), (level, 0, 0)) for level in (0, 100, 200)]
 
@@ -181,7 +181,7 @@ def test_more_than_8_bits_are_refused_before_pillow_cuts_them():
         require_8bit(PIL.Image.open(io.BytesIO(png(4, 4, 16, 2))))
 
 
-# -- Pictures behind arguments -----------------------------------------------------------------------------------------
+# -- Pictures behind arguments ----------------------------------------------------------------------------------------
 
 
 def test_arguments_pass_the_reader(base):

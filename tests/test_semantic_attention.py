@@ -239,7 +239,7 @@ def test_attention_maps_equal_the_explicit_softmax(position, layer):
     torch.testing.assert_close(some, maps[:, :, [7, 1]])
 
 
-# -- Save and load -----------------------------------------------------------------------------------------------------
+# -- Save and load ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_old_modules_in_a_saved_pipeline_folder(base, tmp_path):
         FluxFillSemanticPipeline.from_pretrained(tmp_path)
 
 
-# -- Wrong arguments ---------------------------------------------------------------------------------------------------
+# -- Wrong arguments --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
