@@ -206,6 +206,4 @@ def reference_layers(model) -> list[dict]:
 
 def projection_layers(model) -> list[dict]:
     """The weights of a `SemanticProjectionModel` under the names of the independent reference."""
-    return [
-        {"weight": layer.linear.weight, "bias": layer.linear.bias, "scale": layer.scale} for layer in model.layers
-    ]
+    return [{"weight": layer.linear.weight, "bias": layer.linear.bias, "scale": layer.scale} for layer in model.layers]
