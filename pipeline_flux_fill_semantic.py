@@ -571,7 +571,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         for item in view if isinstance(view, (list, tuple)) else [view]:
             if isinstance(item, PIL.Image.Image):
                 item = VaeImageProcessor.pil_to_numpy(_read_argument(name, item))
-            if isinstance(item, np.ndarray):
+            if isinstance(item, np.ndarray) and item.dtype.kind in "biuf":
                 item = torch.from_numpy(np.ascontiguousarray(item))
                 item = item.movedim(-1, -3) if item.ndim > 2 else item
             if not isinstance(item, torch.Tensor) or item.ndim not in (3, 4) or item.shape[-3] != 3 or 0 in item.shape:
