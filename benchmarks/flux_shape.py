@@ -1,33 +1,21 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""FLUX.1-Fill-dev in its true shape with random weights, made on the device: random weights time like real ones.
+"""FLUX.1-Fill-dev in its true shape with random weights, made on the device.
 
-`--shape test` of the benchmarks takes the tiny models of the tests instead, to try a benchmark without a GPU.
+Random weights take as long as real ones, whose download needs a license to be accepted. `--shape test` of the benchmarks
+takes the tiny models of the tests instead, to try a benchmark without a GPU.
 """
-
-import gc
-import json
-import platform
-import statistics
-import sys
-import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from measurement import ROOT  # noqa: F401, its import puts the repository on the path
+from small_flux_fill import build_pipeline, build_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from base_precision import PRECISIONS, replace_linears  # noqa: E402
-from small_flux_fill import build_pipeline, build_tokenizers  # noqa: E402
-
-from pipeline_flux_fill_semantic import FluxFillSemanticPipeline  # noqa: E402
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_fill.precision import PRECISIONS, replace_linears
 
 
 FLUX_FILL = {
@@ -88,10 +76,10 @@ def random_weight(parameter: torch.Tensor, name: str, device, dtype) -> torch.Te
 
 
 @torch.no_grad()
-def materialise(
+def materialize(
     model: nn.Module, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
 ) -> nn.Module:
-    """Puts random weights in the place of those on the meta device, one by one; a GPU draws them fastest."""
+    """Replaces weights on the meta device by random ones, one by one. A GPU as `drawn_on` draws them fastest."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
@@ -107,14 +95,14 @@ def transformer_config(shape: str) -> dict:
 def build_transformer(
     shape: str, precision: str, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
 ) -> FluxTransformer2DModel:
-    """The frozen base, quantised layer by layer: like loading, it never holds the whole of it in bf16."""
+    """The frozen base, quantized layer by layer, so that it never exists in bf16 as a whole. Loading does the same."""
     with init_empty_weights():
         transformer = FluxTransformer2DModel.from_config(transformer_config(shape))
     if PRECISIONS[precision] is not None:
         with torch.no_grad():
             for linear, frozen in replace_linears(transformer, precision):
-                frozen.quantise(random_weight(linear.weight, "weight", device, dtype))
-    return materialise(transformer, device, dtype, drawn_on)
+                frozen.quantize(random_weight(linear.weight, "weight", device, dtype))
+    return materialize(transformer, device, dtype, drawn_on)
 
 
 def build_scheduler(shape: str) -> FlowMatchEulerDiscreteScheduler:
@@ -126,11 +114,11 @@ def build_vae(shape: str, device: torch.device, dtype: torch.dtype) -> Autoencod
         return build_pipeline("test").vae.to(device, dtype)
     with init_empty_weights(include_buffers=False):
         vae = AutoencoderKL(**VAE)
-    return materialise(vae, device, dtype)
+    return materialize(vae, device, dtype)
 
 
 def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:
-    """The pipeline without its transformer, as training loads it. Always the same weights, so that caches are found."""
+    """The pipeline without its transformer, as training loads it. Its weights are always the same, so caches are found."""
     torch.manual_seed(0)
     if shape != "flux":
         base = build_pipeline("test")
@@ -150,9 +138,9 @@ def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> Flux
     return FluxFillSemanticPipeline(
         scheduler=build_scheduler(shape),
         vae=build_vae(shape, device, dtype),
-        text_encoder=materialise(clip, device, dtype),
+        text_encoder=materialize(clip, device, dtype),
         tokenizer=clip_tokenizer,
-        text_encoder_2=materialise(t5, device, dtype),
+        text_encoder_2=materialize(t5, device, dtype),
         tokenizer_2=t5_tokenizer,
         transformer=None,
     )
@@ -175,77 +163,3 @@ def forward_flops(shape: str, image_tokens: int, text_tokens: int) -> float:
             img_ids=torch.empty(image_tokens, 3, **meta),
         )
     return counter.get_total_flops()
-
-
-def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """Floating point operations a second of one large square product: the floor is reckoned by it."""
-    if device.type != "cuda":
-        size = 512
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(20):
-        synchronise(device)
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        synchronise(device)
-        times.append((time.perf_counter() - start) / 5)
-    return 2 * size**3 / statistics.median(times[5:])
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
-
-
-def describe(device: torch.device) -> dict:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    return {"device": gpu, "command": " ".join(sys.argv)} | {name: version(name) for name in packages}
-
-
-class Report:
-    """Rows of a table, written as JSON after each of them, and printed at the end."""
-
-    def __init__(self, path: Path, about: dict):
-        self.path, self.about, self.rows, self.more = path, about, [], {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, **row) -> None:
-        self.rows.append(row)
-        self.save()
-        print(f"[{time.strftime('%H:%M:%S')}] " + ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
-
-    def note(self, **facts) -> None:
-        self.more |= facts
-        self.save()
-
-    def save(self) -> None:
-        self.path.write_text(json.dumps({"about": self.about, "rows": self.rows} | self.more, indent=1))
-
-    def table(self) -> str:
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        lines = [names, ["---"] * len(names)]
-        lines += [[shown(row.get(name, "")) for name in names] for row in self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def shown(value) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )

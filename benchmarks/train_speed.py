@@ -2,13 +2,15 @@
 """Training at FLUX.1-Fill-dev's true size: the diffusers recipe against this trainer, in one run, in turns.
 
     python benchmarks/train_speed.py --minutes 5 --output train_speed.json
+    python benchmarks/train_speed.py --rounds 3 --row="--fast" --row="--compile --checkpointing full --train_batch_size 1"
 
-The peer is what diffusers' FLUX LoRA scripts do: eager, gradient checkpointing, PEFT's LoRA layers in bf16, T5, CLIP
-and the VAE in every step. This trainer is run by its own `train`, with the options that a user would pass. Both get the
-same batch, rank, canvas and prompt length. Then each lever alone, and all but it, as far as the minutes reach.
+The baseline is what diffusers' FLUX LoRA scripts do: eager, gradient checkpointing, PEFT's LoRA layers in bf16, and T5,
+CLIP and the VAE in every step. The trainer is run by its own `train`, with the options that a user would pass. Both get
+the same batch, rank, canvas and prompt length. `--rows` names groups of rows. `--row` times options of your own.
 """
 
 import argparse
+import functools
 import io
 import json
 import re
@@ -16,6 +18,8 @@ import statistics
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import flux_shape
@@ -24,36 +28,49 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers.models.attention_dispatch import attention_backend
-from flux_shape import Report, build_encoders, build_transformer, describe, free, peak_gib, synchronise
+from flux_shape import build_encoders, build_transformer
+from measurement import (
+    Report,
+    StepTracker,
+    assemble,
+    describe,
+    free,
+    fresh_state,
+    gemm_peak,
+    markdown,
+    peak_gib,
+    synchronize,
+)
 from peft import LoraConfig
-from training_speed import choose_plan
 
 import train_semantic_fill_lora as trainer
+from semantic_fill.lora import LORA_TARGETS
 
 
 CAPTION = "a thermal photograph of a street at night, the warm parts bright"
-# What makes a step fast: name, the options that turn it on where all others are off, and the one that turns it off where
-# they are on. cuDNN's attention is no choice for eager blocks.
-LEVERS = [
+SAME_TOKENS = "--max_sequence_length=512"
+# What makes a step fast: its name, the options that turn it on where all others are off, and the one that turns it off
+# where they are on. cuDNN's attention is no choice for eager blocks.
+SETTINGS = [
     ("cached encodings", "--cache_latents", "--no-cache_latents"),
     ("LoRA layers", "--fused_lora", "--no-fused_lora"),
     ("less checkpointing", "--checkpointing=selective", "--checkpointing=full"),
     ("fp8", "--base_precision=fp8", "--base_precision=bf16"),
     ("compile", "--compile", "--no-compile"),
     ("cuDNN's attention", "--compile --attention_backend=_native_cudnn", "--attention_backend=native"),
-    ("prompts as long as the data's", "--max_sequence_length=auto", "--max_sequence_length=512"),
+    ("prompts as long as the data's", "--max_sequence_length=auto", SAME_TOKENS),
 ]
+NO_SETTING = ["--checkpointing=full", SAME_TOKENS, "--no-cache_latents", "--no-fused_lora"]
 KINDS = {
     "attention": ("flash", "fmha", "attention", "attn"),
     "GEMM": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "_mm", "matmul"),
-    "quantisation": ("quant", "amax", "float8", "kgemm_4bit", "dequant"),
+    "quantization": ("quant", "amax", "float8", "kgemm_4bit", "dequant"),
     "copies": ("memcpy", "memset"),
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("train_speed.json"))
     parser.add_argument("--minutes", type=float, default=8.0, help="No row is begun after so many.")
@@ -61,14 +78,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 32 with --shape test.")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5, help="Timed steps of a round, after --warm_up.")
-    parser.add_argument("--warm_up", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=2, help="Turns of peer and trainer.")
-    parser.add_argument("--rows", default="speed,memory,levers", help="Which groups, in this order.")
+    parser.add_argument("--steps", type=int, default=5, help="Timed steps of a row, after --warm_up.")
+    parser.add_argument("--warm_up", type=int, default=3, help="Steps before them, at least 1.")
+    parser.add_argument("--rounds", type=int, default=2, help="How often each group of rows is run, row by row.")
+    parser.add_argument("--rows", default="speed,memory,settings", help="Which groups, in this order.")
     parser.add_argument("--only", default="", help="A regular expression: rows whose names it finds.")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--row",
+        action="append",
+        metavar="OPTIONS",
+        help='Options of the trainer, as in --row="--fast --rank 8". Such rows replace --rows.',
+    )
+    args = parser.parse_args(arguments)
     args.resolution = args.resolution or (512 if args.shape == "flux" else 32)
     return args
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    measure: Callable[..., dict]
+    profile: bool = False
 
 
 class Bench:
@@ -83,10 +113,8 @@ class Bench:
         config.write_text(json.dumps(shape))
         self.image_tokens = 2 * (args.resolution // 16) ** 2
         self.report = Report(args.output, describe(self.device))
-        self.rows = [
-            {"image": {"bytes": picture(i, args.resolution), "path": None}, "text": CAPTION} for i in range(4)
-        ]
-        self.gemm_peak = flux_shape.gemm_peak(self.device, self.dtype)
+        self.pictures = noise_rows(4, args.resolution)
+        self.gemm_peak = gemm_peak(self.device, self.dtype)
         self.flops, self.compiled = {}, None
         self.report.note(gemm_tflops=self.gemm_peak / 1e12)
 
@@ -100,71 +128,66 @@ class Bench:
     def time_left(self) -> float:
         return self.args.minutes * 60 - (time.perf_counter() - self.start)
 
-    def row(self, name: str, measure, *args, **kwargs) -> dict | None:
-        """One row, whatever happens in it: a failure is a row too, and costs no other."""
+    def add_row(self, name: str, measure: Callable[[], dict], **facts) -> None:
+        """Measures one row. A failure is a row too, and costs no other."""
         if self.time_left() <= 0:
-            self.report.add(row=name, result="no time left")
-            return None
+            self.report.add(row=name, **facts, result="no time left")
+            return
         free(self.device)
         start = time.perf_counter()
         try:
-            # A row that chooses another one leaves it to the process.
+            # A row that chooses another backend leaves it to the process.
             with attention_backend("native"):
-                result = measure(*args, **kwargs)
+                result = measure()
         except torch.OutOfMemoryError:
             result = {"result": f"out of memory beyond {peak_gib(self.device):.1f} GiB"}
         except Exception as error:
             traceback.print_exc()
             result = {"result": f"{type(error).__name__}: {str(error)[:200]}"}
-        self.report.add(row=name, **result, minutes=(time.perf_counter() - start) / 60)
-        return result
+        self.report.add(row=name, **facts, **result, minutes=(time.perf_counter() - start) / 60)
 
     def figures(self, seconds: list[float], batch: int, image_tokens: int, text_tokens: int, **more) -> dict:
         second = statistics.median(seconds)
-        spread = (max(seconds) - min(seconds)) / second
-        floor = self.floor(image_tokens, text_tokens) * batch / second
         return {
             "samples/s": batch / second,
             "ms/step": 1e3 * second,
-            "spread": spread,
+            "spread": (max(seconds) - min(seconds)) / second,
             "peak GiB": peak_gib(self.device),
-            "of bf16 floor": floor,
+            "of bf16 floor": self.floor(image_tokens, text_tokens) * batch / second,
             "image tokens": image_tokens,
             "text tokens": text_tokens,
         } | more
 
-    # -- The peer -------------------------------------------------------------------------------------------------------
+    # -- The baseline ---------------------------------------------------------------------------------------------------
 
-    def peer(self, batch: int, encode: bool = True, profile: bool = False) -> dict:
-        args, device, dtype = self.args, self.device, self.dtype
+    def baseline(self, profile: str | None = None) -> dict:
+        args, device, dtype, batch = self.args, self.device, self.dtype, self.args.batch
         pipeline = build_encoders(args.shape, device, dtype)
         transformer = build_transformer(args.shape, "bf16", device, dtype)
         transformer.requires_grad_(False).train().enable_gradient_checkpointing()
         transformer.add_adapter(
-            LoraConfig(
-                r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=trainer.LORA_TARGETS
-            )
+            LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
         )
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        accelerator = fresh_accelerator()
+        fresh_state()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        accelerator = Accelerator(mixed_precision="bf16")
         optimizer = torch.optim.AdamW(parameters)
         transformer, optimizer = accelerator.prepare(transformer, optimizer)
         config = accelerator.unwrap_model(transformer).config
         pixels = torch.rand(batch, 3, args.resolution, 2 * args.resolution)
         mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.resolution))[1].to(device)
-        encoded, encoding = None, []
+        encoding = []
 
-        def step():
-            nonlocal encoded
-            synchronise(device)
+        def step() -> float:
+            synchronize(device)
             start = time.perf_counter()
-            if encode or encoded is None:
-                with torch.no_grad():
-                    prompt = pipeline.encode_prompt([CAPTION] * batch, [CAPTION] * batch, max_sequence_length=512)
-                    encoded = *prompt[:2], pipeline.encode_diptych(pixels, mask, dtype=dtype)
-                synchronise(device)
+            with torch.no_grad():
+                prompt = pipeline.encode_prompt([CAPTION] * batch, [CAPTION] * batch, max_sequence_length=512)
+                x_0, x_cond, img_ids = pipeline.encode_diptych(pixels, mask, dtype=dtype)
+            synchronize(device)
             encoding.append(time.perf_counter() - start)
-            prompt_embeds, pooled, (x_0, x_cond, img_ids) = encoded
+            prompt_embeds, pooled = prompt[:2]
             x_1, t = torch.randn_like(x_0), torch.rand(batch, device=device)
             x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * x_1
             with accelerator.accumulate(transformer):
@@ -184,132 +207,178 @@ class Bench:
                 optimizer.step()
                 optimizer.zero_grad()
             loss.item()
-            synchronise(device)
+            synchronize(device)
             return time.perf_counter() - start
 
-        seconds = [step() for _ in range(args.warm_up - 1 + args.steps)][args.warm_up - 1 :]
-        result = self.figures(
-            seconds, batch, self.image_tokens, 512, **{"encoding ms": 1e3 * statistics.median(encoding)}
-        )
-        if profile:
-            self.profile("peer", step)
+        seconds = [step() for _ in range(args.warm_up + args.steps)][args.warm_up :]
+        encoding_ms = 1e3 * statistics.median(encoding)
+        result = self.figures(seconds, batch, self.image_tokens, 512, **{"encoding ms": encoding_ms})
+        if profile and device.type == "cuda":
+            profiles = []
+            for with_host in (False, True):
+                with make_profiler(with_host) as profiler:
+                    step()
+                profiles.append(profiler)
+            self.report.note(**{f"profile {profile}": breakdown(*profiles, args.rank)})
         return result
 
     # -- The trainer ----------------------------------------------------------------------------------------------------
 
-    def options(self, *more, batch: int | None = None) -> argparse.Namespace:
+    def options(self, *more: str, steps: int) -> trainer.Options:
         fixed = {
             "pretrained_model_name_or_path": self.folder.name,
             "output_dir": Path(self.folder.name, "out"),
             "train_data_dir": self.folder.name,
             "resolution": self.args.resolution,
             "rank": self.args.rank,
-            "train_batch_size": batch or self.args.batch,
+            "train_batch_size": self.args.batch,
+            "max_train_steps": steps,
             "report_to": "none",
             "mixed_precision": "bf16",
-            "dataloader_num_workers": 2,
+            "dataloader_num_workers": 2 if self.args.shape == "flux" else 0,
         }
         return trainer.parse_args([*(f"--{name}={value}" for name, value in fixed.items()), *more])
 
-    def trainer(self, *more, batch: int | None = None, profile: str | None = None) -> dict:
-        device, dtype = self.device, self.dtype
-        args = self.options(*more, batch=batch)
-        args.caption_column = "text"
-        accelerator = fresh_accelerator()
-        dataset = trainer.TriptychDataset(self.rows, args)
+    def trainer(self, *more: str, profile: str | None = None) -> dict:
+        """One run of the trainer with the options `more`."""
+        device, dtype, warm_up, notes = self.device, self.dtype, self.args.warm_up, {}
+        steps = warm_up + self.args.steps
+        profiled = 2 if profile and device.type == "cuda" else 0
+        options = self.options(*more, steps=steps + profiled)
+
+        def load_transformer(options: trainer.Options, device: torch.device, dtype: torch.dtype):
+            if options.cache_latents:
+                notes["encoding GiB"] = peak_gib(device)
+            free(device)
+            # Shapes that change would make the compiler go over to dynamic ones, which no run has.
+            if self.compiled != options:
+                torch._dynamo.reset()
+                self.compiled = options
+            return build_transformer(self.args.shape, options.base_precision, device, dtype)
+
         pipeline = build_encoders(self.args.shape, device, dtype)
-        if args.max_sequence_length == "auto":
-            args.max_sequence_length = trainer.longest_prompt(pipeline.tokenizer_2, dataset)
-        encoder = trainer.Encoder(pipeline, dataset, args)
-        image_tokens = encoder.image_tokens
-        notes = {}
-        if args.cache_latents:
+        if options.cache_latents:
+            # The trainer loads them to the CPU.
             pipeline.to("cpu")
             free(device)
-            encoder.fill_cache(accelerator)
-            notes["encoding GiB"] = peak_gib(device)
-            trainer.put_away(pipeline)
-        free(device)
-        if args.fast:
-            plan, reason = choose_plan(args, image_tokens + args.max_sequence_length, device, dtype)
-            vars(args).update(vars(plan))
-            self.report.note(fast=f"{plan}: {reason}")
-        # Shapes that change would make the compiler go over to dynamic ones, which no run has.
-        if (compiled := str(args)) != self.compiled:
-            torch._dynamo.reset()
-            self.compiled = compiled
-        notes["flags"] = f"{args.base_precision} {args.checkpointing}{' compile' if args.compile else ''}"
-        transformer = build_transformer(self.args.shape, args.base_precision, device, dtype)
-        model = trainer.add_trained_parts(transformer, args)
+        tracker = ProfilingTracker(steps) if profiled else StepTracker()
+        fresh_state()
+        run = assemble(options, tracker, rows=self.pictures, pipeline=pipeline, load_transformer=load_transformer)
         notes["loading GiB"] = peak_gib(device)
-        optimizer = trainer.build_optimizer(trainer.parameter_groups(model, args), args)
-        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        shift = trainer.timestep_shift_factor(args, pipeline.scheduler, image_tokens)
-        step = trainer.Step(encoder, args, device, dtype, shift, model.transformer.config.guidance_embeds)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        profiled = 2 if profile and device.type == "cuda" else 0
-        args.max_train_steps = self.args.warm_up + self.args.steps + 1 + profiled
-        clock = Clock(step, profile_from=self.args.warm_up + self.args.steps + 1 if profiled else None)
-        trainer.train(accelerator, model, optimizer, scheduler, clock, dataset, 0, 0, args)
-        seconds = clock.seconds(self.args.warm_up, self.args.steps)
-        result = self.figures(seconds, args.train_batch_size, image_tokens, args.max_sequence_length, **notes)
+        options, encoder = run.options, run.encoder
+        notes["flags"] = f"{options.base_precision} {options.checkpointing}{' compile' if options.compile else ''}"
+        trainer.train(run)
+        seconds = tracker.seconds(warm_up)[: self.args.steps]
+        tokens = encoder.image_tokens, encoder.max_sequence_length
+        result = self.figures(seconds, options.train_batch_size, *tokens, **notes)
         if profiled:
-            clock.stop_profile()
-            self.report.note(**{f"profile {profile}": breakdown(*clock.profiles, self.args.rank)})
+            self.report.note(**{f"profile {profile}": breakdown(*tracker.profiles, options.rank)})
         return result
 
-    def fast(self, *more, **kwargs) -> dict:
+    def fast(self, *more: str, profile: str | None = None) -> dict:
         """`--fast`, and where its estimate was too low for the card, the next less hungry checkpointing."""
         for fallback in ([], ["--checkpointing=selective"], ["--checkpointing=full"]):
             try:
-                return self.trainer("--fast", *more, *fallback, **kwargs) | (
-                    {"fallback": fallback[0]} if fallback else {}
-                )
+                result = self.trainer("--fast", *more, *fallback, profile=profile)
+                return result | ({"fallback": fallback[0]} if fallback else {})
             except torch.OutOfMemoryError as error:
                 if fallback == ["--checkpointing=full"]:
                     raise
                 print(f"out of memory with --fast {fallback}: {error}", flush=True)
             free(self.device)
 
-    def profile(self, name: str, step) -> None:
-        if self.device.type != "cuda":
+    # -- The rows -------------------------------------------------------------------------------------------------------
+
+    def groups(self) -> dict[str, list[Row]]:
+        def trained(name: str, *options: str, **more) -> Row:
+            return Row(name, functools.partial(self.trainer, *options), **more)
+
+        def fast(name: str, *options: str, **more) -> Row:
+            return Row(name, functools.partial(self.fast, *options), **more)
+
+        in_little_memory = [("full", precision) for precision in ("bf16", "nf4", "int8", "fp8")]
+        in_little_memory += [("offload", precision) for precision in ("bf16", "nf4")]
+        return {
+            "speed": [
+                Row("baseline", self.baseline, profile=True),
+                fast("--fast, 512 text tokens", SAME_TOKENS, profile=True),
+            ],
+            "memory": [
+                trained(
+                    f"batch 1, {precision}, {checkpointing} checkpointing, compiled",
+                    *("--compile", SAME_TOKENS, "--train_batch_size=1"),
+                    *(f"--base_precision={precision}", f"--checkpointing={checkpointing}"),
+                    profile=True,
+                )
+                for checkpointing, precision in in_little_memory
+            ],
+            "attention": [
+                fast(f"--fast, {backend}", SAME_TOKENS, f"--attention_backend={backend}", profile=True)
+                for backend in ("native", "_flash_3", "flash")
+            ],
+            "settings": [
+                trained("no setting", *NO_SETTING),
+                *(trained(f"{name} alone", *NO_SETTING, *on.split()) for name, on, _ in SETTINGS),
+                fast("all settings (--fast)", profile=True),
+                *(
+                    fast(f"all but {name}", SAME_TOKENS, off)
+                    for name, _, off in SETTINGS
+                    # Without this one, the row is that of `speed`.
+                    if off != SAME_TOKENS
+                ),
+            ],
+            "modes": [
+                fast(f"--fast, --semantic_mode {mode}", SAME_TOKENS, f"--semantic_mode={mode}")
+                for mode in ("none", "projection", "cross_attention", "in_context")
+            ],
+        }
+
+    def chosen_rows(self) -> list[list[Row]]:
+        if self.args.row:
+            return [[Row(text, functools.partial(self.trainer, *text.split())) for text in self.args.row]]
+        groups = self.groups()
+        groups = [groups[name] for name in self.args.rows.split(",")]
+        return [[row for row in group if re.search(self.args.only, row.name)] for group in groups]
+
+    def medians(self) -> list[dict]:
+        """Each row's median over its turns of the time of a step, and its highest peak of memory."""
+        turns = {}
+        for row in self.report.rows:
+            if "ms/step" in row:
+                turns.setdefault(row["row"], []).append(row)
+        return [
+            {
+                "row": name,
+                "turns": len(rows),
+                **{key: statistics.median(row[key] for row in rows) for key in ("samples/s", "ms/step")},
+                "peak GiB": max(row["peak GiB"] for row in rows),
+            }
+            for name, rows in turns.items()
+        ]
+
+
+# -- Profiles ---------------------------------------------------------------------------------------------------------
+
+
+class ProfilingTracker(StepTracker):
+    """Also profiles the two steps after the first `steps`."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.steps, self.profiles = steps, []
+
+    def log(self, values, step=None, **kwargs):
+        super().log(values, step, **kwargs)
+        done = len(self.times) - self.steps
+        if done < 0:
             return
-        profiles = []
-        for with_host in (False, True):
-            with make_profiler(with_host) as profiler:
-                step()
-            profiles.append(profiler)
-        self.report.note(**{f"profile {name}": breakdown(*profiles, self.args.rank)})
-
-
-class Clock:
-    """Stands before a `Step` and notes when each loss is asked for: from one to the next is a whole optimizer step."""
-
-    def __init__(self, step, profile_from: int | None = None):
-        self.step, self.profile_from, self.calls, self.profiles = step, profile_from, [], []
-        # The host's events slow it down and so add idle time: a step without them, then one with.
-        self.with_host = [] if profile_from is None else [False, True]
-
-    def __getattr__(self, name):
-        return getattr(self.step, name)
-
-    def loss(self, model, batch):
-        if self.profile_from is not None and len(self.calls) >= self.profile_from:
-            self.stop_profile()
-            if self.with_host:
-                self.profiles.append(make_profiler(self.with_host.pop(0)))
-                self.profiles[-1].start()
-        # The host has just read the last step's loss, so the device is through with its passes.
-        self.calls.append(time.perf_counter())
-        return self.step.loss(model, batch)
-
-    def stop_profile(self) -> None:
-        if self.profiles and len(self.calls) - self.profile_from == len(self.profiles):
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        if done > 0:
             self.profiles[-1].stop()
-
-    def seconds(self, first: int, count: int) -> list[float]:
-        return [b - a for a, b in zip(self.calls[first:], self.calls[first + 1 : first + 1 + count])]
+        if done < 2:
+            # The host's events slow it down, which adds idle time, so the first step goes without them.
+            self.profiles.append(make_profiler(with_host=done == 1))
+            self.profiles[-1].start()
 
 
 def make_profiler(with_host: bool) -> torch.profiler.profile:
@@ -325,7 +394,7 @@ def device_kernels(profiler: torch.profiler.profile) -> list:
 def breakdown(plain: torch.profiler.profile, with_host: torch.profiler.profile, rank: int) -> dict:
     """Milliseconds of a step by kind of kernel, the kernels that take most, and where the device waits longest."""
     kernels, gaps, busy_until = {}, [], None
-    kinds = dict.fromkeys(("GEMM", "LoRA", "attention", "quantisation", "elementwise", "copies", "idle"), 0.0)
+    kinds = dict.fromkeys(("GEMM", "LoRA", "attention", "quantization", "elementwise", "copies", "idle"), 0.0)
     for event in device_kernels(plain):
         start, end = event.time_range.start, event.time_range.end
         if busy_until is None:
@@ -339,7 +408,7 @@ def breakdown(plain: torch.profiler.profile, with_host: torch.profiler.profile, 
         lowered = name.lower()
         # The compiler names a kernel after the operations that it fused, products in front of them included.
         own = lowered.startswith(("triton", "void at::native", "vectorized"))
-        candidates = ("quantisation",) if own else ("attention", "GEMM", "quantisation", "copies")
+        candidates = ("quantization",) if own else ("attention", "GEMM", "quantization", "copies")
         kind = next((k for k in candidates if any(part in lowered for part in KINDS[k])), "elementwise")
         kinds[kind] += milliseconds
     # Only the host knows the shapes.
@@ -366,86 +435,26 @@ def picture(seed: int, resolution: int) -> bytes:
     return buffer.getvalue()
 
 
-def fresh_accelerator() -> Accelerator:
-    """What the trainer's `setup` does for a run, here for each of several in one process."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    return Accelerator(mixed_precision="bf16")
+def noise_rows(count: int, resolution: int) -> list[dict]:
+    """Rows of a data set whose pictures are noise."""
+    return [{"image": {"bytes": picture(i, resolution), "path": None}, "text": CAPTION} for i in range(count)]
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     # Rows differ in flags, and each is compiled for itself.
     torch._dynamo.config.recompile_limit = 64
     bench = Bench(args)
-    same_tokens = "--max_sequence_length=512"
-    compiled = ("--compile", same_tokens)
-    none = ["--checkpointing=full", same_tokens, "--no-cache_latents", "--no-fused_lora"]
-    groups = {
-        "speed": [
-            row
-            for turn in range(args.rounds)
-            for row in (
-                (f"peer, turn {turn + 1}", bench.peer, [args.batch], {"profile": turn == 0}),
-                (
-                    f"--fast, 512 text tokens, turn {turn + 1}",
-                    bench.fast,
-                    [same_tokens],
-                    {"profile": "fast" if turn == 0 else None},
-                ),
-            )
-        ],
-        "memory": [
-            (
-                f"batch 1, {precision}, {name}, compiled",
-                bench.trainer,
-                [*compiled, f"--base_precision={precision}", f"--checkpointing={name.split()[0]}"],
-                {"batch": 1, "profile": f"batch 1, {precision}, {name}"},
-            )
-            for name, precisions in {
-                "full checkpointing": ("bf16", "nf4", "int8", "fp8"),
-                "offload": ("bf16", "nf4"),
-            }.items()
-            for precision in precisions
-        ],
-        "attention": [
-            (
-                f"--fast, {backend}",
-                bench.fast,
-                [same_tokens, f"--attention_backend={backend}"],
-                {"profile": f"fast {backend}"},
-            )
-            for backend in ("native", "_flash_3", "flash")
-        ],
-        "levers": [
-            ("none of the levers", bench.trainer, none, {}),
-            *((f"{name} alone", bench.trainer, [*none, *on.split()], {}) for name, on, _ in LEVERS),
-            ("all levers (--fast)", bench.fast, [], {"profile": "all levers"}),
-            *(
-                (f"all but {name}", bench.fast, [same_tokens, off], {})
-                for name, _, off in LEVERS
-                if off != same_tokens
-            ),
-        ],
-        "modes": [
-            (f"--fast, {options}", bench.fast, [same_tokens, *options.split()], {})
-            for options in (
-                "--semantic_mode none",
-                "--semantic_position direct --semantic_injection condition",
-                "--semantic_position rope --semantic_injection condition",
-                "--semantic_mode in_context",
-            )
-        ],
-    }
-    for group in args.rows.split(","):
-        for name, measure, positional, named in groups[group]:
-            if not re.search(args.only, name):
-                continue
-            bench.row(name, measure, *positional, **named)
+    for group in bench.chosen_rows():
+        for turn in range(1, args.rounds + 1):
+            for row in group:
+                profile = {"profile": row.name} if row.profile and turn == 1 else {}
+                bench.add_row(row.name, functools.partial(row.measure, **profile), turn=turn)
     print(json.dumps(bench.report.about | bench.report.more, indent=1))
     print(bench.report.table())
+    medians = bench.medians()
+    bench.report.note(medians=medians)
+    print(f"\nMedians over the turns:\n\n{markdown(medians)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -8,38 +8,65 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import ROOT, write_triptychs
+from helpers import ROOT, write_triptychs
 
 
 @pytest.fixture
-def train_speed(monkeypatch, tmp_path):
+def train_speed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import train_speed as module
 
-    options = "--shape test --steps 1 --warm_up 1 --rounds 1 --rows speed".split()
-    monkeypatch.setattr(sys, "argv", ["train_speed.py", *options, "--output", str(tmp_path / "out.json")])
     return module
 
 
+def measure_speed(train_speed, output, *more) -> dict:
+    """The report of a run at the tests' size."""
+    options = "--shape test --steps 1 --warm_up 1 --rounds 1 --rows speed".split()
+    train_speed.main(train_speed.parse_args([*options, "--output", str(output), *more]))
+    return json.loads(output.read_text())
+
+
 def test_rows_of_train_speed(train_speed, tmp_path):
-    train_speed.main()
-    written = json.loads((tmp_path / "out.json").read_text())
-    peer, ours = written["rows"]
-    assert peer["row"].startswith("peer") and peer["encoding ms"] > 0
+    baseline, ours = rows = measure_speed(train_speed, tmp_path / "out.json")["rows"]
+    assert baseline["row"] == "baseline" and baseline["encoding ms"] > 0
     assert ours["row"].startswith("--fast") and ours["text tokens"] == 512
     # Both did the same work a sample, by which the floor is reckoned.
-    for row in written["rows"]:
-        assert row["of bf16 floor"] * row["ms/step"] == pytest.approx(peer["of bf16 floor"] * peer["ms/step"])
+    for row in rows:
+        assert row["of bf16 floor"] * row["ms/step"] == pytest.approx(baseline["of bf16 floor"] * baseline["ms/step"])
+
+
+def test_rows_of_ones_own_in_turns(train_speed, tmp_path):
+    first, second = "--semantic_mode none --train_batch_size 1", "--max_sequence_length auto --checkpointing full"
+    report = measure_speed(train_speed, tmp_path / "out.json", "--rounds=2", f"--row={first}", f"--row={second}")
+    rows = report["rows"]
+    assert [(row["row"], row["turn"]) for row in rows] == [(first, 1), (second, 1), (first, 2), (second, 2)]
+    # The options reached the runs.
+    assert rows[0]["samples/s"] * rows[0]["ms/step"] == pytest.approx(1000) and rows[1]["text tokens"] < 512
+    assert [row["flags"] for row in rows[:2]] == ["bf16 none", "bf16 full"]
+    median = report["medians"][0]
+    assert (median["row"], median["turns"]) == (first, 2)
+    assert median["ms/step"] == pytest.approx((rows[0]["ms/step"] + rows[2]["ms/step"]) / 2)
+
+
+def test_timed_steps(monkeypatch, train_speed):
+    """A step's time is the one between its entry and the last, after the warm-up."""
+    import measurement
+
+    tracker, clock = measurement.StepTracker(), iter([10.0, 11.0, 13.0, 16.0])
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: next(clock))
+    for loss in range(4):
+        tracker.log({"loss": float(loss)}, step=loss + 1)
+    assert tracker.seconds(warm_up=1) == [1.0, 2.0, 3.0] and tracker.seconds(warm_up=3) == [3.0]
+    assert tracker.losses == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_a_failing_row_costs_no_other(train_speed, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(train_speed.Bench, "peer", fail)
-    train_speed.main()
-    peer, ours = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert "out of memory" in peer["result"] and ours["samples/s"] > 0
+    monkeypatch.setattr(train_speed.Bench, "baseline", fail)
+    baseline, ours = measure_speed(train_speed, tmp_path / "out.json")["rows"]
+    assert "out of memory" in baseline["result"] and ours["samples/s"] > 0
 
 
 def test_flops_of_flux(train_speed):
