@@ -1,14 +1,14 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""RELIABILITY.md names tests that exist."""
+"""docs/reliability.md names tests that exist."""
 
 import ast
 import re
 
-from conftest import ROOT
+from helpers import ROOT
 
 
 def test_every_test_that_is_named_exists():
-    rows = [line for line in (ROOT / "RELIABILITY.md").read_text().splitlines() if line.startswith("| ")][2:]
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")][2:]
     existing = {
         node.name
         for path in (ROOT / "tests").glob("test_*.py")
