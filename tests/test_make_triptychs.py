@@ -11,8 +11,8 @@ import make_triptychs
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT
 from datasets import load_dataset
+from helpers import ROOT, environment, png_of_zeros
 
 
 RED, BLUE = (200, 30, 30), (20, 40, 220)
@@ -29,12 +29,12 @@ def labels(width: int = 96, height: int = 64) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path):
-    """Folders of two samples, `a` and `sub/b`, with flat two-coloured maps."""
+    """Folders of two samples, `a` and `sub/b`, with flat two-colored maps."""
     for index, name in enumerate(("a", "sub/b")):
         for folder, picture, ending in (
             ("visible", noise(index), "jpg"),
             ("target", noise(index + 10), "png"),
-            ("semantic", make_triptychs.colour_labels(labels(), {3: RED, 7: BLUE}), "png"),
+            ("semantic", make_triptychs.color_labels(labels(), {3: RED, 7: BLUE}), "png"),
         ):
             path = tmp_path / folder / f"{name}.{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,9 @@ def panels(data: Path, name: str) -> list[np.ndarray]:
 def test_three_folders(data):
     command = [sys.executable, make_triptychs.__file__, "--prompt=a map", "--resolution=32", "--output_dir=out"]
     command += [f"--{view}_dir={view}" for view in ("visible", "target", "semantic")]
-    done = subprocess.run(command, cwd=data, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=data, env=environment(data), capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout.splitlines() == ["2 triptychs in out"]
     assert read_lines(data / "out" / "metadata.jsonl") == [
         {"file_name": "a.png", "text": "a map"},
@@ -67,7 +69,7 @@ def test_three_folders(data):
     assert (data / "out" / "skipped.jsonl").read_text() == ""
     visible, target, semantic = panels(data, "sub/b.png")
     assert visible.shape == target.shape == semantic.shape == (32, 32, 3)
-    # The centre 64 x 64 of 96 x 64, halved.
+    # The center 64 x 64 of 96 x 64, halved.
     expected = PIL.Image.open(data / "target" / "sub" / "b.png").resize((32, 32), 1, box=(16, 0, 80, 64))
     assert np.array_equal(target, np.asarray(expected))
     assert np.array_equal(semantic[:, :16], np.broadcast_to(RED, (32, 16, 3)))
@@ -100,7 +102,7 @@ def test_label_maps(data, mode):
     assert (semantic[:, :16] == RED).all()
 
 
-def write_panoptic(data: Path, colour: bool = True) -> Path:
+def write_panoptic(data: Path, color: bool = True) -> Path:
     """Segments 66051 (category 3) and 9 (category 7), with a stripe of nothing; PNGs named by image id."""
     annotations, images = [], []
     for image_id, name in enumerate(("a", "sub/b")):
@@ -113,20 +115,20 @@ def write_panoptic(data: Path, colour: bool = True) -> Path:
         annotations.append({"image_id": image_id, "file_name": f"{image_id:04d}.png", "segments_info": info})
         images.append({"id": image_id, "file_name": f"{name}.jpg"})
     categories = [{"id": 3, "name": "sky", "color": list(RED)}, {"id": 7, "name": "sea", "color": list(BLUE)}]
-    if not colour:
+    if not color:
         categories = [{"id": category["id"]} for category in categories]
     path = data / "panoptic.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return path
 
 
-@pytest.mark.parametrize("colours", ["file", "palette", "voc"])
-def test_coco_panoptic(data, colours):
-    arguments = ["--prompt=x", f"--panoptic_json={write_panoptic(data, colour=colours == 'file')}"]
+@pytest.mark.parametrize("colors", ["file", "palette", "voc"])
+def test_coco_panoptic(data, colors):
+    arguments = ["--prompt=x", f"--panoptic_json={write_panoptic(data, color=colors == 'file')}"]
     expected = {"file": (RED, BLUE), "palette": ((1, 2, 3), (4, 5, 6)), "voc": ((128, 128, 0), (128, 128, 128))}[
-        colours
+        colors
     ]
-    if colours == "palette":
+    if colors == "palette":
         (data / "palette.json").write_text('{"3": [1, 2, 3], "7": [4, 5, 6]}')
         arguments.append(f"--palette={data / 'palette.json'}")
     assert run(data, *arguments) == 0
@@ -170,15 +172,17 @@ def damage(data: Path, case: str) -> list[str]:
         visible.unlink()
     elif case == "no semantic picture":
         semantic.unlink()
-    elif case == "several target pictures of one name":
+    elif case == "several target pictures with one name":
         noise(3).save(target.with_suffix(".jpg"))
-    elif case == "visible picture cannot be read":
+    elif case == "visible picture cannot be used: a.jpg cannot be read as a picture":
         visible.write_bytes(visible.read_bytes()[:200])
-    elif case == "target picture is animated":
+    elif case == "target picture cannot be used: a.webp is animated (2 frames)":
         target.unlink()
         noise(1).save(target.with_suffix(".webp"), save_all=True, append_images=[noise(2)])
-    elif case == "target picture has no 8 bits a channel":
+    elif case == "target picture cannot be used: a.png has the mode I;16":
         PIL.Image.fromarray(labels().astype(np.uint16) * 5000).save(target)
+    elif case == "target picture cannot be used: a.png has 16 bits per channel":
+        target.write_bytes(png_of_zeros(96, 64, bits=16))
     elif case == "views of different shapes":
         noise(1, width=64).save(target)
     elif case == "smaller than the panel":
@@ -187,11 +191,18 @@ def damage(data: Path, case: str) -> list[str]:
     elif case == "no caption":
         (data / "captions.json").write_text('{"sub/b": "text"}')
         return [f"--captions={data / 'captions.json'}"]
-    elif case.startswith("semantic picture holds colours") or case == "labels without a colour":
+    elif case.startswith("semantic picture cannot be used") or case == "labels without a color":
         (data / "palette.json").write_text("[0, 0, 0, [9, 9, 9], 0, 0, 0, [8, 8, 8]]".replace("0,", '"black",'))
         PIL.Image.fromarray(labels()).save(data / "semantic" / "sub" / "b.png")
-        if case == "labels without a colour":
+        if case == "labels without a color":
             PIL.Image.fromarray(labels() + 1).save(semantic)
+        elif "truncated" in case:
+            PIL.Image.fromarray(labels()).save(semantic)
+            semantic.write_bytes(semantic.read_bytes()[:-40])
+        elif "animated" in case:
+            semantic.unlink()
+            frames = [PIL.Image.fromarray(labels() + i) for i in range(2)]
+            frames[0].save(semantic.with_suffix(".tif"), save_all=True, append_images=frames[1:])
         return ["--prompt=x", f"--palette={data / 'palette.json'}"]
     elif case in ("no annotation", "segments without an annotation"):
         path = write_panoptic(data)
@@ -211,15 +222,18 @@ def damage(data: Path, case: str) -> list[str]:
         "no target picture",
         "no visible picture",
         "no semantic picture",
-        "several target pictures of one name",
-        "visible picture cannot be read",
-        "target picture is animated",
-        "target picture has no 8 bits a channel",
+        "several target pictures with one name",
+        "visible picture cannot be used: a.jpg cannot be read as a picture",
+        "target picture cannot be used: a.webp is animated (2 frames)",
+        "target picture cannot be used: a.png has the mode I;16",
+        "target picture cannot be used: a.png has 16 bits per channel",
         "views of different shapes",
         "smaller than the panel",
         "no caption",
-        "semantic picture holds colours, not labels",
-        "labels without a colour",
+        "semantic picture cannot be used: a.png has the mode RGB, which holds colors and no labels",
+        "semantic picture cannot be used: a.png image file is truncated",
+        "semantic picture cannot be used: a.tif is animated (2 frames)",
+        "labels without a color",
         "no annotation",
         "segments without an annotation",
     ],
@@ -228,10 +242,25 @@ def test_what_does_not_match_is_left_out_and_named(data, case, capsys):
     assert run(data, *damage(data, case)) == 0
     assert [row["file_name"] for row in read_lines(data / "out" / "metadata.jsonl")] == ["sub/b.png"]
     (row,) = read_lines(data / "out" / "skipped.jsonl")
-    assert (row["name"], row["reason"]) == ("a", case) and row["detail"].startswith(case)
+    reason = case.split(":")[0]
+    assert (row["name"], row["reason"]) == ("a", reason) and row["detail"].startswith(case)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("1 triptychs") and printed[1].startswith("1 left out") and printed[2] == f"  1 {case}"
+    assert (
+        printed[0].startswith("1 triptychs") and printed[1].startswith("1 left out") and printed[2] == f"  1 {reason}"
+    )
     assert not (data / "out" / "a.png").exists()
+
+
+def test_a_photograph_with_further_views_of_itself_is_taken(data):
+    photograph = noise(0)
+    photograph.save(data / "visible" / "a.jpg", "MPO", save_all=True, append_images=[noise(1)])
+    with PIL.Image.open(data / "visible" / "a.jpg") as saved:
+        assert saved.format == "MPO" and saved.n_frames == 2
+    assert run(data, "--prompt=x") == 0
+    assert len(read_lines(data / "out" / "metadata.jsonl")) == 2
+    # The first view of the file is the photograph.
+    expected = photograph.resize((32, 32), PIL.Image.Resampling.LANCZOS, box=(16, 0, 80, 64))
+    assert np.abs(panels(data, "a.png")[0].astype(int) - np.asarray(expected)).mean() < 20
 
 
 def test_small_pictures_can_be_enlarged(data):
@@ -239,7 +268,7 @@ def test_small_pictures_can_be_enlarged(data):
     assert len(read_lines(data / "out" / "metadata.jsonl")) == 2
 
 
-def test_transparent_places_are_grey(data):
+def test_transparent_places_are_gray(data):
     clear = noise(5).convert("RGBA")
     clear.putalpha(0)
     clear.save(data / "target" / "a.png")
@@ -269,13 +298,18 @@ def test_nothing_left_is_a_failure(data, capsys):
         (["--captions={data}/wrong.json"], "wrong.json has to hold a JSON object of names and captions"),
         (["--captions={data}/wrong.csv"], "wrong.csv has to have the columns"),
         (["--captions={data}/wrong.jsonl"], "wrong.jsonl cannot be read"),
-        (["--prompt=x", "--palette={data}/wrong.json"], "wrong.json has to map label numbers"),
-        (["--prompt=x", "--palette={data}/wrong.csv"], "wrong.csv is no JSON"),
+        (
+            ["--prompt=x", "--palette={data}/wrong.json"],
+            "wrong.json: the color of a has to be [red, green, blue] but is (1, 2)",
+        ),
+        (["--prompt=x", "--palette={data}/wrong.csv"], "wrong.csv has to hold a JSON object or list of colors"),
+        (["--prompt=x", "--palette={data}/names.json"], "names.json has to name label numbers but names sky"),
         (["--prompt=x", "--panoptic_json={data}/wrong.json"], "has to be a COCO panoptic annotation file"),
     ],
 )
 def test_wrong_arguments_are_refused(data, arguments, message, capsys):
     (data / "wrong.json").write_text('{"a": [1, 2]}')
+    (data / "names.json").write_text('{"sky": "blue"}')
     (data / "wrong.csv").write_text("name,caption\na,b\n")
     (data / "wrong.jsonl").write_text("{file_name")
     with pytest.raises(SystemExit, match="2"):
