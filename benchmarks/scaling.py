@@ -1,13 +1,13 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Training at FLUX.1-Fill-dev's true size on several GPUs: the trainer's own `main` under the launch files of `configs/`.
+"""Training at FLUX.1-Fill-dev's true size on several GPUs, under the launch files of `configs/`.
 
     python benchmarks/scaling.py --gpus 2 4 8 --engines ddp fsdp2 --output scaling.json
 
 Each number of GPUs is measured against one GPU that takes the same samples a step by accumulation: samples a second
 after --warm_up steps, the share of N times one GPU's, the memory of a GPU (its peak from the model's build on, and what
 stays between two steps), and how far the losses of all steps are apart. Weights are random, drawn on the GPU from one
-seed, and pictures are noise; all else is a user's run with cached encodings. On a machine without GPUs the processes talk
-by gloo (take --shape test).
+seed, and pictures are noise. Everything else is as in a user's run with cached encodings. On a machine without GPUs the
+processes talk through gloo, and --shape test is small enough.
 """
 
 import argparse
@@ -22,9 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import flux_shape
 import torch
-from flux_shape import ROOT, Report, describe
+from flux_shape import build_encoders, build_transformer
+from measurement import ROOT, Report, StepTracker, assemble, describe
+from train_speed import noise_rows
+
+import train_semantic_fill_lora as trainer
 
 
 REFERENCE = "one_gpu"
@@ -65,45 +68,47 @@ def parse_args() -> argparse.Namespace:
 # -- One process of one run -------------------------------------------------------------------------------------------
 
 
+class MemoryTracker(StepTracker):
+    """Also records the memory that stays between two steps."""
+
+    resident_gib = math.nan
+
+    def log(self, values, step=None, **kwargs):
+        super().log(values, step, **kwargs)
+        if torch.cuda.is_available():
+            self.resident_gib = torch.cuda.memory_allocated() / 2**30
+
+
 def work(args: argparse.Namespace) -> None:
-    """Runs the trainer with random weights and noise for pictures; leaves this process's figures in `--worker`."""
-    from train_speed import CAPTION, picture
-
-    import train_semantic_fill_lora as trainer
-
+    """Runs the trainer with random weights and noise for pictures, and leaves this process's figures in `--worker`."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    figures = {"times": [], "losses": [], "resident_gib": math.nan}
+    options = trainer.parse_args(json.loads((args.worker / "options.json").read_text()))
 
-    class Recorder(trainer.Accelerator):
-        def log(self, values, step=None, **kwargs):
-            # The loss was just read, so the GPU is through with the step's passes.
-            figures["times"].append(time.perf_counter())
-            figures["losses"].append(values["loss"])
-            if device is not None:
-                figures["resident_gib"] = torch.cuda.memory_allocated(device) / 2**30
-
-    def load_rows(options):
-        options.caption_column = "text"
-        return [{"image": {"bytes": picture(i, args.resolution), "path": None}, "text": CAPTION} for i in range(16)]
-
-    def build_model(options, home, dtype):
+    def load_transformer(options: trainer.Options, load_device: torch.device, dtype: torch.dtype):
         if device is not None:
             torch.cuda.reset_peak_memory_stats(device)
+        # Every process has to draw the same base.
         torch.manual_seed(1)
-        transformer = flux_shape.build_transformer(args.shape, "bf16", home, dtype, drawn_on=device)
+        transformer = build_transformer(args.shape, "bf16", load_device, dtype, drawn_on=device)
         torch.manual_seed(options.seed)
-        return trainer.add_trained_parts(transformer, options)
+        return transformer
 
-    trainer.Accelerator, trainer.load_rows, trainer.build_model = Recorder, load_rows, build_model
-    trainer.load_encoders = lambda options, *where: flux_shape.build_encoders(args.shape, *where)
-    trainer.main(trainer.parse_args(json.loads((args.worker / "options.json").read_text())))
+    dtype = torch.float32 if args.shape == "test" else torch.bfloat16
+    pipeline = build_encoders(args.shape, device or torch.device("cpu"), dtype).to("cpu")
+    rows, tracker = noise_rows(16, args.resolution), MemoryTracker()
+    run = assemble(options, tracker, rows=rows, pipeline=pipeline, load_transformer=load_transformer)
+    trainer.train(run)
 
     if device is None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     else:
         peak = torch.cuda.max_memory_allocated(device)
-    path = args.worker / f"rank{os.environ.get('RANK', 0)}.json"
+    accelerator = run.engine.accelerator
+    figures = {"times": tracker.times, "losses": tracker.losses, "resident_gib": tracker.resident_gib}
+    path = args.worker / f"rank{accelerator.process_index}.json"
     path.write_text(json.dumps(figures | {"peak_gib": peak / 2**30}))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 # -- All runs ---------------------------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ def launch(
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         command += ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes]
         command += [__file__, "--worker", folder, "--shape", args.shape, "--resolution", args.resolution]
-        # NVLink multicast hangs or fails on some virtualised hosts.
+        # NVLink multicast hangs or fails on some virtualized hosts.
         env = os.environ | {"NCCL_NVLS_ENABLE": "0"}
         if not torch.cuda.is_available():
             env["ACCELERATE_USE_CPU"] = "true"
@@ -149,7 +154,7 @@ def launch(
             except subprocess.TimeoutExpired:
                 file.write(f"\nstopped after {seconds:.0f} s")
         ranks = [Path(folder, f"rank{rank}.json") for rank in range(processes)]
-        # Judged by what the processes left: gloo may abort one of them after its work.
+        # What the processes left decides, because gloo may abort one of them after its work.
         if not all(path.is_file() for path in ranks):
             raise RuntimeError(log.read_text()[-6000:])
         ranks = [json.loads(path.read_text()) for path in ranks]
@@ -161,7 +166,8 @@ def launch(
         "ms a step, median": 1e3 * statistics.median(steps),
         "slowest": 1e3 * max(steps),
         "peak GiB a GPU": max(rank["peak_gib"] for rank in ranks),
-        "resident GiB a GPU": max(rank["resident_gib"] for rank in ranks),
+        # Only the main process logs its steps. The others hold as much.
+        "resident GiB a GPU": ranks[0]["resident_gib"],
         "losses": ranks[0]["losses"],
         "minutes": (time.perf_counter() - started) / 60,
     }

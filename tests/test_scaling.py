@@ -7,15 +7,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ON_CPU, ROOT
 
 
 def test_figures_add_up(tmp_path):
     output = tmp_path / "scaling.json"
     command = [sys.executable, ROOT / "benchmarks" / "scaling.py", "--shape", "test", "--output", output]
     command += ["--engines", "fsdp2", "--steps", "5", "--warm_up", "2", "--batch", "1"]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | ON_CPU, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     one, two = report["rows"]
