@@ -60,6 +60,7 @@ def fresh_state() -> None:
 
 def assemble(options: trainer.Options, tracker: GeneralTracker, **kwargs) -> trainer.Run:
     """The run that the trainer makes of `options` and `kwargs`, with its steps logged to `tracker`."""
+    fresh_state()
     accelerator = trainer.setup(options, log_with=tracker)
     accelerator.init_trackers("benchmark")
     return trainer.assemble(options, find_engine(accelerator, options), **kwargs)

@@ -262,7 +262,6 @@ class Bench:
             pipeline.to("cpu")
             free(device)
         tracker = ProfilingTracker(steps) if profiled else StepTracker()
-        fresh_state()
         run = assemble(options, tracker, rows=self.pictures, pipeline=pipeline, load_transformer=load_transformer)
         notes["loading GiB"] = peak_gib(device)
         options, encoder = run.options, run.encoder

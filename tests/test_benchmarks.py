@@ -73,6 +73,22 @@ def test_flops_of_flux(train_speed):
     assert train_speed.flux_shape.forward_flops("flux", 2048, 512) == pytest.approx(37.7e12, rel=0.01)
 
 
+def test_quality_of_settings(monkeypatch, tmp_path, base_folder, triptych_folder):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import setting_quality
+
+    output = tmp_path / "quality.json"
+    options = f"--base {base_folder} --data {triptych_folder} --output {output} --steps 3 --batch 2 --resolution 32"
+    options += " --max_sequence_length 32 --seeds 2 --settings"
+    settings = ["full checkpointing", "prompts as long as the longest"]
+    setting_quality.main(setting_quality.parse_args([*options.split(), ",".join(settings)]))
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["reference", *settings] and all(row["seeds"] == 2 for row in rows)
+    same, other = (float(row["largest difference, same seed"]) for row in rows[1:])
+    # What is recomputed is the same, and prompts of half the length are not.
+    assert same == 0 != other and rows[1]["within it"]
+
+
 @pytest.fixture
 def ablation(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -1,11 +1,11 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Does what makes training fast or small change what it learns? Each lever on the small trained base, real data.
+"""Does a setting that makes training faster or smaller change what it learns? Real data and the small trained base tell.
 
     python examples/earth.py --output_dir earth
-    python benchmarks/lever_quality.py --data earth/train --output lever_quality.json
+    python benchmarks/setting_quality.py --data earth/train --output setting_quality.json
 
-Every draw of a run follows from its seed, so a lever is compared with the reference run of the same seed, and that
-difference with the spread of the reference between seeds. The loss is the mean over the last third of the steps.
+Every random draw of a run follows from its seed. So each setting is compared with the reference run of the same seed, and
+the difference with the spread of the reference between seeds. The loss is the mean over the last third of the steps.
 """
 
 import argparse
@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from flux_shape import ROOT, Report, describe, free
-from train_speed import fresh_accelerator
+from measurement import ROOT, Report, StepTracker, assemble, describe, free
 
 import train_semantic_fill_lora as trainer
 
 
-LEVERS = {
+SETTINGS = {
     "reference": [],
     "peft's LoRA layers": ["--no-fused_lora"],
     "cuDNN's attention compiled": ["--attention_backend=_native_cudnn", "--compile"],
@@ -44,75 +43,52 @@ LEVERS = {
 }
 
 
-class Recorder:
-    """Stands before a `Step` and keeps each loss."""
-
-    def __init__(self, step):
-        self.step, self.losses = step, []
-
-    def __getattr__(self, name):
-        return getattr(self.step, name)
-
-    def loss(self, model, batch):
-        loss = self.step.loss(model, batch)
-        self.losses.append(loss.detach())
-        return loss
-
-
-def run(lever: str, seed: int, rows: list, folder: str, bench: argparse.Namespace) -> float:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16
+def train(setting: str, seed: int, rows: list, folder: str, args: argparse.Namespace) -> float:
+    """The mean loss of the last third of a run's steps."""
     options = {
-        "pretrained_model_name_or_path": bench.base,
+        "pretrained_model_name_or_path": args.base,
         "output_dir": folder,
-        "train_data_dir": bench.data,
-        "resolution": bench.resolution,
-        "max_sequence_length": bench.max_sequence_length,
-        "train_batch_size": bench.batch,
-        "max_train_steps": bench.steps,
+        "train_data_dir": args.data,
+        "resolution": args.resolution,
+        "max_sequence_length": args.max_sequence_length,
+        "train_batch_size": args.batch,
+        "max_train_steps": args.steps,
         "learning_rate": 1e-3,
         "semantic_scale_learning_rate": 1e-2,
         "rank": 16,
         "seed": seed,
         "mixed_precision": "bf16",
         "report_to": "none",
+        "log_level": "warning",
     }
-    args = trainer.parse_args([*(f"--{name}={value}" for name, value in options.items()), *LEVERS[lever]])
-    args.caption_column = "text"
-    accelerator = fresh_accelerator()
-    trainer.set_seed(seed)
-    dataset = trainer.TriptychDataset(rows, args)
-    pipeline = trainer.load_encoders(args, device, dtype)
-    if args.max_sequence_length == "auto":
-        args.max_sequence_length = trainer.longest_prompt(pipeline.tokenizer_2, dataset)
-    encoder = trainer.Encoder(pipeline, dataset, args)
-    encoder.fill_cache(accelerator)
-    trainer.set_seed(seed)
-    model = trainer.build_model(args, device, dtype)
-    optimizer = trainer.build_optimizer(trainer.parameter_groups(model, args), args)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    shift = trainer.timestep_shift_factor(args, pipeline.scheduler, encoder.image_tokens)
-    step = Recorder(trainer.Step(encoder, args, device, dtype, shift, model.transformer.config.guidance_embeds))
-    model, optimizer = accelerator.prepare(model, optimizer)
-    trainer.train(accelerator, model, optimizer, scheduler, step, dataset, 0, 0, args)
-    losses = torch.stack(step.losses).float().tolist()
-    return statistics.mean(losses[-len(losses) // 3 :])
+    tracker = StepTracker()
+    options = trainer.parse_args([*(f"--{name}={value}" for name, value in options.items()), *SETTINGS[setting]])
+    trainer.train(assemble(options, tracker, rows=rows))
+    return statistics.mean(tracker.losses[-len(tracker.losses) // 3 :])
 
 
-def main() -> None:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Folder of triptychs with a metadata.jsonl.")
     parser.add_argument("--base", default=str(ROOT / "examples" / "base"))
-    parser.add_argument("--output", type=Path, default=Path("lever_quality.json"))
-    parser.add_argument("--levers", default=",".join(LEVERS), help="The reference is always among them.")
+    parser.add_argument("--output", type=Path, default=Path("setting_quality.json"))
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="The reference is always among them.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--max_sequence_length", type=int, default=128, help="Of all but the lever of the prompts.")
+    parser.add_argument(
+        "--max_sequence_length",
+        type=int,
+        default=128,
+        help="T5 tokens of a prompt, but for the setting that changes it.",
+    )
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=30.0, help="No run is begun after so many.")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
     lines = (args.data / "metadata.jsonl").read_text().splitlines()[: args.samples]
     rows = [json.loads(line) for line in lines]
     rows = [{"image": {"bytes": None, "path": str(args.data / row["file_name"])}, "text": row["text"]} for row in rows]
@@ -120,7 +96,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.output, describe(device) | {"steps": args.steps})
     start, reference = time.perf_counter(), {}
-    names = ["reference", *(name for name in args.levers.split(",") if name != "reference")]
+    names = ["reference", *(name for name in args.settings.split(",") if name != "reference")]
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             losses = {}
@@ -130,12 +106,12 @@ def main() -> None:
                 free(device)
                 torch._dynamo.reset()
                 try:
-                    # A lever that chooses another one leaves it to the process.
+                    # A setting that chooses another backend leaves it to the process.
                     with attention_backend("native"):
-                        losses[seed] = run(name, seed, rows, folder, args)
+                        losses[seed] = train(name, seed, rows, folder, args)
                 except Exception as error:
                     traceback.print_exc()
-                    report.add(lever=name, result=f"{type(error).__name__}: {str(error)[:200]}")
+                    report.add(setting=name, result=f"{type(error).__name__}: {str(error)[:200]}")
                     break
             if name == "reference":
                 reference = losses
@@ -143,7 +119,7 @@ def main() -> None:
                 differences = [loss - reference[seed] for seed, loss in losses.items()]
                 spread = max(reference.values()) - min(reference.values())
                 report.add(
-                    lever=name,
+                    setting=name,
                     loss=f"{statistics.mean(losses.values()):.4f}",
                     seeds=len(losses),
                     **{
@@ -157,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())
