@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -36,13 +36,13 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore Found at run time.
 
 
 # As a dynamic module (`custom_pipeline=`) this file has a package, and the other file stands beside it. Installed, it
 # has none. `import ... as` passes the dynamic loader's check for packages that are not installed. The Hub's
 # `pipeline.py` has the other file's source in place of this statement.
-if __package__:
+if TYPE_CHECKING or __package__:
     from .semantic_attention import (
         SemanticAttentionModel,
         SemanticAttentionOutput,
@@ -188,7 +188,7 @@ def require_8bit(picture: PIL.Image.Image) -> None:
         raise ValueError("has 16 bits per channel, but only 8 are accepted")
 
 
-def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _upright(picture: Any) -> PIL.Image.Image:
     """Returns a copy in the picture's own mode with its EXIF orientation applied, or says why it cannot be used."""
     if 0 in picture.size:
         raise ValueError(f"is {picture.width}x{picture.height} pixels")
@@ -203,14 +203,14 @@ def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
 def _srgb_transform(profile: bytes, mode: str) -> PIL.ImageCms.ImageCmsTransform | None:
     """The transform from an ICC profile to sRGB, or `None` where the profile is sRGB, damaged or for another mode."""
     try:
-        profile = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = PIL.ImageCms.buildTransform(profile, PIL.ImageCms.createProfile("sRGB"), mode, "RGB")
+        source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = PIL.ImageCms.buildTransform(source, PIL.ImageCms.createProfile("sRGB"), mode, "RGB")
     except (PIL.ImageCms.PyCMSError, OSError):
         return None
     if mode == "RGB":
         # Many versions of the sRGB profile differ by rounding. They must not move the colors of a label map.
         colors = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * 3), axis=-1).reshape(64, 64, 3)
-        moved = PIL.ImageCms.applyTransform(PIL.Image.fromarray(colors), transform)
+        moved: Any = PIL.ImageCms.applyTransform(PIL.Image.fromarray(colors), transform)
         if np.abs(np.asarray(moved, np.int16) - colors).max() <= 2:
             return None
     return transform
@@ -221,7 +221,8 @@ def _to_srgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         alpha = picture.getchannel("A")
-    rgb, profile = picture.convert("RGB"), picture.info.get("icc_profile")
+    rgb: Any = picture.convert("RGB")
+    profile = picture.info.get("icc_profile")
     if profile:
         source = picture if picture.mode in ("L", "CMYK") else rgb
         transform = _srgb_transform(profile, source.mode)
@@ -424,11 +425,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `tuple[torch.Tensor, torch.Tensor]`: The canvas `(batch, 3, height, panels * width)` in [0, 1], and the
             mask `(1, 1, height, panels * width)`, which is 1 on the target panel and 0 elsewhere.
         """
-        mode = SEMANTIC_MODES[self.config.semantic_mode]
+        mode = SEMANTIC_MODES[self.config["semantic_mode"]]
         target = visible if target is None else target
         semantic_panel = torch.full_like(visible, 0.5) if semantic is None else semantic
         if mode.fuses and semantic is not None:
-            visible = torch.lerp(visible, semantic, self.config.fusion_alpha)
+            visible = torch.lerp(visible, semantic, self.config["fusion_alpha"])
         views = {"visible": visible, "target": target, "semantic": semantic_panel}
         diptych = torch.cat([views[panel] for panel in mode.panels], dim=3)
         one_panel = torch.ones_like(visible[:1, :1])
@@ -482,9 +483,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `(batch, tokens, 320)` and `img_ids` `(tokens, 3)`.
         """
         if moments is None:
-            moments = self.encode_moments(diptych, mask)
+            moments = self.encode_moments(diptych, mask)  # pyright: ignore[reportArgumentType] One of them is given.
         dtype = dtype or moments[0].dtype
-        latents, masked_latents = (DiagonalGaussianDistribution(m).sample(generator) for m in moments)
+        # The method takes lists too, whatever its annotation says.
+        generators: Any = generator
+        latents, masked_latents = (DiagonalGaussianDistribution(m).sample(generators) for m in moments)
         batch_size, channels, height, width = latents.shape
         x_0 = self._scale_and_pack(latents).to(dtype)
         # `FluxFillPipeline.__call__` encodes its masked picture with this very method.
@@ -564,7 +567,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     # -- Paint --------------------------------------------------------------------------------------------------------
 
     def _read_view(
-        self, name: str, view: PipelineImageInput, height: int | None, width: int | None, mode: str
+        self, name: str, view: PipelineImageInput | None, height: int | None, width: int | None, mode: str
     ) -> torch.Tensor:
         """Reads a picture argument as `(batch, 3, height, width)` in [0, 1] on the device, resized to a given size."""
         pictures = []
@@ -602,7 +605,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     def _check_semantic_arguments(self, semantic_image, semantic_scale, translates: bool) -> None:
         """Refuses calls whose map would be ignored in silence."""
-        name, mode = self.config.semantic_mode, SEMANTIC_MODES[self.config.semantic_mode]
+        name, mode = self.config["semantic_mode"], SEMANTIC_MODES[self.config["semantic_mode"]]
         if not isinstance(semantic_scale, (int, float)) or not np.isfinite(semantic_scale):
             raise ValueError(f"`semantic_scale` has to be a finite number but is {semantic_scale!r}.")
         if semantic_image is None:
@@ -620,7 +623,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 " with `load_lora_weights` or pass one to the constructor, or leave `semantic_image` out."
             )
 
-    def _read_pictures_to_fill(self, image, mask_image):
+    def _read_pictures_to_fill(self, image, mask_image) -> tuple[Any, Any]:
         """Reads the PIL images among the arguments of the fill mode, and leaves all others to `FluxFillPipeline`."""
 
         def read_all(name, view, convert):
@@ -647,7 +650,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         self, visible: torch.Tensor, semantic: torch.Tensor | None, num_images_per_prompt: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts the views on the canvas and repeats it for each picture of a prompt."""
-        if semantic is not None and SEMANTIC_MODES[self.config.semantic_mode].map_on_canvas:
+        if semantic is not None and SEMANTIC_MODES[self.config["semantic_mode"]].map_on_canvas:
             image, mask = self.prepare_diptych(visible.expand_as(semantic), semantic=semantic.to(visible))
         else:
             image, mask = self.prepare_diptych(visible)
@@ -757,7 +760,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         Raises:
             `ValueError`: An argument does not fit the pipeline or another argument.
         """
-        mode = SEMANTIC_MODES[self.config.semantic_mode]
+        mode = SEMANTIC_MODES[self.config["semantic_mode"]]
         translates = mask_image is None and masked_image_latents is None
         self._check_semantic_arguments(semantic_image, semantic_scale, translates)
 
@@ -798,19 +801,21 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         if semantic is not None:
             semantic = None if semantic_scale == 0 else semantic.expand(batch_size, -1, -1, -1)
         if translates:
-            image, mask_image = self._prepare_canvas(visible, semantic, num_images_per_prompt)
-            width = width * panels
+            image, mask_image = self._prepare_canvas(visible, semantic, num_images_per_prompt or 1)
+            width = view_width * panels
         semantic_tokens, positions = None, None
         if semantic is not None and mode.module_class is not None:
             # `FluxFillPipeline` repeats several pictures to fill as whole batches, and the maps go with them.
             as_batches = not translates and num_images > 1
             semantic_tokens, positions = self._prepare_semantic_tokens(
-                semantic, canvas, num_images_per_prompt, as_batches
+                semantic, canvas, num_images_per_prompt or 1, as_batches
             )
 
         # 4. Denoise and decode
         with self._semantic_guidance(semantic_tokens, positions, semantic_scale, canvas):
-            images = super().__call__(
+            # The stock annotations leave out pictures that the stock method accepts.
+            paint: Any = super().__call__
+            images = paint(
                 prompt=prompt,
                 prompt_2=prompt_2,
                 image=image,
@@ -832,7 +837,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 joint_attention_kwargs=joint_attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                max_sequence_length=max_sequence_length or self.config.max_sequence_length,
+                max_sequence_length=max_sequence_length or self.config["max_sequence_length"],
             )[0]
 
         # 5. Cut out the target view
@@ -880,7 +885,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `ValueError`: A point lies outside of the view, a step or layer does not exist, the pipeline's module is no
                 attention, or the call uses no map.
         """
-        module, name = self.semantic_attention, self.config.semantic_mode
+        module, name = self.semantic_attention, self.config["semantic_mode"]
         if SEMANTIC_MODES[name].module_class is None or not _is_of_class(module, SemanticAttentionModel):
             raise ValueError(
                 "`semantic_attention_maps` needs a pipeline with a `SemanticAttentionModel`, because nothing else"
@@ -937,7 +942,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         subfolder = kwargs.get("subfolder") or ""
         lora_file = _resolve_file(source, subfolder, weight_name, hub_kwargs)
         before = {name: self.config[name] for name in ("semantic_mode", "fusion_alpha", "max_sequence_length")}
-        trained_with = before | {"semantic_mode": "cross_attention"} | _read_metadata(lora_file)
+        trained_with: dict[str, Any] = before | {"semantic_mode": "cross_attention"} | _read_metadata(lora_file)
         module, module_before = None, self.semantic_attention
         if _get_mode(trained_with["semantic_mode"]).module_class is not None:
             module = self._load_module(source, subfolder, hub_kwargs)
@@ -963,7 +968,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 f"`pretrained_model_name_or_path_or_dict` has to hold the LoRA's module in `{folder}/config.json`, but"
                 f" {source!r} has no such file. `FluxFillPipeline.load_lora_weights` loads a LoRA alone."
             )
-        module = load_semantic_module(
+        module: Any = load_semantic_module(
             source, subfolder=folder, use_safetensors=True, dtype=self.transformer.dtype, **hub_kwargs
         )
         return module.to(self._execution_device)
@@ -981,7 +986,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         if self.num_fused_loras > 0:
             return
         self._set_semantic_attention(None)
-        self._set_semantic_mode("cross_attention", self.config.fusion_alpha, max_sequence_length=512)
+        self._set_semantic_mode("cross_attention", self.config["fusion_alpha"], max_sequence_length=512)
 
     @classmethod
     def save_lora_weights(
@@ -1041,8 +1046,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             )
         super().save_lora_weights(
             save_directory,
-            transformer_lora_layers=transformer_lora_layers,
-            weight_name=weight_name,
+            transformer_lora_layers=transformer_lora_layers or {},
+            weight_name=weight_name or LORA_WEIGHT_NAME_SAFE,
             save_function=lambda weights, path: safetensors.torch.save_file(weights, path, metadata=metadata),
         )
         if semantic_attention is not None:
@@ -1055,9 +1060,10 @@ class _AttentionRecorder:
     def __init__(self, pipeline, points, steps, layer: int, average_heads: bool, chunk_size: int):
         self.pipeline = pipeline
         self.points = [(x, y) for x, y in points]
-        self.steps = steps if steps is None else list(steps)
+        self.steps: Any = steps if steps is None else list(steps)
         self.layer, self.average_heads, self.chunk_size = layer, average_heads, chunk_size
-        self.calls, self.maps, self.size = 0, {}, None
+        self.size: Any = None
+        self.calls, self.maps = 0, {}
         if not self.points or self.steps == []:
             raise ValueError(f"`points` and `steps` have to hold at least one but are {points!r} and {steps!r}.")
 
@@ -1131,7 +1137,7 @@ def _read_metadata(lora_file: str | None) -> dict[str, Any]:
         ) from error
 
 
-def _count_pictures(view: PipelineImageInput) -> int:
+def _count_pictures(view: PipelineImageInput | None) -> int:
     if isinstance(view, (list, tuple)):
         return sum(_count_pictures(item) for item in view)
     return view.shape[0] if isinstance(view, (torch.Tensor, np.ndarray)) and view.ndim == 4 else 1

@@ -98,8 +98,8 @@ class SemanticCrossAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         normed_semantic_tokens: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rotary_emb: Any = None,
+    ) -> tuple[Any, Any]:
         r"""
         Computes queries and keys, each of shape `(batch, num_heads, tokens, head_dim)`.
 
@@ -244,7 +244,7 @@ class SemanticModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"`{name}` has to be an integer from 1 to 4096 but is {size!r}.")
 
     def _check_tokens(self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor) -> None:
-        channels = self.config.in_channels
+        channels = self.config["in_channels"]
         for name, tokens in (("hidden_states", hidden_states), ("semantic_tokens", semantic_tokens)):
             if tokens.ndim != 3 or tokens.shape[-1] != channels:
                 raise ValueError(
@@ -268,7 +268,7 @@ class SemanticModel(ModelMixin, ConfigMixin):
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The second has the shape `(batch, tokens, in_channels)`
             and the module's dtype. It is what `forward` takes.
         """
-        channels = self.config.in_channels
+        channels = self.config["in_channels"]
         start = self.input_part * channels
         before, part, after = hidden_states.tensor_split((start, start + channels), dim=-1)
         return before, part.to(self.dtype), after
@@ -359,16 +359,16 @@ class SemanticAttentionModel(SemanticModel):
                 f" half to columns, but is {head_dim}."
             )
         self.pos_embed = None
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             SemanticCrossAttention(in_channels, num_heads, head_dim) for _ in range(num_layers)
         )
         if position == "rope":
-            self.pos_embed = FluxPosEmbed(theta=ROPE_THETA, axes_dim=(head_dim // 2,) * 2)
+            self.pos_embed = FluxPosEmbed(theta=ROPE_THETA, axes_dim=[head_dim // 2] * 2)
             for layer in self.layers:
                 layer.start_at_own_place()
 
     def _summary(self) -> str:
-        return f"Using Cross-Attention with {len(self.layers)} layers, {self.config.num_heads} heads"
+        return f"Using Cross-Attention with {len(self.layers)} layers, {self.config['num_heads']} heads"
 
     def _rotary_emb(
         self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor, positions: torch.Tensor | None

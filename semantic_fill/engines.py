@@ -92,7 +92,7 @@ class Engine:
         return self.accelerator.autocast()
 
     @contextlib.contextmanager
-    def accumulate(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
+    def accumulate(self, model: Any, last: bool) -> Iterator[None]:
         """Wraps forward and backward of a micro-batch. Only the `last` one of a step exchanges gradients."""
         with self.accelerator.accumulate(model):
             yield

@@ -72,7 +72,7 @@ def single_file_pipeline() -> str:
     (branch,) = (
         node
         for node in ast.parse(pipeline).body
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "__package__"
+        if isinstance(node, ast.If) and "__package__" in ast.unparse(node.test)
     )
     lines = pipeline.splitlines(keepends=True)
     return "".join((*lines[: branch.lineno - 1], module, "\n\n", *lines[branch.end_lineno :]))

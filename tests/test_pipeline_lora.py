@@ -81,7 +81,7 @@ def in_one_file() -> str:
         (ROOT / name).read_text() for name in ("semantic_attention.py", "pipeline_flux_fill_semantic.py")
     )
     (branch,) = (node for node in ast.parse(pipeline).body if isinstance(node, ast.If))
-    assert isinstance(branch.test, ast.Name) and branch.test.id == "__package__"
+    assert ast.unparse(branch.test) == "TYPE_CHECKING or __package__"
     lines = pipeline.splitlines(keepends=True)
     return "".join((*lines[: branch.lineno - 1], module, "\n\n", *lines[branch.end_lineno :]))
 
