@@ -16,7 +16,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from pipeline_flux_fill_semantic import SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline
 from semantic_attention import load_semantic_module
 from semantic_fill.options import Options
 
@@ -35,7 +35,9 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
     }
     semantic_attention = None
     if model.semantic_attention is not None:
-        semantic_attention = type(model.semantic_attention).from_config(model.semantic_attention.config)
+        # FSDP2 gives a sharded module a class of its own, so the mode's class is taken.
+        module_class: Any = SEMANTIC_MODES[options.semantic_mode].module_class
+        semantic_attention = module_class.from_config(model.semantic_attention.config)
         semantic_attention.load_state_dict(parts["semantic_attention"])
     lora: Any = get_peft_model_state_dict(model.transformer, state_dict=parts["transformer"])
     FluxFillSemanticPipeline.save_lora_weights(
