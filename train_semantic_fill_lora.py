@@ -371,12 +371,14 @@ def assemble(
     """
     accelerator, device = engine.accelerator, engine.accelerator.device
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-    if encoder is None:
-        encoder = encode(options, accelerator, dtype, rows, pipeline)
-    options = replace(options, max_sequence_length=encoder.max_sequence_length)
+    dataset = read_dataset(options, accelerator, rows) if encoder is None else encoder.dataset
     if options.max_train_steps is None:
-        steps_per_epoch = math.ceil(len(encoder.dataset) / samples_per_step(options, accelerator))
+        # New options are checked again, which may end the run and so comes before the encoding.
+        steps_per_epoch = math.ceil(len(dataset) / samples_per_step(options, accelerator))
         options = replace(options, max_train_steps=options.num_train_epochs * steps_per_epoch)
+    if encoder is None:
+        encoder = encode(options, accelerator, dtype, dataset, pipeline)
+    options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
         options = replace(options, **vars(plan_fast(options, encoder, device, dtype)))
 
@@ -405,19 +407,23 @@ def assemble(
     return Run(options, engine, encoder, objective, model, optimizer, lr_scheduler, checkpointer, state, batch_maker)
 
 
-def encode(
-    options: Options,
-    accelerator: Accelerator,
-    dtype: torch.dtype,
-    rows=None,
-    pipeline: FluxFillSemanticPipeline | None = None,
-) -> Encoder:
-    """Reads all rows and encodes them, with the encoders alone on the accelerator. Without a cache, steps encode."""
+def read_dataset(options: Options, accelerator: Accelerator, rows=None) -> TriptychDataset:
+    """The rows of `options`, or those that are passed, all of them checked."""
     if rows is None:
         with accelerator.main_process_first():
             rows = load_rows(options, cache_dir=options.cache_dir)
     # All processes check their rows at once, because NCCL waits for a process ten minutes at most.
-    dataset = TriptychDataset(rows, options)
+    return TriptychDataset(rows, options)
+
+
+def encode(
+    options: Options,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    dataset: TriptychDataset,
+    pipeline: FluxFillSemanticPipeline | None = None,
+) -> Encoder:
+    """Encodes all samples, with the encoders alone on the accelerator. Without a cache, steps encode."""
     pipeline = load_encoders(options, dtype) if pipeline is None else pipeline
     max_sequence_length = options.max_sequence_length
     if max_sequence_length == "auto":

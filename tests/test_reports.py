@@ -1,0 +1,118 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""What a run says: its start-up lines, the shapes of a batch, its steps, and what trackers get."""
+
+import logging
+import re
+
+import pytest
+from helpers import arguments, assemble, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline_flux_fill_semantic import SEMANTIC_MODES
+
+
+LOGGERS = ("train_semantic_fill_lora", "semantic_fill")
+
+
+def messages_of(caplog) -> list[str]:
+    return [
+        record.getMessage().removeprefix("[RANK 0] ")
+        for record in caplog.records
+        if record.name.split(".")[0] in LOGGERS
+    ]
+
+
+START = {
+    "cross_attention": [
+        "Using Cross-Attention with 1 layers, 8 heads",
+        "Added 33088 semantic cross-attention parameters to optimizer",
+    ],
+    "projection": ["Using a projection with 1 layers", "Added 4224 semantic projection parameters to optimizer"],
+}
+
+
+@pytest.mark.parametrize("mode", SEMANTIC_MODES)
+def test_start_up_lines(base_folder, triptych_folder, tmp_path, caplog, mode):
+    for name in LOGGERS:
+        caplog.set_level(logging.INFO, logger=name)
+    assembled = assemble(arguments(base_folder, tmp_path, "--semantic_mode", mode, data=triptych_folder))
+    messages = messages_of(caplog)
+    start = messages.index(f"Semantic mode: {mode}")
+    assert messages[start + 1 :] == START.get(mode, [])
+    # The number is that of the parameters that the optimizer has beside the LoRA's.
+    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in assembled.optimizer.param_groups}
+    added = int(re.findall(r"Added (\d+) ", "\n".join([*messages, "Added 0 "]))[0])
+    assert added == groups.get("module", 0) + groups.get("scale", 0)
+
+
+def test_start_up_lines_of_other_sizes(base_folder, triptych_folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="semantic_fill")
+    more = "--semantic_num_layers 2 --semantic_num_heads 4 --semantic_head_dim 8"
+    assemble(arguments(base_folder, tmp_path, *more.split(), data=triptych_folder))
+    assert "Using Cross-Attention with 2 layers, 4 heads" in messages_of(caplog)
+    # Queries, keys, values and output, two norms and the gate.
+    assert f"Added {2 * (4 * 64 * 32 + 4 * 64 + 64)} semantic cross-attention parameters to optimizer" in caplog.text
+
+
+SHAPES = """
+visible_img: (2, 3, 32, 48)
+target_img: (2, 3, 32, 48)
+semantic_img: (2, 3, 32, 48)
+diptych: (2, 3, 32, 96)
+x_0: (2, 12, 64)
+x_cond: (2, 12, 320)
+semantic_tokens: (2, 12, 64)
+x_t: (2, 12, 64)
+x_t_enhanced: (2, 12, 64)
+hidden_states: (2, 12, 384)
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("mode", ["cross_attention", "projection", "in_context"])
+def test_shapes_of_the_first_two_steps(base_folder, triptych_folder, tmp_path, caplog, mode):
+    more = ["--log_level", "debug", "--width", 48, "--max_train_steps", 3, "--semantic_mode", mode]
+    for name in LOGGERS:
+        caplog.set_level(logging.DEBUG, logger=name)
+    run(base_folder, tmp_path, *more, data=triptych_folder)
+    # Only debug messages, so that nothing of this is said without being asked for.
+    records = [r for r in caplog.records if r.name == "semantic_fill.reports" and r.levelno == logging.DEBUG]
+    said = [record.getMessage().removeprefix("[RANK 0] ") for record in records]
+    expected = SHAPES
+    if mode == "in_context":
+        # A third panel, and no tokens of the map.
+        expected = [line.replace("96", "144").replace(" 12,", " 18,") for line in SHAPES if "semantic_tok" not in line]
+    else:
+        expected = [*SHAPES, "Layer 0 scale: 0.000000"]
+    assert said[: len(expected)] == expected
+    assert [line for line in said[len(expected) :] if "scale" not in line] == [e for e in expected if "scale" not in e]
+    gates = [line for line in said if "scale" in line]
+    assert len(gates) == (0 if mode == "in_context" else 2)
+    assert all(re.fullmatch(r"Layer 0 scale: \d\.\d{6}", gate) for gate in gates)
+    # The first step opens the gate.
+    assert mode == "in_context" or float(gates[1].split(": ")[1]) > 0
+
+
+def test_every_100_steps_and_what_trackers_get(base_folder, triptych_folder, tmp_path, caplog):
+    for name in LOGGERS:
+        caplog.set_level(logging.INFO, logger=name)
+    more = "--max_train_steps 101 --train_batch_size 1 --report_to tensorboard --semantic_num_layers 2"
+    more += " --lr_scheduler linear"
+    out = run(base_folder, tmp_path, *more.split(), data=triptych_folder)
+    messages = messages_of(caplog)
+    assert not any("x_0" in message or "0.000000" in message for message in messages)
+    at = [index for index, message in enumerate(messages) if message.startswith("[Step ")]
+    assert len(at) == 1
+    loss, *scales = messages[at[0] : at[0] + 3]
+    assert re.fullmatch(r"\[Step 100\] Loss: [01]\.\d{4}", loss)
+    assert all(re.fullmatch(rf"Layer {n} scale: 0\.\d\d\d", scale) for n, scale in enumerate(scales))
+    events = EventAccumulator(str(out / "logs" / "semantic-fill"))
+    events.Reload()
+    names = {"loss", "lr", "gradient_norm", "skipped_steps", "scale/layer_0", "scale/layer_1"}
+    assert names <= set(events.Tags()["scalars"])
+    series = {name: events.Scalars(name) for name in names}
+    assert all([event.step for event in values] == list(range(1, 102)) for values in series.values())
+    values = {name: [event.value for event in values] for name, values in series.items()}
+    assert f"{values['loss'][99]:.4f}" == loss.split()[-1]
+    assert [f"{values[f'scale/layer_{n}'][99]:.3f}" for n in (0, 1)] == [scale.split()[-1] for scale in scales]
+    assert values["scale/layer_0"][-1] > values["scale/layer_0"][0] > 0 and set(values["skipped_steps"]) == {0}
+    assert values["lr"] == pytest.approx([1e-4 * (1 - step / 101) for step in range(1, 102)], abs=1e-10)
