@@ -1,7 +1,6 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """Runs as users start them: launched processes, signals, and the way over the Hub."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,37 +10,31 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, assert_ended_well, write_triptychs
+from helpers import (
+    LORA_FILE,
+    MODULE_FILE,
+    ON_CPU,
+    ROOT,
+    assert_ended_well,
+    assert_same_weights,
+    command,
+    environment,
+    run,
+    spoil,
+    weights_of,
+    write_triptychs,
+)
 from hub_server import HubServer
-from test_faults import spoil
-from test_training import assert_same_weights as assert_equal_weights
-from test_training import run as run_here
 
-from train_semantic_fill_lora import checkpoint_damage, checkpoint_step, list_checkpoints
+from semantic_fill.checkpoints import checkpoint_damage, checkpoint_step, list_checkpoints
 
 
-FILES = ("pytorch_lora_weights.safetensors", "semantic_attention/diffusion_pytorch_model.safetensors")
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-
-def command(base_folder, data, output_dir, *more, config="one_gpu", processes=1):
-    launch = [*LAUNCH, "--config_file", str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", str(processes)]
-    options = f"--mixed_precision no --pretrained_model_name_or_path {base_folder} --train_data_dir {data}"
-    options += f" --output_dir {output_dir} --resolution 32 --rank 4 --max_sequence_length 16 --report_to none"
-    return [*launch, str(ROOT / "train_semantic_fill_lora.py"), *options.split(), *map(str, more)]
-
-
-def environment(tmp_path, **more):
-    return os.environ | ON_CPU | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)} | more
-
-
-def assert_same_weights(one, two):
-    for file in FILES:
-        one_weights, two_weights = (safetensors.torch.load_file(folder / file) for folder in (one, two))
+def assert_close_weights(one, two):
+    """Weights of runs that add up the same gradients in another order."""
+    for file in (LORA_FILE, MODULE_FILE):
+        one_weights, two_weights = weights_of(one, file), weights_of(two, file)
         assert one_weights.keys() == two_weights.keys()
         for name in one_weights:
             torch.testing.assert_close(one_weights[name], two_weights[name], atol=1e-6, rtol=1e-4)
@@ -49,18 +42,7 @@ def assert_same_weights(one, two):
 
 # Gates that move at once, so that a wrong gradient of the module shows within a few steps.
 LEARN = ["--lora_alpha", 4, "--semantic_scale_learning_rate", 0.1]
-
-
-def needs(engine):
-    return pytest.param(
-        engine,
-        marks=pytest.mark.skipif(
-            engine == "deepspeed_zero2" and importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
-        ),
-    )
-
-
-# After 5 steps of 8 samples the runs are compared; in the next one process has a loss that is not finite.
+# The runs are compared after 5 steps of 8 samples. In the sixth, one process has a loss that is not finite.
 RUN = ["--max_train_steps", 7, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 1, *LEARN]
 
 
@@ -72,10 +54,10 @@ def one(base_folder, triptych_folder, tmp_path_factory):
         spoil(patch, {12: lambda loss: loss * float("nan")})
         patch.setattr(Accelerator, "log", lambda self, values, step: norms.append(values["gradient_norm"]))
         out = tmp_path_factory.mktemp("one") / "out"
-        return run_here(base_folder, out, *RUN, "--train_batch_size", 4, data=triptych_folder), norms
+        return run(base_folder, out, *RUN, "--train_batch_size", 4, data=triptych_folder), norms
 
 
-@pytest.mark.parametrize("engine", [needs(engine) for engine in ("ddp", "fsdp2", "deepspeed_zero2")])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tmp_path, caplog, engine):
     one, norms = one
 
@@ -83,10 +65,11 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
         """A run of two processes with faults: how it ended, and what each of them noted."""
         (tmp_path / name).mkdir()
         more = (*RUN, "--train_batch_size", 2, "--cache_root", tmp_path / "cache", *more)
-        run = command(base_folder, triptych_folder, tmp_path / name / "out", *more, config=engine, processes=2)
-        script = run.index(str(ROOT / "train_semantic_fill_lora.py"))
-        run[script : script + 1] = [str(ROOT / "tests" / "watched_run.py"), str(tmp_path / name), json.dumps(faults)]
-        done = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+        launch = command(base_folder, triptych_folder, tmp_path / name / "out", *more, config=engine, processes=2)
+        script = launch.index(str(ROOT / "train_semantic_fill_lora.py"))
+        watched = [str(ROOT / "tests" / "watched_run.py"), str(tmp_path / name), json.dumps(faults)]
+        launch[script : script + 1] = watched
+        done = subprocess.run(launch, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
         notes = [tmp_path / name / f"rank{rank}.json" for rank in range(2)]
         assert all(path.is_file() for path in notes), done.stderr
         return tmp_path / name / "out", done, [json.loads(path.read_text()) for path in notes]
@@ -95,67 +78,67 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     two, done, ranks = watch("two", [[1, 12, "nan"]], *paint)
     assert_ended_well(done, processes=2)
     assert "8 a step" in done.stderr
-    assert_same_weights(one / "checkpoint-5", two / "checkpoint-5")
+    assert_close_weights(one / "checkpoint-5", two / "checkpoint-5")
     # AdamW's steps are the same for gradients of any scale.
     assert ranks[0]["norms"] == pytest.approx(norms, rel=1e-3, nan_ok=True) and len(norms) == 7
     assert (two / "samples" / "step-000007.png").is_file()
-    check_what_each_did(ranks, two, tmp_path / "cache", engine)
-    # All skip the step that went wrong in one of them, and the next is as good as a single process's.
+    check_what_each_did(ranks, two, tmp_path / "cache")
+    # Both skip the step that went wrong in one of them, and the next step is that of a single process again.
     assert done.stderr.count("Step 6 skipped: loss nan") == 1
-    assert_equal_weights(two / "checkpoint-5", two / "checkpoint-6")
-    assert_same_weights(one, two)
+    assert_same_weights(two / "checkpoint-5", two / "checkpoint-6")
+    assert_close_weights(one, two)
     with pytest.raises(AssertionError):
-        assert_same_weights(one, two / "checkpoint-6")
+        assert_close_weights(one, two / "checkpoint-6")
 
-    # Either goes on from the other's checkpoint. A signal to one of them, or to the launcher, stops both after the same
+    # Each continues from the other's checkpoint. A signal to one process, or to the launcher, stops both after the same
     # step.
     resume, (kind, number) = "--resume_from_checkpoint", ("SIGTERM", 15) if engine == "ddp" else ("Ctrl-C", 2)
     more = (resume, one / "checkpoint-2", "--max_train_steps", 1000, "--checkpointing", "offload")
     onward, done, ranks = watch("onward", [[1, 5, kind]], *more)
     assert ", 0 to make" in done.stderr and "at step 2" in done.stderr and done.returncode != 0
     (step,) = re.findall(
-        rf"Stopped by {number} at step (\d+). Go on with --resume_from_checkpoint latest", done.stderr
+        rf"Stopped by {number} at step (\d+). Continue with --resume_from_checkpoint latest", done.stderr
     )
     assert engine != "ddp" or step == "5"
     assert [len(rank["losses"]) for rank in ranks] == [2 * (int(step) - 2)] * 2
     last = list_checkpoints(onward)[-1]
     assert last.name == f"checkpoint-{step}" and checkpoint_damage(last) is None
-    assert_same_weights(one / "checkpoint-5", onward / "checkpoint-5")
-    caplog.set_level("INFO", logger="train_semantic_fill_lora")
+    assert_close_weights(one / "checkpoint-5", onward / "checkpoint-5")
+    caplog.set_level("INFO", logger="semantic_fill")
     more = (*RUN, "--train_batch_size", 4, "--cache_root", tmp_path / "cache", resume, two / "checkpoint-2")
-    back = run_here(base_folder, tmp_path / "back", *more, data=triptych_folder)
+    back = run(base_folder, tmp_path / "back", *more, data=triptych_folder)
     assert "at step 2" in caplog.text
-    assert_same_weights(one / "checkpoint-5", back / "checkpoint-5")
+    assert_close_weights(one / "checkpoint-5", back / "checkpoint-5")
 
 
-def check_what_each_did(ranks, out, cache, engine):
-    """Of a run of 7 steps of 2 micro-steps of 2 samples."""
+def check_what_each_did(ranks, out, cache):
+    """Checks the notes of a run of 7 steps, each of 2 micro-steps of 2 samples in either process."""
     # Every sample of the run is trained once, with noise of its own.
     assert sorted(ranks[0]["rows"] + ranks[1]["rows"]) == list(range(56))
     noise = [number for rank in ranks for drawn in rank["noise"] for number in drawn]
     assert len(set(noise)) == len(noise) == 56
-    # Each of the 6 samples and the prompts is encoded once, shared out.
+    # Each of the 6 samples and the prompts is encoded once, by one of the processes.
     encoded = sorted(str(what) for rank in ranks for what in rank["encoded"])
     assert encoded == sorted(["", "caption 0", "caption 1", *map(str, range(6))])
     assert all(any(isinstance(what, int) for what in rank["encoded"]) for rank in ranks)
-    # Gradients are shared in the last micro-step of each step only, but for ZeRO-2, which keeps parts of them only.
-    if engine != "deepspeed_zero2":
-        for rank in ranks:
-            a_step = rank["reductions"][1]
-            assert a_step > 0 and rank["reductions"] == [n * a_step for step in range(7) for n in (step, step + 1)]
+    # Gradients are exchanged in the last micro-step of each step only.
+    for rank in ranks:
+        in_a_step = rank["reductions"][1]
+        assert in_a_step > 0
+        assert rank["reductions"] == [n * in_a_step for step in range(7) for n in (step, step + 1)]
     # The logged loss is the mean over processes and micro-steps.
     assert len(ranks[0]["logged"]) == 7
     for step, logged in enumerate(ranks[0]["logged"]):
         losses = [loss for rank in ranks for loss in rank["losses"][2 * step : 2 * step + 2]]
         assert len(set(losses)) == 4
         assert logged == pytest.approx(sum(losses) / 4, nan_ok=step == 5)
-    # The first process alone writes, but for the encodings that are shared out.
+    # Only the first process writes, apart from the encodings, which both make.
     checkpoints = {f"checkpoint-{step}" for step in range(1, 8)}
     assert {path.name for path in out.glob("*checkpoint*")} == checkpoints
     assert any("checkpoint-1" in path for path in ranks[0]["written"])
     assert any(path.startswith(str(cache)) for path in ranks[1]["written"])
     assert all(path.startswith(str(cache)) for path in ranks[1]["written"]), ranks[1]["written"]
-    # Each waits until the other has encoded, and the second whenever the first writes.
+    # Each waits until the other has encoded, and the second one waits whenever the first one writes.
     last_encoded = max(at for rank in ranks for event, at in rank["times"] if event == "encoded")
     steps = [at for event, at in ranks[1]["times"] if event == "step"]
     saved = [at for event, at in ranks[0]["times"] if event == "checkpoint"]
@@ -169,19 +152,19 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(base_folder, triptych_folder,
     script, out = ROOT / "train_semantic_fill_lora.py", tmp_path / "out"
     more = ["--max_train_steps", 100000, "--train_batch_size", 1]
     options = command(base_folder, triptych_folder, out, *more, "--checkpointing_steps", 2)
-    run = [sys.executable, *options[options.index(str(script)) :]]
-    with subprocess.Popen(run, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+    start = [sys.executable, *options[options.index(str(script)) :]]
+    with subprocess.Popen(start, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
         log = ""
         for line in process.stderr:
             log += line
             if "checkpoint-2" in line:
                 process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 128 + signal.SIGTERM, log[-3000:]
-    assert "Go on with --resume_from_checkpoint latest" in log
+    assert "Continue with --resume_from_checkpoint latest" in log
     step = checkpoint_step(list_checkpoints(out)[-1])
     more[1] = step + 1
-    run_here(base_folder, out, *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
-    assert (out / FILES[0]).is_file()
+    run(base_folder, out, *more, "--resume_from_checkpoint", "latest", data=triptych_folder)
+    assert (out / LORA_FILE).is_file()
 
 
 # Runs the code of a model card on a CPU, in float32.
@@ -211,10 +194,12 @@ def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path, r
         hub.add_repo(flux, {path.relative_to(base_folder).as_posix(): path.read_bytes() for path in files})
         env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=hub.token)
         env.pop("HF_HUB_OFFLINE", None)
-        run = command(flux, triptych_folder, out, *more)
-        done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+        start = command(flux, triptych_folder, out, *more)
+        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert {*FILES, "README.md", "pipeline.py", "semantic_attention/config.json"} <= set(hub.files(repo))
+        assert {LORA_FILE, MODULE_FILE, "README.md", "pipeline.py", "semantic_attention/config.json"} <= set(
+            hub.files(repo)
+        )
         assert not any(name.startswith(("checkpoint", "cache", "logs", ".lock")) for name in hub.files(repo))
         for path in out.rglob("*"):
             assert path.is_dir() or b"hf_planted_secret" not in path.read_bytes()
@@ -246,8 +231,8 @@ def test_a_failed_upload_keeps_the_result(base_folder, tmp_path):
         env.pop("HF_HUB_OFFLINE", None)
         more = ["--max_train_steps", 1, "--push_to_hub", "--hub_model_id", "user/fill"]
         more += ["--validation_inference_steps", 1]
-        run = command(base_folder, data, out, *more)
-        done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+        start = command(base_folder, data, out, *more)
+        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "Training is done and saved in" in done.stderr and "hf upload user/fill" in done.stderr
-    assert all(Path(out, file).is_file() for file in FILES)
+    assert all(Path(out, file).is_file() for file in (LORA_FILE, MODULE_FILE))

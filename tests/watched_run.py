@@ -1,10 +1,10 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The trainer as one of several processes, which notes what it draws, encodes, sends, logs and writes.
+"""The trainer as one of several processes, which notes what it draws, encodes, exchanges, logs and writes.
 
     accelerate launch ... tests/watched_run.py FOLDER FAULTS OPTIONS...
 
 leaves `FOLDER/rank0.json` and so on. Faults are JSON, `[[rank, number of the loss from 1, kind], ...]`: "nan",
-"SIGTERM" to this process, or "Ctrl-C", which a launcher gets. What other processes are to wait for takes its time.
+"SIGTERM" to this process, or "Ctrl-C", which the launcher gets. What other processes have to wait for is slowed down.
 """
 
 import functools
@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train_semantic_fill_lora as trainer
-import training_engines
+from semantic_fill import checkpoints, engines
+from semantic_fill.encoding import Encoder
 
 
 NOTES = ("noise", "rows", "losses", "encoded", "reductions", "logged", "norms", "written", "times")
@@ -46,7 +47,8 @@ def counted(function):
     return call
 
 
-def watched(owner, name, note, slowly=False):
+def watch(owner, name, note, slowly=False):
+    """Has `note` called with the result and the arguments of each call of a function."""
     function = getattr(owner, name)
 
     def call(*args, **kwargs):
@@ -79,8 +81,8 @@ def with_faults(compare, faults):
     return call
 
 
-def note_rows(batch, step, samples):
-    seen["rows"] += [sample["draws"].position for sample in samples]
+def note_rows(batch, samples, **kwargs):
+    seen["rows"] += [sample["spec"].position for sample in samples]
 
 
 def note_encoding(result, encoder, index, *args):
@@ -107,35 +109,35 @@ def hook_ddp(prepared, *args):
 
 
 def main() -> None:
-    folder, faults, *options = sys.argv[1:]
-    # FSDP2 shares gradients by one of these, as PyTorch's version has it; DDP's reducer is reached by its hook alone.
+    folder, faults, *arguments = sys.argv[1:]
+    # FSDP2 exchanges gradients with one of these, depending on torch's version. DDP's reducer is reached by its hook alone.
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
         if hasattr(dist, name):
             setattr(dist, name, counted(getattr(dist, name)))
-    watched(training_engines.Engine, "prepare", hook_ddp)
-    for engine in (training_engines.Engine, training_engines.FSDP2Engine):
-        watched(engine, "backward", note_backward)
-    watched(trainer, "draw_noise", lambda drawn, *args: seen["noise"].append(drawn[0].sum(dim=(1, 2)).tolist()))
-    # Once a micro-step, before anything else of it.
-    watched(trainer.Encoder, "encode_batch", lambda *args: note_time("step"))
-    watched(trainer.Step, "prepare", note_rows)
-    watched(trainer.Step, "loss", lambda loss, *args: seen["losses"].append(loss.item()))
+    watch(engines.Engine, "prepare", hook_ddp)
+    for engine in (engines.Engine, engines.FSDP2Engine):
+        watch(engine, "backward", note_backward)
+    watch(trainer, "add_noise", lambda noise, *args: seen["noise"].append(noise[0].sum(dim=(1, 2)).tolist()))
+    # This comes once in a micro-step, before everything else in it.
+    watch(Encoder, "encode_batch", lambda *args: note_time("step"))
+    watch(trainer, "make_batch", note_rows)
     rank = int(os.environ["RANK"])
-    watched(trainer.Encoder, "_encode_sample", note_encoding, slowly=rank == 1)
-    watched(trainer.Encoder, "encode_prompts", note_prompts)
-    watched(trainer, "save_checkpoint", lambda *args: note_time("checkpoint"), slowly=True)
-    watched(trainer, "save_result", lambda *args: note_time("result"), slowly=True)
-    watched(Accelerator, "log", note_log)
+    watch(Encoder, "_encode_sample", note_encoding, slowly=rank == 1)
+    watch(Encoder, "encode_prompts", note_prompts)
+    watch(checkpoints, "save_checkpoint", lambda *args: note_time("checkpoint"), slowly=True)
+    watch(trainer, "save_result", lambda *args: note_time("result"), slowly=True)
+    watch(Accelerator, "log", note_log)
     trainer.compare = with_faults(trainer.compare, {call: kind for at, call, kind in json.loads(faults) if at == rank})
+    watch(trainer, "compare", lambda loss, *args: seen["losses"].append(loss.item()))
     sys.addaudithook(note_writes)
-    args = trainer.parse_args(options)
-    # A launcher ends all processes with the first, which would cost the notes.
+    options = trainer.parse_args(arguments)
+    # A launcher ends all processes when the first one ends, which would cost the notes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        trainer.main(args)
+        trainer.main(options)
     finally:
         note_time("end")
-        inside = (str(Path(args.output_dir)), str(Path(args.cache_root)))
+        inside = (str(Path(options.output_dir)), str(Path(options.cache_root)))
         seen["written"] = sorted({path for path in seen["written"] if path.startswith(inside)})
         Path(folder, f"rank{rank}.json").write_text(json.dumps(seen))
 
