@@ -167,8 +167,8 @@ def add_to_model_card(trained: str, section: str, results: list[EvalResult], pic
         # The list of arguments is long, so the figures come before it.
         head, training, rest = card.text.partition("## Training\n")
         card.text = f"{head}{section}\n{training}{rest}"
-    card.data.model_name = trained if on_hub else Path(trained).resolve().name
-    card.data.eval_results = results
+    card.data["model_name"] = trained if on_hub else Path(trained).resolve().name
+    card.data["eval_results"] = results
     place = f"samples/{picture.name}"
     if on_hub:
         upload_file(repo_id=trained, path_or_fileobj=picture, path_in_repo=place, commit_message="Evaluation")

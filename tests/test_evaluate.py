@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The evaluation's figures against independent computations of them, and what it leaves behind."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,27 +14,30 @@ import PIL.Image
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
+import torchmetrics
 import torchmetrics.functional.image.lpips as torchmetrics_lpips
+import torchmetrics.image.lpip as torchmetrics_lpip
 import transformers
-from conftest import ROOT, draw_triptych
+from helpers import ON_CPU, ROOT, draw_triptych, run
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from test_processes import ON_CPU
-from test_training import run
 
-import evaluate_semantic_fill as evaluation
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from train_semantic_fill_lora import seed_of
+from semantic_fill import evaluate, publish
+from semantic_fill.data import seed_of
 
 
 COUNT = 5
-# The maps of the tests' triptychs have the eight corners of the colour cube.
+# The maps of the tests' triptychs have the eight corners of the color cube.
 PALETTE = {f"class {i}": [255 * (i >> 2), 255 * (i >> 1 & 1), 255 * (i & 1)] for i in range(8)}
 
 
+@functools.cache
 def alexnet_features() -> torch.nn.Sequential:
-    """The convolutional part of torchvision's AlexNet, with random weights."""
+    """The convolutional part of torchvision's AlexNet, with the same random weights in every call."""
+    torch.manual_seed(0)
     layers = []
     for channels, width, size, stride, padding, pool in (
         (3, 64, 11, 4, 2, True),
@@ -49,7 +53,7 @@ def alexnet_features() -> torch.nn.Sequential:
 
 @pytest.fixture(scope="module")
 def files(base_folder, tmp_path_factory):
-    """A trained folder, triptychs whose targets are label maps, a palette, and networks that metrics look through."""
+    """A trained folder, triptychs whose targets are label maps, a palette, and a network for FID and KID."""
     folder = tmp_path_factory.mktemp("evaluate")
     data = folder / "test"
     data.mkdir()
@@ -57,15 +61,13 @@ def files(base_folder, tmp_path_factory):
     for index in range(COUNT):
         triptych = draw_triptych(index)
         labels = triptych.crop((64, 0, 96, 32))
-        # Guided by a mirrored map, so that map and target differ.
+        # The target is the mirrored map, so that the two differ.
         triptych.paste(labels.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), (32, 0))
         triptych.save(data / f"{index}.png")
         rows.append(json.dumps({"file_name": f"{index}.png", "text": f"caption {index}"}))
     (data / "metadata.jsonl").write_text("\n".join(rows))
     (folder / "palette.json").write_text(json.dumps(PALETTE))
     torch.manual_seed(0)
-    features = alexnet_features()
-    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, folder / "alexnet.pth")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder / "dinov2")
     run(base_folder, folder / "out", "--max_train_steps", 2, "--semantic_scale_learning_rate", 1, data=data)
@@ -75,17 +77,27 @@ def files(base_folder, tmp_path_factory):
 def arguments(base_folder, files, *more, output_dir="evaluation"):
     options = ["--pretrained_model_name_or_path", base_folder, "--trained", files / "out", "--resolution", 32]
     options += ["--train_data_dir", files / "test", "--num_inference_steps", 2, "--output_dir", files / output_dir]
-    return evaluation.parse_args([str(option) for option in (*options, *more)])
-
-
-def networks(files):
-    return ["--lpips_weights", files / "alexnet.pth", "--fid_model", files / "dinov2"]
+    return evaluate.parse_args([str(option) for option in (*options, *more)])
 
 
 @pytest.fixture(scope="module")
-def evaluated(base_folder, files):
+def torchvision():
+    """Gives torchmetrics the backbone that it takes from torchvision."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchmetrics_lpip, "_TORCHVISION_AVAILABLE", True)
+        patch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda net, pretrained: alexnet_features())
+        yield
+
+
+def everything(files) -> list:
+    """The options of an evaluation with all metrics, whose last batch holds one sample."""
+    return ["--fid_model", files / "dinov2", "--palette", files / "palette.json", "--batch_size", 2]
+
+
+@pytest.fixture(scope="module")
+def evaluated(base_folder, files, torchvision):
     """A whole evaluation: its report, and all paintings and targets `(count, 32, 32, 3)` by kind of map."""
-    painted, paint = {}, evaluation.paint
+    painted, paint = {}, evaluate.paint
 
     def keep(pipeline, dataset, kind, args):
         for batch in paint(pipeline, dataset, kind, args):
@@ -93,9 +105,8 @@ def evaluated(base_folder, files):
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "paint", keep)
-        more = [*networks(files), "--palette", files / "palette.json", "--batch_size", 3]
-        report = evaluation.main(arguments(base_folder, files, *more))
+        patch.setattr(evaluate, "paint", keep)
+        report = evaluate.main(arguments(base_folder, files, *everything(files)))
     pictures = {
         kind: [torch.cat(side).permute(0, 2, 3, 1).numpy() for side in zip(*batches)]
         for kind, batches in painted.items()
@@ -131,24 +142,32 @@ def test_miou_is_that_of_the_confusion_matrix(evaluated):
         assert report["figures"][kind]["miou"] == pytest.approx(iou.mean())
 
 
-def test_lpips_is_that_of_torchmetrics(evaluated, files, monkeypatch):
+def test_lpips_is_that_of_its_formula(evaluated):
     report, pictures = evaluated
-    features = alexnet_features()
-    features.load_state_dict(
-        {name.removeprefix("features."): value for name, value in torch.load(files / "alexnet.pth").items()}
-    )
-    # torchmetrics asks torchvision for the backbone.
-    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda net, pretrained: features)
-    network = torchmetrics_lpips._NoTrainLpips(net="alex")
-    painted, target = (torch.from_numpy(x).permute(0, 3, 1, 2) / 255 for x in pictures["right"])
-    expected = network(painted, target, normalize=True).flatten().tolist()
-    assert [sample["lpips"] for sample in report["samples"]["right"]] == pytest.approx(expected, rel=1e-4)
-    assert report["figures"]["right"]["lpips"] == pytest.approx(np.mean(expected), rel=1e-4)
+    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
+    linear = torch.load(folder / "alex.pth", map_location="cpu", weights_only=True)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+
+    def normed_features(picture):
+        x, found = ((torch.from_numpy(picture) / 127.5 - 1 - shift) / scale).permute(0, 3, 1, 2), []
+        # The last pooling comes after the last features.
+        for layer in alexnet_features()[:-1]:
+            x = layer(x)
+            if isinstance(layer, torch.nn.ReLU):
+                found.append(x / torch.sqrt(1e-8 + (x**2).sum(dim=1, keepdim=True)))
+        return found
+
+    for kind, sides in pictures.items():
+        pairs = zip(*map(normed_features, sides))
+        distances = [F.conv2d((a - b) ** 2, linear[f"lin{i}.model.1.weight"]) for i, (a, b) in enumerate(pairs)]
+        expected = sum(distance.mean(dim=(1, 2, 3)) for distance in distances).tolist()
+        assert [sample["lpips"] for sample in report["samples"][kind]] == pytest.approx(expected, rel=1e-4)
+        assert report["figures"][kind]["lpips"] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 def test_fid_and_kid_are_those_of_their_formulas(evaluated, files):
     report, pictures = evaluated
-    network = evaluation.VisionFeatures(str(files / "dinov2"), None)
+    network = evaluate.VisionFeatures(str(files / "dinov2"), None)
     for kind in pictures:
         painted, target = (
             network(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy().astype(np.float64) for x in pictures[kind]
@@ -164,7 +183,7 @@ def test_fid_and_kid_are_those_of_their_formulas(evaluated, files):
 
 
 def test_features_depend_on_the_picture(files):
-    network = evaluation.VisionFeatures(str(files / "dinov2"), None)
+    network = evaluate.VisionFeatures(str(files / "dinov2"), None)
     pictures = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8)
     features = network(pictures)
     assert features.shape == (3, 16) and (features[0] - features[1]).abs().max() > 1e-3
@@ -187,23 +206,22 @@ def test_maps_and_seeds(evaluated, base_folder, files):
                 num_inference_steps=2,
                 generator=torch.Generator().manual_seed(seed_of(0, "evaluate", index)),
             ).images[0]
-            # Batches round otherwise than single samples do.
+            # Batches round differently than single samples.
             difference = np.asarray(picture).astype(int) - pictures[kind][0][index]
             assert abs(difference).max() <= 1
 
 
 def test_reruns_agree(evaluated, base_folder, files):
     report, _ = evaluated
-    more = [*networks(files), "--palette", files / "palette.json", "--batch_size", 3]
-    again = evaluation.main(arguments(base_folder, files, *more, output_dir="again"))
+    again = evaluate.main(arguments(base_folder, files, *everything(files), output_dir="again"))
     assert again["figures"] == report["figures"] and again["samples"] == report["samples"]
     more = ["--seed", 1, "--metrics", "psnr", "--maps", "none"]
-    other = evaluation.main(arguments(base_folder, files, *more, output_dir="other"))
+    other = evaluate.main(arguments(base_folder, files, *more, output_dir="other"))
     assert other["figures"]["none"]["psnr"] != report["figures"]["none"]["psnr"]
 
 
 def test_only_the_paintings_that_are_shown_are_kept(base_folder, files, monkeypatch):
-    paint, draw_grid = evaluation.paint, evaluation.draw_grid
+    paint, draw_grid = evaluate.paint, evaluate.draw_grid
     batches, shown = [], {}
 
     def watched(*args):
@@ -213,16 +231,16 @@ def test_only_the_paintings_that_are_shown_are_kept(base_folder, files, monkeypa
 
     def drawn(columns):
         shown.update({name: len(column) for name, column in columns.items()})
-        # The last one is still a variable's.
+        # A variable still holds the last one.
         assert len(batches) == 3 and not any(batch() is not None for batch in batches[:-1])
         assert sum(tile.untyped_storage().nbytes() for tile in columns["no map"]) <= 2 * 2 * 3 * 32 * 32
         return draw_grid(columns)
 
-    monkeypatch.setattr(evaluation, "paint", watched)
-    monkeypatch.setattr(evaluation, "draw_grid", drawn)
+    monkeypatch.setattr(evaluate, "paint", watched)
+    monkeypatch.setattr(evaluate, "draw_grid", drawn)
     options = ["--maps", "none", "--metrics", "psnr", "--batch_size", 2, "--grid_rows", 2]
-    evaluation.main(arguments(base_folder, files, *options, output_dir="shown"))
-    assert shown == {"visible": 2, "map": 2, "target": 2, "no map": 2}
+    evaluate.main(arguments(base_folder, files, *options, output_dir="shown"))
+    assert shown == {"visible": 2, "semantic": 2, "target": 2, "no map": 2}
 
 
 def test_what_is_left(evaluated, files):
@@ -236,24 +254,29 @@ def test_what_is_left(evaluated, files):
     assert [line.split(" |")[0] for line in lines[2:5]] == ["| right", "| wrong", "| none"]
     assert "FID and KID see with dinov2" in lines[6] and str(files) not in "".join(lines)
     sheet = np.asarray(PIL.Image.open(folder / "evaluation.png"))
-    # Three times as large; visible, map, target, right, wrong, none.
+    # The columns visible, semantic, target, right, wrong and none are three times as large as the pictures.
     assert sheet.shape == (16 + COUNT * 96, 6 * 96, 3)
     np.testing.assert_array_equal(sheet[16::3, 3 * 96 : 4 * 96 : 3], pictures["right"][0].reshape(-1, 32, 3))
     np.testing.assert_array_equal(sheet[16::3, 2 * 96 : 3 * 96 : 3], pictures["right"][1].reshape(-1, 32, 3))
 
 
-def test_what_cannot_be_fetched_is_absent(base_folder, files, monkeypatch):
+@pytest.mark.parametrize("fault", ["no torchvision", "no connection"])
+def test_what_cannot_be_loaded_is_absent(base_folder, files, fault, monkeypatch):
     def no_connection(*args, **kwargs):
         raise urllib.error.URLError("no connection")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_connection)
-    monkeypatch.setattr(evaluation, "load_features", no_connection)
-    report = evaluation.main(arguments(base_folder, files, "--maps", "none", output_dir="absent"))
+    monkeypatch.setattr(torchmetrics_lpip, "_TORCHVISION_AVAILABLE", fault == "no connection")
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", no_connection)
+    monkeypatch.setattr(evaluate, "load_features", no_connection)
+    report = evaluate.main(arguments(base_folder, files, "--maps", "none", output_dir=fault))
     assert set(report["figures"]["none"]) == {"psnr", "ssim"} and set(report["absent"]) == {"lpips", "fid", "kid"}
-    text = (files / "absent" / "evaluation.md").read_text()
+    text = (files / fault / "evaluation.md").read_text()
     assert "| absent | absent | absent |" in text
-    assert "LPIPS is absent: its network could not be fetched" in text and "--lpips_weights takes a file" in text
-    assert "--inception_weights takes a file" in text
+    reason = "URLError: <urlopen error no connection>" if fault == "no connection" else "torchvision is installed"
+    (line,) = (
+        line for line in text.splitlines() if line.startswith("LPIPS is absent: its network could not be loaded")
+    )
+    assert reason in line and "--inception_weights takes a file" in text
 
 
 class Planted:
@@ -263,11 +286,10 @@ class Planted:
 
 def test_wrong_weights_are_refused(base_folder, files, capsys):
     torch.save(Planted(), files / "planted.pth")
-    for option in ("--lpips_weights", "--inception_weights"):
-        args = arguments(base_folder, files, option, files / "planted.pth", "--metrics", "lpips", "fid")
-        args.metrics = ["lpips"] if option == "--lpips_weights" else ["fid"]
-        with pytest.raises(ValueError, match=r"planted.pth is no network for (lpips|fid)"):
-            evaluation.load_networks(args)
+    for name in ("planted.pth", "missing.pth"):
+        options = arguments(base_folder, files, "--inception_weights", files / name, "--metrics", "psnr", "fid")
+        with pytest.raises(ValueError, match=f"{name} is no network for fid"):
+            evaluate.load_networks(options)
     assert "planted code ran" not in capsys.readouterr().out
 
 
@@ -278,7 +300,7 @@ def test_wrong_weights_are_refused(base_folder, files, capsys):
         ("--batch_size 0", "--batch_size has to be at least 1"),
         ("--resolution 30", "--resolution has to be a positive multiple of 16"),
         ("--max_train_samples 0", "--max_train_samples has to be at least 1"),
-        ("--lpips_weights nowhere.pth", "--lpips_weights nowhere.pth is no file"),
+        ("--maps left", "argument --maps: invalid choice: 'left'"),
         (
             "--update_model_card --trained {tmp_path}",
             "--update_model_card needs {tmp_path}/README.md, which is not there",
@@ -292,25 +314,39 @@ def test_contradicting_options_are_refused(base_folder, files, tmp_path, options
     assert message.format(tmp_path=tmp_path) in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_does_not_fit_the_data_is_refused(base_folder, files, triptych_folder):
-    psnr = ["--metrics", "psnr"]
-    with pytest.raises(ValueError, match="has one sample only. Pass --maps right none"):
-        evaluation.main(arguments(base_folder, files, "--max_train_samples", 1, *psnr))
+def test_what_does_not_fit_the_data_is_refused_before_painting(base_folder, files, triptych_folder, monkeypatch):
+    def evaluated(*more):
+        return evaluate.main(arguments(base_folder, files, *more))
+
+    same_map = files / "same_map"
+    same_map.mkdir()
+    for index in range(2):
+        draw_triptych(0).save(same_map / f"{index}.png")
+    captions = ["--instance_prompt", "a map"]
+    monkeypatch.setattr(evaluate, "paint", None)
+    for data in (["--max_train_samples", 1], ["--train_data_dir", same_map, *captions]):
+        with pytest.raises(ValueError, match="all samples have the same one. Pass --maps right none"):
+            evaluated("--metrics", "psnr", *data)
     with pytest.raises(ValueError, match="FID and KID compare sets"):
-        evaluation.main(arguments(base_folder, files, "--max_train_samples", 1, "--metrics", "kid"))
+        evaluated("--max_train_samples", 1, "--metrics", "kid")
+    (files / "same.json").write_text('{"a": "red", "b": "#ff0000"}')
+    with pytest.raises(ValueError, match="same.json has to give each class a color of its own"):
+        evaluated("--palette", files / "same.json")
+
+
+def test_targets_that_are_no_label_maps_are_refused(base_folder, files, triptych_folder):
     more = ["--train_data_dir", triptych_folder, "--palette", files / "palette.json", "--metrics", "miou"]
-    with pytest.raises(ValueError, match="of the target of row 0 have none of its colours"):
-        evaluation.main(arguments(base_folder, files, *more))
-    for content, message in (
-        ('{"a": "red", "b": "#ff0000"}', "a colour of their own"),
-        ('{"a": [256, 0, 0], "b": "red"}', r"gives a the colour \[256, 0, 0\]"),
-    ):
-        (files / "wrong.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            evaluation.read_palette(files / "wrong.json")
-    args = arguments(base_folder, files, "--maps", "right")
-    with pytest.raises(ValueError, match="trained in the mode `none`, without maps"):
-        evaluation.choose_maps("none", 2, args)
+    with pytest.raises(ValueError, match="of the target of row 0 has none of the colors of --palette"):
+        evaluate.main(arguments(base_folder, files, *more))
+
+
+def test_weights_without_maps_are_painted_without_one(base_folder, files, triptych_folder):
+    plain = run(base_folder, files / "plain", "--max_train_steps", 1, "--semantic_mode", "none", data=triptych_folder)
+    more = ["--trained", plain, "--metrics", "psnr"]
+    report = evaluate.main(arguments(base_folder, files, *more, output_dir="plain_figures"))
+    assert list(report["figures"]) == ["none"]
+    with pytest.raises(ValueError, match='`semantic_mode="none"` uses no map'):
+        evaluate.main(arguments(base_folder, files, *more, "--maps", "right"))
 
 
 def test_the_card_over_the_hub(base_folder, files, tmp_path):
@@ -318,10 +354,10 @@ def test_the_card_over_the_hub(base_folder, files, tmp_path):
     trained = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     options = ["--pretrained_model_name_or_path", base_folder, "--train_data_dir", files / "test", "--resolution", 32]
     options += ["--num_inference_steps", 1, "--metrics", "psnr", "ssim", "--update_model_card"]
-    command = [sys.executable, "-m", "evaluate_semantic_fill", *options, "--output_dir", tmp_path / "evaluation"]
+    command = [sys.executable, "-m", "semantic_fill.evaluate", *options, "--output_dir", tmp_path / "evaluation"]
     with HubServer(token="hf_planted_secret") as hub:
         hub.add_repo("user/fill", {name: trained[name] for name in trained if not name.startswith("cache/")})
-        env = {**hub.environment(tmp_path / "home", hub.token), **ON_CPU, "PYTHONPATH": str(ROOT)}
+        env = hub.environment(tmp_path / "home", hub.token) | ON_CPU | {"PYTHONPATH": str(ROOT)}
         command = [str(part) for part in (*command, "--trained", "user/fill")]
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -335,13 +371,12 @@ def test_the_card_over_the_hub(base_folder, files, tmp_path):
     assert figures == {name: report["figures"]["right"][name] for name in ("psnr", "ssim")}
     assert str(files) not in card.content
 
-    # A folder's card: a second evaluation takes the place of the first, and nothing else changes.
+    # In the card of a folder, a second evaluation takes the place of the first, and nothing else changes.
     before = ModelCard(trained["README.md"].decode()).text
-    picture = tmp_path / "evaluation" / "evaluation.png"
     for _ in range(2):
-        evaluation.update_model_card(report, picture, arguments(base_folder, files))
+        evaluate.main(arguments(base_folder, files, "--metrics", "psnr", "--maps", "none", "--update_model_card"))
         text = ModelCard.load(folder / "README.md").text
-        start, end = text.index(evaluation.CARD_START), text.index(evaluation.CARD_END)
-        assert (text[:start] + text[end:].removeprefix(evaluation.CARD_END + "\n\n")).split() == before.split()
+        start, end = text.index(publish.EVALUATION_START), text.index(publish.EVALUATION_END)
+        assert (text[:start] + text[end:].removeprefix(publish.EVALUATION_END)).split() == before.split()
         assert text[end:].count("## Training") == 1 and text.count("## Figures") == 1
     assert Path(folder, "samples", "evaluation.png").is_file()
