@@ -145,7 +145,7 @@ def draw_grid(columns: dict[str, list], rows: int) -> PIL.Image.Image:
         for row in range(rows):
             axes[row, column].imshow(columns[name][row])
             axes[row, column].axis("off")
-        axes[0, column].set_title(name, fontsize=7)
+        axes[0, column].set_title("map" if name == "semantic" else name, fontsize=7)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
     return as_picture(figure)
 
