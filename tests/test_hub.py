@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""What goes to the Hub and comes from it: checkpoints, cards, faults, and trained weights to start from."""
+"""What a run pushes to the Hub and loads from it: checkpoints, cards, and trained weights to start from; and faults."""
 
 import copy
 import hashlib
@@ -12,24 +12,22 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
 from diffusers import FluxFillPipeline
+from helpers import LORA_FILE, MODULE_FILE, ON_CPU, ROOT, arguments, run, weights_of
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from test_processes import ON_CPU
-from test_training import LORA_FILE, MODULE_FILE, arguments, run, weights_of
 
-import train_semantic_fill_lora as trainer
+from semantic_fill.publish import public_config, save_model_card, single_file_pipeline
 
 
 TOKEN = "hf_planted_secret"
-# Each client is another machine: a fresh process with a home of its own.
+# Each client is a process with a home of its own, as on another machine.
 PREAMBLE = """
 import logging, os, re, subprocess, sys
 from pathlib import Path
 sys.path[:0] = {paths}
-from test_training import arguments, run
-import train_semantic_fill_lora as trainer
+from helpers import arguments, run
+from semantic_fill.publish import open_repo, push_to_hub
 base, data, tmp = {arguments}
 def refused(kind, call):
     try:
@@ -70,13 +68,13 @@ run(base, Path(tmp, "out"), *"{options} --max_train_steps 4 --checkpointing_step
     " --hub_model_id user/fill-v1.5 --hub_strategy every_checkpoint".split(), data=data)
 """
 
-GO_ON = """
+RESUME = """
 import safetensors.torch
 repo = ["--resume_from_checkpoint", "user/fill-v1.5"]
 options = "{options} --max_train_steps".split()
 run(base, Path(tmp, "resumed"), *options, 6, *repo, data=data)
 
-# Nothing is learnt at a rate of zero: what is saved is what was loaded.
+# Nothing is learned at a rate of zero, so what is saved is what was loaded.
 start = "--lora_alpha 8 --lora_weights user/fill-v1.5 --semantic_weights user/fill-v1.5 --learning_rate 0".split()
 run(base, Path(tmp, "started"), *start, "--max_train_steps", 1, data=data)
 said = refused(ValueError, lambda: run(base, Path(tmp, "x"), *start[2:], "--max_train_steps", 1, data=data))
@@ -87,7 +85,7 @@ def resume(repo):
 
 assert "no folder, and no Hub repository that can be read" in resume("user/none")
 assert "has no `last-checkpoint/`" in resume("user/empty")
-assert "is no whole checkpoint: pytorch_lora_weights.safetensors is not what was written" in resume("user/damaged")
+assert "is no intact checkpoint: pytorch_lora_weights.safetensors is not what was written" in resume("user/damaged")
 for option, text in (("--lora_weights", "holds no trained LoRA"), ("--semantic_weights", "holds no trained module")):
     more = [option, "user/empty", "--max_train_steps", 1]
     said = refused(ValueError, lambda: run(base, Path(tmp, "x"), *more, data=data))
@@ -98,7 +96,8 @@ for option, text in (("--lora_weights", "holds no trained LoRA"), ("--semantic_w
 def test_checkpoints_go_over_the_hub(hub, client, base_folder, triptych_folder, tmp_path):
     options = "--lora_alpha 8 --lora_dropout 0.1 --random_flip --lr_warmup_steps 3"
     options += " --lr_scheduler constant_with_warmup"
-    # The first checkpoint is refused; the second's first try is cut in the middle, its next answered with 500.
+    # The first checkpoint is refused. The second one's first try is cut in the middle, and its next try is answered with
+    # 500.
     hub.add_repo("user/fill-v1.5", {"notes.md": b"kept", "last-checkpoint/of-another-mode.json": b"{}"}, private=True)
     hub.fail("POST", "/commit/main$", 403, times=1)
     hub.fail("POST", "/commit/main$", "cut", times=1)
@@ -119,10 +118,12 @@ def test_checkpoints_go_over_the_hub(hub, client, base_folder, triptych_folder, 
     damaged = before[f"last-checkpoint/{LORA_FILE}"]
     hub.add_repo("user/damaged", before | {f"last-checkpoint/{LORA_FILE}": damaged[:-1] + bytes([damaged[-1] ^ 1])})
     hub.add_repo("user/empty", {"README.md": b""})
-    client(GO_ON.format(options=options), "elsewhere")
-    whole = run(base_folder, tmp_path / "whole", *options.split(), "--max_train_steps", 6, data=triptych_folder)
+    client(RESUME.format(options=options), "elsewhere")
+    undisturbed = run(
+        base_folder, tmp_path / "undisturbed", *options.split(), "--max_train_steps", 6, data=triptych_folder
+    )
     for file in (LORA_FILE, MODULE_FILE):
-        expected, resumed = weights_of(whole, file), weights_of(tmp_path / "resumed", file)
+        expected, resumed = weights_of(undisturbed, file), weights_of(tmp_path / "resumed", file)
         for name in expected:
             torch.testing.assert_close(resumed[name], expected[name], atol=1e-6, rtol=1e-5)
         pushed, started = safetensors.torch.load(files[file]), weights_of(tmp_path / "started", file)
@@ -133,14 +134,14 @@ FAULTS = """
 from huggingface_hub import ModelCard
 def push(name):
     more = ["--push_to_hub", "--hub_private_repo", "--hub_model_id", "user/" + name]
-    args = arguments(base, Path(tmp, "out"), *more, data=data)
-    trainer.push_to_hub(trainer.open_repo(args), ["README.md", "pipeline.py"], args)
+    options = arguments(base, Path(tmp, "out"), *more, data=data)
+    push_to_hub(open_repo(options), ["README.md", "pipeline.py"], options.output_dir)
 for name in ("exists", "once500", "once-cut"):
     push(name)
 for name, status in (("gone", "404"), ("conflict", "409")):
     said = refused(RuntimeError, lambda: push(name))
     assert "Training is done and saved in" in said and status in said and "hf upload user/" + name in said, said
-# What it advises uploads what the push would have.
+# The command that it advises uploads what the push would have uploaded.
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
 subprocess.run(re.search("with `(hf upload .*)`", said)[1], shell=True, check=True)
 for name in ("../up", "someone/else"):
@@ -155,17 +156,16 @@ assert "401" in said and "hf auth login" in said and "Nothing was trained" in sa
 
 
 def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, tmp_path):
-    for name, more in (("out", []), ("named", ["--hub_model_id", "user/fill", "--instance_prompt", 'a "hot": é'])):
-        args = arguments(base_folder, tmp_path / name, *more, data=triptych_folder)
-        (tmp_path / name).mkdir()
-        if more:
-            args.pretrained_model_name_or_path = "black-forest-labs/FLUX.1-Fill-dev"
-            args.dataset_name, args.train_data_dir = "user/data", None
-        args.max_train_steps = 7
-        code = trainer.single_file_pipeline().encode()
-        (tmp_path / name / "pipeline.py").write_bytes(code)
-        samples = [Path("samples/step-000007.png")]
-        trainer.save_model_card(tmp_path / name / "README.md", args, 0.5, samples, code)
+    code = single_file_pipeline().encode()
+    # On the Hub, the base and the data are repositories. On this machine they are folders.
+    plain = arguments(base_folder, tmp_path / "out", "--max_train_steps", 7, data=triptych_folder)
+    more = ["--hub_model_id", "user/fill", "--instance_prompt", 'a "hot": é', "--dataset_name", "user/data"]
+    named = arguments("black-forest-labs/FLUX.1-Fill-dev", tmp_path / "named", *more, "--max_train_steps", 7)
+    for options in (plain, named):
+        folder = Path(options.output_dir)
+        folder.mkdir()
+        (folder / "pipeline.py").write_bytes(code)
+        save_model_card(folder / "README.md", options, 0.5, [Path("samples/step-000007.png")], code)
     (tmp_path / "out" / "checkpoint-1").mkdir()
     (tmp_path / "out" / "checkpoint-1" / "training_state.json").write_text("{}")
     hub.add_repo("user/exists")
@@ -190,9 +190,10 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
     assert "![step-000007](samples/step-000007.png)" in card.text and hashlib.sha256(code).hexdigest() in card.text
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     compile(snippet, "card", "exec")
-    for name, value in trainer.public_config(args).items():
+    for name, value in public_config(named).items():
         assert f"- `{name}`: `{value}`\n" in card.text
-    # A folder of this machine is no model of the Hub, and nobody else's business.
+    assert str(tmp_path) not in card.content
+    # A local folder is no model of the Hub, and its path is private.
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "base_model" not in card.data.to_dict() and card.data.license_name == "as-base-model"
     assert str(tmp_path) not in card.content and Path(base_folder).name in card.text
@@ -212,7 +213,7 @@ def test_stock_pipeline_applies_the_alpha(base, base_folder, triptych_folder, tm
     stock = FluxFillPipeline.from_pretrained(base_folder)
     stock.load_lora_weights(out)
     painted = paint(stock)
-    # The independent way: W + alpha / r * B A, merged by hand.
+    # Independently, W + alpha / r * B A is merged by hand.
     pictures = {}
     for alpha in (12, 4):
         merged = FluxFillPipeline(**base.components)

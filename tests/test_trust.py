@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""What a run lets in and out: no pickle is read, no token is written, no foreign file is pushed."""
+"""What a run reads and writes: it reads no pickle, writes no token and pushes no file that is not its own."""
 
 import hashlib
 import os
@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import FluxFillPipeline
+from helpers import LORA_FILE, MODULE_FILE, ROOT, arguments, command, environment, run
 from hub_server import HubServer
-from test_processes import FILES, command, environment
-from test_training import arguments, run
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_fill.checkpoints import checkpoint_damage
+from semantic_fill.encoding import load_encoders
+from semantic_fill.publish import single_file_pipeline
 
 
 TOKEN = "hf_planted_secret"
@@ -57,10 +58,10 @@ def test_the_planted_pickle_would_leave_a_trace(tmp_path):
 def test_a_pickled_base_is_refused(base_folder, triptych_folder, tmp_path, weights, name):
     shutil.copytree(base_folder, tmp_path / "base")
     replace_by_pickle(tmp_path / "base" / weights, name, tmp_path / "trace")
-    args = arguments(tmp_path / "base", tmp_path / "out", data=triptych_folder)
+    options = arguments(tmp_path / "base", tmp_path / "out", data=triptych_folder)
     with pytest.raises((OSError, ValueError), match="safetensors"):
-        trainer.load_encoders(args, torch.device("cpu"), torch.float32)
-        trainer.build_model(args, torch.device("cpu"), torch.float32)
+        load_encoders(options, torch.float32)
+        trainer.load_transformer(options, torch.device("cpu"), torch.float32)
     assert not (tmp_path / "trace").exists()
 
 
@@ -73,11 +74,11 @@ def trained(base_folder, triptych_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "weights, name",
     [
-        (FILES[0], "pytorch_lora_weights.bin"),
-        (FILES[1], "diffusion_pytorch_model.bin"),
+        (LORA_FILE, "pytorch_lora_weights.bin"),
+        (MODULE_FILE, "diffusion_pytorch_model.bin"),
         # A pickle by the right name.
-        (FILES[0], Path(FILES[0]).name),
-        (FILES[1], Path(FILES[1]).name),
+        (LORA_FILE, Path(LORA_FILE).name),
+        (MODULE_FILE, Path(MODULE_FILE).name),
     ],
 )
 def test_a_pickled_lora_or_module_is_refused(base, base_folder, trained, tmp_path, weights, name):
@@ -89,9 +90,10 @@ def test_a_pickled_lora_or_module_is_refused(base, base_folder, trained, tmp_pat
         pipe.load_lora_weights(folder)
     with pytest.raises(ValueError, match="`weight_name` has to be a safetensors file"):
         pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.bin")
-    args = arguments(base_folder, "out", "--lora_weights", folder, "--semantic_weights", folder, data="unused")
+    options = arguments(base_folder, "out", "--lora_weights", folder, "--semantic_weights", folder, data="unused")
+    transformer = trainer.load_transformer(options, torch.device("cpu"), torch.float32)
     with pytest.raises(Exception, match="(?i)safetensors|header|holds no trained"):
-        trainer.build_model(args, torch.device("cpu"), torch.float32)
+        trainer.build_model(transformer, options)
     assert not (tmp_path / "trace").exists()
 
 
@@ -99,7 +101,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(base_folder, trained, tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     shutil.copytree(trained / "checkpoint-1", checkpoint)
     replace_by_pickle(checkpoint / "training_state.safetensors", "training_state.safetensors", tmp_path / "trace")
-    assert "training_state.safetensors is not what was written" in trainer.checkpoint_damage(checkpoint)
+    assert "training_state.safetensors is not what was written" in checkpoint_damage(checkpoint)
     assert not (tmp_path / "trace").exists()
 
 
@@ -108,12 +110,15 @@ def test_nothing_in_the_product_unpickles():
     unpickles = re.compile(
         r"\bimport pickle\b|\btorch\.load\((?![^\n]*weights_only=True)|\bjoblib\b|allow_pickle\s*=\s*True|use_safetensors\s*=\s*False"
     )
-    for path in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
+    folders = (ROOT, ROOT / "semantic_fill", ROOT / "examples", ROOT / "benchmarks")
+    paths = [path for folder in folders for path in folder.glob("*.py")]
+    assert {"train_semantic_fill_lora.py", "checkpoints.py", "demo.py"} <= {path.name for path in paths}
+    for path in paths:
         assert not unpickles.search(path.read_text()), path
 
 
 def test_a_run_and_a_painting_unpickle_no_object(base_folder, triptych_folder, tmp_path):
-    """Nor does any library on the way."""
+    """No library on the way does either."""
     found = []
 
     def note(event, args):
@@ -131,24 +136,29 @@ def test_a_run_and_a_painting_unpickle_no_object(base_folder, triptych_folder, t
     pipe = FluxFillSemanticPipeline.from_pretrained(base_folder)
     pipe.load_lora_weights(out)
     picture = torch.zeros(3, 32, 32)
-    pipe("x", picture, picture, num_inference_steps=1, max_sequence_length=16, output_type="latent")
+    pipe(
+        "x", image=picture, semantic_image=picture, num_inference_steps=1, max_sequence_length=16, output_type="latent"
+    )
     seen, found = found, None
     assert seen == []
 
 
-def test_a_token_on_the_command_line_is_not_repeated(capsys):
+def test_a_token_on_the_command_line_is_not_repeated(capsys, tmp_path):
     for option in ("--hub_token", "--token", "--hf_token", "--use_auth_token"):
-        with pytest.raises(SystemExit):
-            arguments("unused", "unused", option, TOKEN, data="unused")
-        printed = "".join(capsys.readouterr())
-        assert TOKEN not in printed and "set HF_TOKEN" in printed
+        config = tmp_path / "run.yaml"
+        config.write_text(f"{option[2:]}: {TOKEN}")
+        for passed in ([option, TOKEN], [f"{option}={TOKEN}"], ["--config", config]):
+            with pytest.raises(SystemExit):
+                arguments("unused", "unused", *passed, data="unused")
+            printed = "".join(capsys.readouterr())
+            assert TOKEN not in printed and f"{option}. Tokens are not taken here" in printed and "HF_TOKEN" in printed
 
 
 def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych_folder, tmp_path):
     out = tmp_path / "out"
     (out / "semantic_attention").mkdir(parents=True)
     for name in ("evil.py", "model.bin", "semantic_attention/evil.py", ".env", "README.md", "pipeline.py"):
-        (out / name).write_text("of somebody else")
+        (out / name).write_text("foreign")
     more = "--max_train_steps 2 --checkpointing_steps 1 --push_to_hub --hub_model_id user/fill --validation_steps 2"
     more += " --log_level debug --hub_strategy every_checkpoint"
     more += " --num_validation_images 1 --validation_inference_steps 1"
@@ -160,19 +170,29 @@ def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych
         done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         pushed = {name: content for name, content in hub.files("user/fill").items() if name != ".gitattributes"}
-    wanted = {*FILES, "README.md", "pipeline.py", "semantic_attention/config.json", "samples/step-000002.png"}
+    wanted = {
+        LORA_FILE,
+        MODULE_FILE,
+        "README.md",
+        "pipeline.py",
+        "semantic_attention/config.json",
+        "samples/step-000002.png",
+    }
     state = {"manifest.json", "options.json", "training_state.json", "training_state.safetensors"}
-    state |= {*FILES, "semantic_attention/config.json"}
+    state |= {LORA_FILE, MODULE_FILE, "semantic_attention/config.json"}
     assert set(pushed) == wanted | {f"last-checkpoint/{name}" for name in state}
     # The pushed code is that of the two released files, and the card says which.
-    assert pushed["pipeline.py"] == trainer.single_file_pipeline().encode()
+    assert pushed["pipeline.py"] == single_file_pipeline().encode()
     assert hashlib.sha256(pushed["pipeline.py"]).hexdigest() in pushed["README.md"].decode()
     module, pipeline = (
         (ROOT / name).read_text() for name in ("semantic_attention.py", "pipeline_flux_fill_semantic.py")
     )
-    # The module stands where the other file chooses how to import it, and nothing else is added or lacking.
-    choice = pipeline[pipeline.index("if __package__:\n") : pipeline.index("# `save_pretrained` records")]
-    assert choice.count("\n") == 7 and "SemanticAttentionModel = _semantic_attention.SemanticAttentionModel" in choice
+    # The module stands where the other file chooses how to import it. Nothing else is added, and nothing is missing.
+    pattern = r"^if [^\n]*__package__:\n.*?(?=^# `save_pretrained` records)"
+    choice = re.search(pattern, pipeline, re.MULTILINE | re.DOTALL)[0]
+    imported = re.findall(r"^        (\w+),$", choice, re.MULTILINE)
+    assigned = re.findall(r"^    (\w+) = _semantic_attention\.\1$", choice, re.MULTILINE)
+    assert imported == assigned and "SemanticAttentionModel" in imported
     before, after = pipeline.split(choice)
     code = pushed["pipeline.py"].decode()
     assert code.startswith(before) and code.endswith(after)
@@ -186,7 +206,8 @@ def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_the_readme_says_what_remote_code_is(tmp_path):
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert "`trust_remote_code=True` runs the repository's `pipeline.py`" in text
-    assert "`semantic_attention.py` and `pipeline_flux_fill_semantic.py`" in text and "hash" in text
+def test_the_readme_says_what_remote_code_is():
+    paragraphs = re.split(r"\n\s*\n", (ROOT / "README.md").read_text())
+    (paragraph,) = (text for text in paragraphs if text.startswith("`trust_remote_code=True` runs"))
+    for said in ("`pipeline.py`", "`semantic_attention.py`", "`pipeline_flux_fill_semantic.py`", "hash"):
+        assert said in paragraph
