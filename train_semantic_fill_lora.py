@@ -266,7 +266,7 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
     module_class = SEMANTIC_MODES[options.semantic_mode].module_class
     if module_class is not None:
         if options.semantic_weights:
-            semantic_attention = load_module(options.semantic_weights, options.cache_dir)
+            semantic_attention = load_module(options.semantic_weights, module_class, options.cache_dir)
         else:
             names = ("num_layers", "num_heads", "head_dim", "position")
             # Each kind of module takes those that its configuration has.
@@ -356,6 +356,7 @@ def assemble(
     pipeline: FluxFillSemanticPipeline | None = None,
     encoder: Encoder | None = None,
     load_transformer: Callable[[Options, torch.device, torch.dtype], FluxTransformer2DModel] = load_transformer,
+    build_model: Callable[[FluxTransformer2DModel, Options], SemanticFillModel] = build_model,
     checkpoint: Path | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
 ) -> Run:
@@ -365,7 +366,7 @@ def assemble(
     Args:
         options (`Options`): As they were passed. The run's own options also hold what was found out on the way.
         engine (`Engine`): From `find_engine`.
-        rows, pipeline, encoder, load_transformer (*optional*): Taken instead of what `options` names.
+        rows, pipeline, encoder, load_transformer, build_model (*optional*): Taken instead of what `options` names.
         checkpoint (`Path`, *optional*): Checkpoint to continue from, from `find_checkpoint`.
         on_checkpoint (`Callable[[Path], None]`, *optional*): Called on the main process for each checkpoint.
     """

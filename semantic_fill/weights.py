@@ -97,12 +97,24 @@ def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, ca
         )
 
 
-def load_module(source: str, cache_dir: str | None = None) -> torch.nn.Module:
-    """The module of a trained folder or Hub repository, or of the `semantic_attention` folder itself."""
+def load_module(source: str, module_class: type, cache_dir: str | None = None) -> torch.nn.Module:
+    """
+    The module of a trained folder or Hub repository, or of the `semantic_attention` folder itself.
+
+    Raises:
+        `ValueError`: if there is none, or it is of another class, which the mode of the run cannot use.
+    """
     errors = []
     for subfolder in (SEMANTIC_SUBFOLDER, None):
         try:
-            return load_semantic_module(source, subfolder=subfolder, cache_dir=cache_dir, dtype=torch.float32)
+            module = load_semantic_module(source, subfolder=subfolder, cache_dir=cache_dir, dtype=torch.float32)
         except (OSError, safetensors.SafetensorError) as error:
             errors.append(str(error))
+            continue
+        if not isinstance(module, module_class):
+            raise ValueError(
+                f"--semantic_weights {source} holds a {type(module).__name__}, but --semantic_mode needs a"
+                f" {module_class.__name__}."
+            )
+        return module
     raise ValueError(f"--semantic_weights {source} holds no trained module: {errors[0]}")

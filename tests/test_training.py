@@ -284,22 +284,6 @@ def test_overfits_one_triptych(tmp_path):
     assert assembled.model.scales()[0] > 0.01
 
 
-@pytest.mark.parametrize("mode", WITH_MODULE)
-def test_weights_to_start_from_are_not_rounded(base_folder, triptych_folder, tmp_path, mode):
-    more = ["--semantic_mode", mode]
-    out = run(base_folder, tmp_path / "first", *more, "--max_train_steps", 1, data=triptych_folder)
-    more += ["--lora_weights", out, "--semantic_weights", out]
-    options = arguments(base_folder, tmp_path / "second", *more, data=triptych_folder)
-    transformer = trainer.load_transformer(options, torch.device("cpu"), torch.bfloat16)
-    model = trainer.build_model(transformer, options)
-    loaded = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved = {f"{name.replace('.weight', '.default.weight')}": weight for name, weight in weights_of(out).items()}
-    saved |= {f"semantic_attention.{name}": weight for name, weight in weights_of(out, MODULE_FILE).items()}
-    assert loaded.keys() == saved.keys()
-    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-    assert not all(torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
-
-
 # -- Trainer and pipeline ---------------------------------------------------------------------------------------------
 
 
