@@ -1,21 +1,26 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The launch files as accelerate's own launcher reads them, the engines that are refused, and compiled blocks under DDP.
+"""The launch files as accelerate's own launcher reads them, and what engines refuse, shard, save and leave in one piece.
 
 `test_processes.py` starts each launch file.
 """
 
+import contextlib
 import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from helpers import ROOT, arguments, assemble, first_batch
+from helpers import LORA_FILE, MODULE_FILE, ROOT, arguments, assemble, first_batch, fresh_state, run, weights_of
+from torch.distributed.tensor import DTensor
 
+import train_semantic_fill_lora as trainer
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.engines import FSDP2Engine, find_engine
 
 
@@ -96,6 +101,40 @@ def test_processes_that_do_not_find_one_another_are_refused(monkeypatch):
         find_engine(accelerator_of("NO", processes=1), arguments("unused", "unused", data="unused"))
 
 
+@contextlib.contextmanager
+def process_group():
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        # A run that ends has destroyed it already.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["cross_attention", "projection", "in_context"])
+def test_fsdp2_trains_and_saves_what_one_process_does(base_folder, triptych_folder, tmp_path, mode):
+    more = ["--semantic_mode", mode, "--max_train_steps", 3, "--checkpointing_steps", 2, "--learning_rate", 1e-2]
+    more += ["--cache_root", tmp_path / "cache"]
+    expected = run(base_folder, tmp_path / "one", *more, data=triptych_folder)
+    options = arguments(base_folder, tmp_path / "sharded", *more, data=triptych_folder)
+    fresh_state()
+    with process_group():
+        sharded = trainer.assemble(options, FSDP2Engine(Accelerator(cpu=True), options))
+        assert all(isinstance(parameter, DTensor) for parameter in sharded.model.parameters())
+        trainer.train(sharded)
+        trainer.finish(sharded, None)
+    files = [LORA_FILE] if mode == "in_context" else [LORA_FILE, MODULE_FILE]
+    for folder in (Path(), Path("checkpoint-2")):
+        for file in files:
+            wanted, got = (weights_of(place / folder, file) for place in (expected, tmp_path / "sharded"))
+            assert wanted.keys() == got.keys()
+            for name in wanted:
+                torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6)
+    FluxFillSemanticPipeline.from_pretrained(base_folder).load_lora_weights(tmp_path / "sharded")
+
+
 @torch._dynamo.config.patch(optimize_ddp=True)
 def test_compiled_blocks_stay_whole_under_ddp(base_folder, triptych_folder, tmp_path, monkeypatch):
     compiled = []
@@ -110,11 +149,10 @@ def test_compiled_blocks_stay_whole_under_ddp(base_folder, triptych_folder, tmp_
     # Blocks have more than a MiB of gradients, after which DDP's buckets would cut them in two.
     options = ("--compile", "--no-cache_latents", "--rank", 4096)
     built = assemble(arguments(base_folder, tmp_path, *options, data=triptych_folder))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        torch.nn.parallel.DistributedDataParallel(built.model)(first_batch(built))
+        with process_group():
+            torch.nn.parallel.DistributedDataParallel(built.model)(first_batch(built))
     finally:
-        torch.distributed.destroy_process_group()
         torch.compiler.reset()
     transformer = built.model.transformer
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
