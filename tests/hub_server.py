@@ -1,9 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """A local stand-in for the Hugging Face Hub on 127.0.0.1, for tests.
 
-It speaks the part of the Hub's HTTP interface that `huggingface_hub`, `diffusers` and `datasets` use to create a
-repo, push a folder, look a repo up and download it. Everything lives in memory and every file is a regular one (no
-LFS, no Xet). Run the clients in processes of their own, as `HF_ENDPOINT` is read when `huggingface_hub` is imported:
+It speaks the part of the Hub's HTTP interface that `huggingface_hub`, `diffusers` and `datasets` use to create, look up
+and download a repo, and to push a folder. Everything is kept in memory, and every file is a regular one (no LFS, no
+Xet). Run the clients in processes of their own, because `HF_ENDPOINT` is read when `huggingface_hub` is imported:
 
     with HubServer() as hub:
         subprocess.run([sys.executable, "client.py"], env=hub.environment(tmp_path, token=hub.token))
@@ -70,7 +70,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came, and the status of the answer (`"cut"` where the connection was cut)."""
+    """One request as it arrived, and the status of the answer (`"cut"` where the connection was cut)."""
 
     method: str
     path: str
@@ -81,8 +81,9 @@ class Request:
 
 @dataclass
 class Fault:
-    """What to do instead of an answer: a status, or `"cut"` to break the connection half-way. `times` is what is
-    left."""
+    """
+    What happens instead of an answer: a status, or `"cut"` to break the connection half-way. `times` counts down to 0.
+    """
 
     method: str
     path: str
@@ -134,9 +135,9 @@ class HubServer:
     """The server; a context manager that listens from `__enter__` to `__exit__`.
 
     Args:
-        token (`str`, *optional*): The one token that is let in. It may read and write everything under `user`.
-        user (`str`, *optional*): Whose token it is; writing to another namespace is refused with 403.
-        faults (*optional*): `(method, path regex, status or "cut", times)` each; see `fail`.
+        token (`str`, *optional*): The only token that is accepted. It may read and write everything under `user`.
+        user (`str`, *optional*): The user whose token it is. Writing to another namespace is refused with 403.
+        faults (*optional*): Arguments of `fail`, a tuple for each fault.
     """
 
     def __init__(self, token: str = "hf_local_test_token", user: str = "user", faults: tuple[tuple, ...] = ()):
@@ -166,8 +167,7 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: str | Path, token: str | None = None) -> dict[str, str]:
-        """The environment of a client process: this endpoint, a home of its own and `token`, or nobody's without
-        one."""
+        """The environment of a client process: this endpoint, a home of its own, and `token` if there is one."""
         kept = {
             name: value
             for name, value in environ.items()
@@ -188,13 +188,13 @@ class HubServer:
     def add_repo(
         self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False, repo_type: str = "model"
     ) -> Repo:
-        """Puts a repo there directly, holding `files`."""
+        """Creates a repo with `files`, without a client."""
         repo = self.repos[repo_type, repo_id] = Repo(repo_id, repo_type, private)
         repo.commit("initial commit", {".gitattributes": b""} | (files or {}))
         return repo
 
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
-        """What a repo holds, by path."""
+        """The files of a repo by path."""
         return self.repos[repo_type, repo_id].at(revision).files
 
     def take_fault(self, method: str, path: str) -> int | str | None:
@@ -205,7 +205,7 @@ class HubServer:
                     return fault.action
         return None
 
-    # The interface. Each returns what the answer's JSON body says or raises a `HubError`.
+    # The interface. Each method returns the JSON body of an answer, or raises a `HubError`.
 
     def repo(self, repo_type: str, repo_id: str, signed_in: bool) -> Repo:
         repo = self.repos.get((repo_type, repo_id))
@@ -353,7 +353,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except (ConnectionError, TimeoutError):  # the client went away
+        # The client went away.
+        except (ConnectionError, TimeoutError):
             self.close_connection = True
 
     def do_GET(self) -> None:
@@ -450,7 +451,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, json.dumps(found).encode()
 
     def resolve(self, parts: list[str], signed_in: bool, headers: dict[str, str]) -> tuple[int, bytes]:
-        """A file's content: `[datasets/]user/repo/resolve/revision/path`, whole or from a byte on (`Range`)."""
+        """The content of `[datasets/]user/repo/resolve/revision/path`, all of it or from a byte on (`Range`)."""
         at = parts.index("resolve")
         repo_type = parts[0][:-1] if at == 3 else "model"
         repo = self.hub.repo(repo_type, "/".join(parts[at - 2 : at]), signed_in)

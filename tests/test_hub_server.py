@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The stand-in for the Hub, held against the real clients, each in a process of its own."""
+"""The stand-in for the Hub answers the real clients as the Hub does. Each client is a process of its own."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, tmp_path):
-    """Runs code in a fresh process against the hub; returns what it printed, or, if it must fail, its error."""
+    """Runs code in a fresh process against the hub. Returns what it printed, or its error if it has to fail."""
 
     def run(code: str, token: str | None = hub.token, check: bool = True, home: str = "home") -> str:
         done = subprocess.run(
@@ -90,7 +90,8 @@ def test_upload_look_up_and_download(hub, client, folder):
 def test_unchanged_files_make_no_commit_and_branches_are_apart(hub, client, folder):
     client(UPLOAD)
     client(UPLOAD + "    assert api.whoami()['name'] == 'user'")
-    assert len(hub.repos["model", "user/new.repo"].commits) == 2  # the initial one and one upload
+    # The initial commit and one upload.
+    assert len(hub.repos["model", "user/new.repo"].commits) == 2
     client(
         """
         from huggingface_hub import HfApi
@@ -174,7 +175,7 @@ def test_failed_commit_is_retried(hub, client, folder, action):
     assert len(hub.repos["model", "user/new.repo"].commits) == 2
 
 
-def test_cut_download_is_taken_up_again(hub, client):
+def test_cut_download_is_continued(hub, client):
     content = bytes(range(256)) * 4096
     hub.add_repo("user/repo", {"big.bin": content})
     hub.fail("GET", "/resolve/.*/big.bin", "cut")
@@ -190,7 +191,7 @@ def test_cut_download_is_taken_up_again(hub, client):
     assert statuses[0] == "cut" and statuses[-1] in (200, 206)
 
 
-def test_fault_is_seen_by_the_client_that_does_not_retry(hub, client):
+def test_fault_reaches_a_client_that_does_not_retry(hub, client):
     hub.fail("POST", "/api/repos/create", 500)
     assert "500" in client(UPLOAD, check=False)
 
