@@ -1,10 +1,10 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """
 Training runs in processes of their own, forked from a server that has imported the trainer, and what may happen to them
-at a moment of choice.
+at a chosen moment.
 
-A moment is an operation of one of the `PHASES`. Operations on files are seen by Python's audit events, so nothing of the
-trainer is replaced; a step is seen where its loss is taken.
+A moment is an operation of one of the `PHASES`. Python's audit events show operations on files, so nothing of the trainer
+is replaced. A step shows where its loss is taken.
 """
 
 import collections
@@ -27,7 +27,7 @@ import PIL.Image
 import train_semantic_fill_lora as trainer
 
 
-# Once, in the server: else each run imports Pillow's formats anew.
+# The server imports Pillow's formats once, so that no run has to.
 PIL.Image.init()
 
 PHASES = ("encoding", "step", "checkpoint", "result")
@@ -37,13 +37,13 @@ ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFF
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL, so many seconds after the moment."""
+    """Sends SIGKILL so many seconds after the moment."""
 
     delay: float = 0.0
 
     def __call__(self):
         if self.delay:
-            # Not a daemon: even a run that ends sooner is killed before its process is gone.
+            # The thread is no daemon, so a run that ends sooner is killed too, before its process is gone.
             threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         else:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -61,7 +61,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class LimitFileSize:
-    """From the moment on, the system refuses to write files longer than so many bytes."""
+    """Has the system refuse to write files longer than so many bytes, from the moment on."""
 
     size: int
 
@@ -71,7 +71,7 @@ class LimitFileSize:
 
 @dataclass(frozen=True)
 class Fail:
-    """The operation fails as on a full disk (ENOSPC) or a read-only one (EROFS)."""
+    """Lets the operation fail as on a full disk (ENOSPC) or a read-only one (EROFS)."""
 
     number: int
 
@@ -81,7 +81,7 @@ class Fail:
 
 @dataclass(frozen=True)
 class Meet:
-    """Waits until so many runs have come to their moment."""
+    """Waits until so many runs have reached their moment."""
 
     folder: str
     runs: int
@@ -107,7 +107,7 @@ def watch(moment: Moment | None) -> collections.Counter:
     def operation(phase: str) -> None:
         seen[phase] += 1
         if moment is not None and (phase, seen[phase]) == (moment.phase, moment.count):
-            # What the action itself does is no operation of the run.
+            # The action itself may open files, which are no operations of the run.
             busy.now = True
             try:
                 moment.action()
@@ -134,9 +134,9 @@ def watch(moment: Moment | None) -> collections.Counter:
 
 
 def train(options: list[str], log: str, moment: Moment | None) -> None:
-    """One run, its output in a file. Beside the log stands how many operations of each phase it took."""
+    """One run, which writes its output to a file, and the number of its operations in each phase to a file beside it."""
     with open(log, "w", buffering=1) as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
-        # The trainer's own collections need not go through what the server imported.
+        # Garbage collections need not search what the server imported.
         gc.freeze()
         seen = watch(moment)
         try:
@@ -150,7 +150,7 @@ def train(options: list[str], log: str, moment: Moment | None) -> None:
 
 
 def context():
-    """Starts the server with the first process. The server takes its environment over from this process."""
+    """A context whose first process starts the server. The server has the environment of this process."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*sys.path[:3], os.environ.get("PYTHONPATH"))))
     os.environ.update(ENVIRONMENT)
     server = multiprocessing.get_context("forkserver")

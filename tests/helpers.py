@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_semantic_fill_lora as trainer
+from semantic_fill.checkpoints import checkpoint_damage, checkpoint_step, list_checkpoints
 from semantic_fill.engines import find_engine
 
 
@@ -76,10 +77,10 @@ def png_of_zeros(width: int, height: int, bits: int = 8, color_type: int = 2) ->
 
 def arguments(base_folder, output_dir, *more, data=None, resolution=32):
     """The options of a small run."""
-    options = f"--pretrained_model_name_or_path {base_folder} --output_dir {output_dir} --resolution {resolution}"
-    options += " --rank 4 --max_sequence_length 16 --train_batch_size 2 --report_to none --mixed_precision no"
-    options += f" --train_data_dir {data}" if data else ""
-    return trainer.parse_args([*options.split(), *map(str, more)])
+    options = ["--pretrained_model_name_or_path", base_folder, "--output_dir", output_dir, "--resolution", resolution]
+    options += "--rank 4 --max_sequence_length 16 --train_batch_size 2 --report_to none --mixed_precision no".split()
+    options += ["--train_data_dir", data] if data else []
+    return trainer.parse_args([str(option) for option in (*options, *more)])
 
 
 def fresh_state() -> None:
@@ -171,7 +172,7 @@ def assert_ended_well(done, processes: int) -> None:
         assert done.returncode == 0, done.stderr
 
 
-# -- Weights ----------------------------------------------------------------------------------------------------------
+# -- Weights and checkpoints --------------------------------------------------------------------------------------------
 
 
 def weights_of(folder, file=LORA_FILE) -> dict[str, torch.Tensor]:
@@ -184,6 +185,13 @@ def assert_same_weights(a, b) -> None:
         first, second = weights_of(a, file), weights_of(b, file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first), file
+
+
+def intact_checkpoints(out: Path) -> list[int]:
+    """The steps of everything in a folder that is called a checkpoint, each of which is intact."""
+    found = list_checkpoints(out)
+    assert [checkpoint_damage(path) for path in found] == [None] * len(found)
+    return [checkpoint_step(path) for path in found]
 
 
 def reference_layers(model) -> list[dict]:

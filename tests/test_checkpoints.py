@@ -14,6 +14,7 @@ from helpers import (
     MODULE_FILE,
     arguments,
     assert_same_weights,
+    intact_checkpoints,
     run,
     weights_of,
 )
@@ -24,11 +25,9 @@ from semantic_fill import checkpoints
 from semantic_fill.checkpoints import (
     TrainingState,
     checkpoint_damage,
-    checkpoint_step,
     claim_output_dir,
     find_checkpoint,
     join_tensors,
-    list_checkpoints,
     split_tensors,
 )
 from semantic_fill.files import file_hash, list_files
@@ -42,13 +41,6 @@ MODULES = {
 # Everything that is drawn at random, and a schedule that depends on the step.
 RANDOM = "--lora_dropout 0.1 --random_flip --caption_dropout 0.3 --semantic_dropout 0.3 --lr_scheduler linear".split()
 RESUME = ["--resume_from_checkpoint", "latest"]
-
-
-def intact_checkpoints(out: Path) -> list[int]:
-    """The steps of everything that is called a checkpoint, each of which is intact."""
-    found = list_checkpoints(out)
-    assert [checkpoint_damage(path) for path in found] == [None] * len(found)
-    return [checkpoint_step(path) for path in found]
 
 
 # -- Continuing -------------------------------------------------------------------------------------------------------
