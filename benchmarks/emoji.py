@@ -1,9 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Triptychs of Microsoft's Fluent emoji (MIT): black glyph | 3D render | map of colour regions.
+"""Triptychs of Microsoft's Fluent emoji (MIT): black glyph | 3D render | map of color regions.
 
-The three views come out of npm packages, which `npm pack` fetches. The map is the flat icon with each pixel's colour
+The three views come out of npm packages, which `npm pack` fetches. The map is the flat icon with each pixel's color
 replaced by the nearest of the palette below, so it says where a red region is but not which red. Food and animals are
-held out: variants of one emoji stay together.
+held out as whole categories, so that variants of one emoji stay together.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PROMPT = "glyph to 3d"
 PALETTE = {
     "white": (255, 255, 255),
     "black": (40, 40, 40),
-    "grey": (150, 150, 150),
+    "gray": (150, 150, 150),
     "red": (220, 40, 60),
     "orange": (255, 140, 40),
     "yellow": (255, 210, 50),
@@ -44,7 +44,7 @@ PALETTE = {
 
 
 def fetch(folder: Path) -> dict[str, tarfile.TarFile]:
-    """Opens the packages' archives, fetched into `folder` where they are not there yet."""
+    """Opens the packages' archives, and fetches those that are not in `folder` yet."""
     folder.mkdir(parents=True, exist_ok=True)
     archives = {}
     for name, package in PACKAGES.items():
@@ -61,7 +61,7 @@ def read_json(archive: tarfile.TarFile, name: str):
 
 def render(icons: dict, name: str, size: int) -> PIL.Image.Image:
     """An icon on white."""
-    # Only making the triptychs needs it, not training on them.
+    # Making the triptychs needs it, training on them does not.
     import resvg_py
 
     icon = icons["icons"][name]
@@ -77,14 +77,14 @@ def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def nearest_colours(picture: np.ndarray) -> np.ndarray:
-    """Index into `PALETTE` of the colour nearest to each pixel of a `(height, width, 3)` picture."""
-    colours = np.array(list(PALETTE.values()), np.float32)
-    return ((picture[:, :, None].astype(np.float32) - colours) ** 2).sum(-1).argmin(-1)
+def nearest_colors(picture: np.ndarray) -> np.ndarray:
+    """Index into `PALETTE` of the color nearest to each pixel of a `(height, width, 3)` picture."""
+    colors = np.array(list(PALETTE.values()), np.float32)
+    return ((picture[:, :, None].astype(np.float32) - colors) ** 2).sum(-1).argmin(-1)
 
 
-def colour_map(flat: PIL.Image.Image) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.array(list(PALETTE.values()), np.uint8)[nearest_colours(np.asarray(flat))])
+def color_map(flat: PIL.Image.Image) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.array(list(PALETTE.values()), np.uint8)[nearest_colors(np.asarray(flat))])
 
 
 def write_splits(output_dir: Path, packages: Path, size: int) -> dict[str, int]:
@@ -104,8 +104,8 @@ def write_splits(output_dir: Path, packages: Path, size: int) -> dict[str, int]:
             if file is None or name not in flat["icons"] or name not in glyph["icons"]:
                 continue
             target = on_white(PIL.Image.open(archives["3d"].extractfile(file))).resize((size, size))
-            # Regions are found at twice the size and picked, not blended.
-            regions = colour_map(render(flat, name, 2 * size)).resize((size, size), PIL.Image.Resampling.NEAREST)
+            # Regions are found at twice the size. Blended colors would be no labels.
+            regions = color_map(render(flat, name, 2 * size)).resize((size, size), PIL.Image.Resampling.NEAREST)
             triptych = PIL.Image.new("RGB", (3 * size, size))
             for column, view in enumerate((render(glyph, name, size), target, regions)):
                 triptych.paste(view, (column * size, 0))
@@ -119,7 +119,7 @@ def write_splits(output_dir: Path, packages: Path, size: int) -> dict[str, int]:
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("emoji"))
-    parser.add_argument("--packages", type=Path, default=Path("emoji/packages"), help="Where the npm archives lie.")
+    parser.add_argument("--packages", type=Path, default=Path("emoji/packages"), help="Folder of the npm archives.")
     parser.add_argument("--resolution", type=int, default=96)
     return parser.parse_args(args)
 

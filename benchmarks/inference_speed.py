@@ -3,10 +3,10 @@
 
     python benchmarks/inference_speed.py --minutes 4 --output inference_speed.json
 
-Both get the same transformer, VAE, canvas, steps and prompt embeddings, in turns: what differs is the guidance. The
-recipe is what the README tells: LoRA fused, blocks in fp8 and compiled, FirstBlockCache. Its picture is compared with
-that of the slow way on the small trained base (`--shape base`), since a random model paints no picture. Nor does it tell
-which steps a cache leaves out: `--replay` takes these from there.
+Both get the same transformer, VAE, canvas, steps and prompt embeddings, in turns, so they differ in the guidance alone.
+The recipe is the README's: LoRA fused, blocks in fp8 and compiled, FirstBlockCache. A random model paints no picture, so
+the small trained base (`--shape base`) compares the recipe's picture with that of the slow way. It also tells which steps a
+cache leaves out, and `--replay` leaves out the same ones at FLUX's size.
 """
 
 import argparse
@@ -16,39 +16,32 @@ import time
 import traceback
 from pathlib import Path
 
-import PIL.Image
 import torch
-from base_precision import quantise_blocks
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxFillPipeline
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.image_processor import VaeImageProcessor
-from flux_shape import (
-    ROOT,
-    Report,
-    build_scheduler,
-    build_transformer,
-    build_vae,
-    describe,
-    free,
-    peak_gib,
-    synchronise,
-)
+from flux_shape import build_scheduler, build_transformer, build_vae
+from measurement import ROOT, Report, describe, free, peak_gib, synchronize
 from peft import LoraConfig
 
-import train_semantic_fill_lora as trainer
-from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, read_picture
 from semantic_attention import SemanticAttentionModel
+from semantic_fill.data import cut_triptych
+from semantic_fill.lora import LORA_TARGETS
+from semantic_fill.precision import quantize_blocks
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("inference_speed.json"))
     parser.add_argument("--minutes", type=float, default=8.0, help="No row is begun after so many.")
     parser.add_argument("--shape", choices=["flux", "test", "base"], default="flux")
-    parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 64 with the small shapes.")
+    parser.add_argument(
+        "--resolution", type=int, help="Pixels of one panel. Default: 512, or 64 with the small shapes."
+    )
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=3, help="Turns of the two pipelines.")
-    parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Of FirstBlockCache.")
+    parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Thresholds of FirstBlockCache.")
     parser.add_argument("--picture", type=Path, help="A triptych to paint, for --shape base.")
     parser.add_argument("--prompt", default="hillshade to satellite", help="For --shape base.")
     parser.add_argument(
@@ -57,7 +50,7 @@ def parse_args() -> argparse.Namespace:
         help="Report of a run with --shape base: caches leave out the steps that they left out there.",
     )
     parser.add_argument("--lora", type=Path, help="A trained folder. Default: a LoRA and a module of random weights.")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.resolution = args.resolution or (512 if args.shape == "flux" else 64)
     return args
 
@@ -68,8 +61,8 @@ PAINTERS = ("FluxFillPipeline", "without map", "guided")
 
 class CacheDecisions:
     """
-    Records in which steps FirstBlockCache lets all blocks run. With `replayed`, decisions of another painting take the
-    place of its own, which it still works out.
+    Records in which steps FirstBlockCache lets all blocks run. With `replayed`, decisions of another painting replace its
+    own ones, which it still makes.
     """
 
     def __init__(self):
@@ -106,15 +99,15 @@ class Painter:
             sizes = (1, 512, config.joint_attention_dim), (1, config.pooled_projection_dim)
             embeds = [torch.randn(size, device=self.device, dtype=self.dtype) for size in sizes]
         self.prompt = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embeds))
-        self.module = SemanticAttentionModel().to(self.device, self.dtype)
+        self.module = SemanticAttentionModel(position="rope").to(self.device, self.dtype)
         for layer in self.module.layers:
             torch.nn.init.constant_(layer.scale, 0.1)
         panels = torch.rand(3, 1, 3, args.resolution, args.resolution)
         if args.picture:
-            views = trainer.cut_triptych([PIL.Image.open(args.picture).convert("RGB")])
+            views = list(cut_triptych([read_picture(args.picture)]).values())
             panels = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(views))[:, None]
         self.visible, _, self.map = panels
-        # Prompts are embeddings already.
+        # The prompts are encoded already.
         text = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         kept = {"scheduler": scheduler, "vae": vae, "transformer": self.transformer} | text
         self.ours = FluxFillSemanticPipeline(**kept, semantic_attention=self.module)
@@ -131,7 +124,7 @@ class Painter:
             "output_type": "pt",
             "generator": torch.Generator().manual_seed(0),
         }
-        synchronise(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         if who == "FluxFillPipeline":
             canvas, mask = self.ours.prepare_diptych(self.visible)
@@ -139,14 +132,14 @@ class Painter:
             painted = self.theirs(image=canvas, mask_image=mask, **size, **same)
         else:
             painted = self.ours(image=self.visible, semantic_image=self.map if who == "guided" else None, **same)
-        synchronise(self.device)
+        synchronize(self.device)
         return painted.images, time.perf_counter() - start
 
     def add_lora(self) -> None:
         if self.args.lora:
             self.ours.load_lora_weights(str(self.args.lora))
             return
-        config = LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=trainer.LORA_TARGETS)
+        config = LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
         self.transformer.add_adapter(config)
         generator = torch.Generator(self.device).manual_seed(0)
         for name, parameter in self.transformer.named_parameters():
@@ -155,15 +148,15 @@ class Painter:
         self.transformer.requires_grad_(False)
 
     def compile(self) -> None:
-        # In the place of earlier compiled calls, whose blocks may have changed.
+        # Earlier compiled calls are dropped, because the blocks may have changed.
         torch._dynamo.reset()
         self.transformer.compile_repeated_blocks()
 
 
 def turns(painter: Painter, report: Report, name: str, rounds: int, painters: tuple[str, ...] = PAINTERS) -> dict:
     """
-    Medians of painting in turns, and of what each takes more than the first in the same turn: from turn to turn the
-    clocks change by more than that. The first turn warms up.
+    Medians of painting in turns, and of what each takes more than the first one in the same turn. The clocks change by
+    more than that from turn to turn. The first turn warms up.
     """
     free(painter.device)
     seconds = {who: [] for who in painters}
@@ -186,8 +179,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     torch._dynamo.config.recompile_limit = 64
     decisions, replayed = CacheDecisions(), {}
@@ -198,7 +190,7 @@ def main() -> None:
     report = Report(args.output, describe(painter.device))
 
     def attempt(name, step):
-        """Whether a step of the recipe went well: if not, what follows is measured without it."""
+        """Whether a step of the recipe went well. If it did not, what follows is measured without it."""
         if time.perf_counter() - start > 60 * args.minutes:
             report.add(row=name, result="no time left")
             return False
@@ -226,12 +218,12 @@ def main() -> None:
 
     def fused():
         painter.ours.fuse_lora()
-        # The fused weights and the module stay; what goes are PEFT's layers.
+        # This removes PEFT's layers. The fused weights and the module stay.
         painter.ours.unload_lora_weights()
         compare("LoRA fused")
 
     def in_fp8():
-        quantise_blocks(painter.transformer, "fp8")
+        quantize_blocks(painter.transformer, "fp8")
         painter.compile()
         compare("LoRA fused, fp8, compiled")
 
@@ -260,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from measurement import ROOT, Report, StepTracker, assemble, describe, free
+from measurement import ROOT, Report, StepTracker, assemble, describe, free, read_rows
 
 import train_semantic_fill_lora as trainer
 
@@ -53,6 +53,7 @@ def train(setting: str, seed: int, rows: list, folder: str, args: argparse.Names
         "max_sequence_length": args.max_sequence_length,
         "train_batch_size": args.batch,
         "max_train_steps": args.steps,
+        "checkpointing_steps": args.steps + 1,
         "learning_rate": 1e-3,
         "semantic_scale_learning_rate": 1e-2,
         "rank": 16,
@@ -89,9 +90,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    lines = (args.data / "metadata.jsonl").read_text().splitlines()[: args.samples]
-    rows = [json.loads(line) for line in lines]
-    rows = [{"image": {"bytes": None, "path": str(args.data / row["file_name"])}, "text": row["text"]} for row in rows]
+    rows = read_rows(args.data, args.samples)
     torch._dynamo.config.recompile_limit = 64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.output, describe(device) | {"steps": args.steps})

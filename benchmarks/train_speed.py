@@ -233,6 +233,7 @@ class Bench:
             "rank": self.args.rank,
             "train_batch_size": self.args.batch,
             "max_train_steps": steps,
+            "checkpointing_steps": steps + 1,
             "report_to": "none",
             "mixed_precision": "bf16",
             "dataloader_num_workers": 2 if self.args.shape == "flux" else 0,

@@ -2,13 +2,14 @@
 """The benchmarks run, at the size of the tests, and lose no row to another's failure."""
 
 import json
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from helpers import ROOT, write_triptychs
+
+from semantic_attention import SemanticCrossAttention
 
 
 @pytest.fixture
@@ -103,27 +104,32 @@ def test_figures_of_an_ablation(ablation, tmp_path, base_folder, monkeypatch):
         write_triptychs(tmp_path / "earth" / split, 2, 128, 128)
     folder, output = tmp_path / "figures", tmp_path / "ablation.jsonl"
     options = ["--tasks", "earth", "--output", str(output), "--figures", str(folder)]
-    variants = ["none", "condition, rope", "aligned"]
+    variants = ["none", "condition, rope", "aligned", "projection, painted at 1.25"]
     options += ["--earth", str(tmp_path / "earth"), "--earth_base", base_folder, "--variants", *variants]
     options += "--seeds 0 --num_train 1 --steps 12 --batch_size 1 --num_inference_steps 2".split()
-    options += "--cost_steps 0 --device cpu".split()
+    options += ["--cost_steps", "0", "--device", "cpu", "--cache_root", str(tmp_path / "cache")]
     ablation.main(ablation.parse_args(options))
 
     row = PIL.Image.open(folder / "attention-earth-condition-rope.png")
     assert row.size == (len(ablation.ATTENTION_COLUMNS) * 256, 256)
-    # The visible view and the target of a held-out picture, twice as large, and three places of different heat.
+    # It shows the visible view and the target of a held-out picture, twice as large, and three places of different heat.
     tiles = np.asarray(row).reshape(256, -1, 256, 3).swapaxes(0, 1)
     triptychs = [np.asarray(PIL.Image.open(path)) for path in sorted((tmp_path / "earth" / "test").glob("*.png"))]
     shown = np.concatenate([tiles[0], tiles[3]], axis=1)[::2, ::2]
     assert any(np.array_equal(shown, triptych[:, :256]) for triptych in triptychs)
     assert len({tile.tobytes() for tile in tiles[4:]}) == 3
-    # `none` sees no map, and `aligned` has no weights to show.
+    # `none` sees no map, and the others have no weights to show.
     names = {"attention-earth-condition-rope.png", "attention-earth.png", "learning_curves.png", "map_worth.png"}
     assert {path.name for path in folder.iterdir()} == names
 
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     curves = ablation.learning_curves(rows, "earth")
     assert list(curves) == ["none", "condition, rope"]
+    # Each variant's module was trained beside the same LoRA, and was painted with.
+    row_of = {row["variant"]: row for row in rows}
+    modules = {name: row["trained"] - row_of["none"]["trained"] for name, row in row_of.items()}
+    assert modules == dict(zip(variants, (0, 33088, 16576, 4224)))
+    assert all(row_of[name]["right"] != row_of[name]["wrong"] for name in variants[1:])
     assert all(steps[[0, -1]].tolist() == [0.5, 11.5] and losses.shape == (1, 12) for steps, losses in curves.values())
 
     # What is there is drawn again without a run.
@@ -133,8 +139,43 @@ def test_figures_of_an_ablation(ablation, tmp_path, base_folder, monkeypatch):
     assert {path.name for path in folder.iterdir()} == names
 
 
+def test_costs_of_an_ablation(ablation, tmp_path, base_folder):
+    write_triptychs(tmp_path / "earth" / "train", 1, 128, 128)
+    options = f"--tasks earth --earth {tmp_path / 'earth'} --earth_base {base_folder} --variants aligned --seeds"
+    options += f" --output {tmp_path / 'ablation.jsonl'} --cache_root {tmp_path / 'cache'} --device cpu --cost_steps 2"
+    ablation.main(ablation.parse_args(options.split()))
+    (cost,) = (json.loads(line) for line in (tmp_path / "ablation.costs.jsonl").read_text().splitlines())
+    # The process alone takes more than 100 MiB.
+    assert cost["variant"] == "aligned" and cost["step_ms"] > 0 and cost["peak_mib"] > 100
+
+
+def test_modules_of_variants(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from variants import MODULES, AlignedLayer
+
+    torch.manual_seed(0)
+    hidden_states, tokens = torch.randn(2, 4, 6 * 64), torch.randn(2, 4, 64)
+    for name, cls in MODULES.items():
+        module = cls()
+        assert torch.equal(module.enhance(hidden_states, tokens), hidden_states), name
+        for layer in module.layers:
+            torch.nn.init.ones_(layer.scale)
+        changed = (module.enhance(hidden_states, tokens) != hidden_states).any(dim=1).any(dim=0)
+        part = 0 if name in ("Aligned", "ProjectionOnNoise") else 1
+        assert changed.nonzero().flatten().tolist() == list(range(64 * part, 64 * part + 64)), name
+        assert module.scales() == [1.0] and "parameters to optimizer" in module.describe()[1]
+
+    # Aligned is what attention is where there is one token to attend to.
+    attention, aligned = SemanticCrossAttention(), AlignedLayer()
+    aligned.load_state_dict({k: v for k, v in attention.state_dict().items() if k in aligned.state_dict()})
+    for layer in (attention, aligned):
+        torch.nn.init.ones_(layer.scale)
+    inputs = torch.randn(3, 1, 64), torch.randn(3, 1, 64)
+    torch.testing.assert_close(aligned(*inputs), attention(*inputs))
+
+
 def test_curves_mix_no_runs(ablation):
-    """The file grows by each run: the last of a seed counts, and curves of other lengths do not."""
+    """The file grows with each run. The last run of a seed counts, and curves of other lengths do not."""
 
     def row(variant, seed, steps, loss):
         return {"task": "earth", "variant": variant, "seed": seed, "steps": steps, "curve": [loss] * 20}
@@ -163,14 +204,13 @@ def test_workers_take_turns_at_the_given_gpus(ablation, monkeypatch, given, work
 
 def test_steps_that_a_cache_leaves_out(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(sys, "argv", "inference_speed.py --shape test --steps 5".split())
     import inference_speed
     from diffusers import FirstBlockCacheConfig
 
     hook = inference_speed.FBCHeadBlockHook
     monkeypatch.setattr(hook, "_should_compute_remaining_blocks", hook._should_compute_remaining_blocks)
     decisions, ran = inference_speed.CacheDecisions(), []
-    painter = inference_speed.Painter(inference_speed.parse_args())
+    painter = inference_speed.Painter(inference_speed.parse_args("--shape test --steps 5".split()))
     transformer = painter.transformer
 
     def paint(threshold, replayed=None) -> list[int]:
