@@ -324,17 +324,3 @@ def test_memory_advice_leaves_out_what_a_run_does_already():
     # Another optimizer has no states of 8 bits.
     prodigy = flux_workload(batch_size=1, use_8bit_adam=None)
     assert "--use_8bit_adam" not in memory_advice(Plan("bf16", "none", False), prodigy, accumulation_steps=1)
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_out_of_memory_says_what_saves_how_much(base_folder, triptych_folder, tmp_path, monkeypatch, cached):
-    def too_much(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(trainer, "compare", too_much)
-    flag = "--cache_latents" if cached else "--no-cache_latents"
-    with pytest.raises(torch.OutOfMemoryError) as error:
-        run(base_folder, tmp_path / "out", "--max_train_steps", 1, flag, data=triptych_folder)
-    message = str(error.value)
-    assert message.startswith("CUDA out of memory.\nA step needs about ")
-    assert ("\n  --cache_latents: about" in message) != cached
