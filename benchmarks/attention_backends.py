@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("attention_backends.json"))
     parser.add_argument("--shape", default="4,2560,24,128", help="batch,tokens,heads,head_dim")
     parser.add_argument("--backends", default=",".join(BACKENDS))
-    parser.add_argument("--case", help="backend,layout: this one alone, in this process.")
+    parser.add_argument("--case", help="backend,layout: measure this case only, in this process.")
     args = parser.parse_args()
     sizes = [int(number) for number in args.shape.split(",")]
     if args.case:
@@ -80,7 +80,7 @@ def main() -> None:
                 last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
                 row |= json.loads(last) if done.returncode == 0 else {"failed": last[-200:]}
             except subprocess.TimeoutExpired:
-                row["failed"] = "no end in 90 s"
+                row["failed"] = "did not end in 90 s"
             rows.append(row)
             args.output.write_text(json.dumps(rows, indent=1))
             print(row, flush=True)

@@ -1,7 +1,8 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """One cell of the ablation: trains one variant on one task with one seed, paints held-out pictures, and measures both.
 
-`ablation.py` imports this file in its workers only, because the libraries look for GPUs as soon as they are imported.
+`ablation.py` imports this file in its workers only, because the libraries look for GPUs as soon as they are imported. So
+the type of each `variant`, `ablation.Variant`, is not imported here.
 """
 
 import argparse

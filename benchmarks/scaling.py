@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warm_up", type=int, default=5, help="First steps that are not timed.")
     parser.add_argument("--batch", type=int, default=4, help="Samples a GPU and step.")
-    parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 32 with --shape test.")
+    parser.add_argument("--resolution", type=int, help="Pixels of one panel. Default: 512, or 32 with --shape test.")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--checkpointing", default="full", help="As the trainer's option.")
     # Eager steps wait for the host, whose pace says nothing about the GPUs.

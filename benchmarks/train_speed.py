@@ -76,7 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="No row is begun after so many.")
     parser.add_argument("--shape", choices=["flux", "test"], default="flux")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--resolution", type=int, help="Of one panel. Default: 512, or 32 with --shape test.")
+    parser.add_argument("--resolution", type=int, help="Pixels of one panel. Default: 512, or 32 with --shape test.")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help="Timed steps of a row, after --warm_up.")
     parser.add_argument("--warm_up", type=int, default=3, help="Steps before them, at least 1.")
