@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 from diffusers import FluxFillPipeline  # noqa: E402
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
 from helpers import write_triptychs  # noqa: E402
 from small_flux_fill import build_pipeline  # noqa: E402
 
@@ -36,3 +37,9 @@ def base_folder(base, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def triptych_folder(tmp_path_factory) -> str:
     return str(write_triptychs(tmp_path_factory.mktemp("triptychs")))
+
+
+@pytest.fixture
+def posterior_mode(monkeypatch):
+    """Latents without the random part of the VAE's posterior, as the reference takes them."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())

@@ -8,8 +8,7 @@ import PIL.Image
 import pytest
 import reference as ref
 import torch
-from test_pipeline import Trained, make_pipe, paint, picture, to_pil, watched
-from test_semantic_attention import trained_like
+from pipeline_helpers import Trained, make_pipe, paint, picture, to_pil, trained_like, watched
 
 from semantic_attention import SemanticAttentionOutput, SemanticProjectionModel
 

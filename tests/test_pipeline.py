@@ -1,119 +1,30 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The pipeline against `FluxFillPipeline` and the reference, and what it leaves behind."""
 
-import contextlib
 import copy
 import inspect
-from pathlib import Path
 
-import PIL.Image
 import pytest
 import reference as ref
 import torch
 from diffusers import FirstBlockCacheConfig, FluxFillPipeline
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from peft import LoraConfig, get_peft_model_state_dict
-from test_semantic_attention import projection_layers, reference_layers, trained_like
+from helpers import projection_layers, reference_layers
+from pipeline_helpers import (
+    STEPS,
+    differs,
+    diptych_of,
+    fill,
+    make_pipe,
+    paint,
+    picture,
+    seeded,
+    to_pil,
+    trained_like,
+    watched,
+)
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_attention import SemanticAttentionModel, SemanticProjectionModel
-
-
-STEPS = 2
-
-
-def make_pipe(base, cls=FluxFillSemanticPipeline, own: bool = False, **kwargs):
-    """A pipeline over the base's very modules, or over copies where the test changes them."""
-    components = {name: copy.deepcopy(part) if own else part for name, part in base.components.items()}
-    pipe = cls(**components, **kwargs)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def picture(seed: int, height: int = 32, width: int = 48, batch: int = 1) -> torch.Tensor:
-    """`(batch, 3, height, width)` in [0, 1], of values that a PIL image can hold."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, 3, height, width), generator=generator).float() / 255
-
-
-def to_pil(pixels: torch.Tensor) -> PIL.Image.Image:
-    return PIL.Image.fromarray((pixels[0].movedim(0, -1) * 255).round().byte().numpy())
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def paint(pipe, image=None, prompt="a hill", **kwargs):
-    """One short call; the pictures as tensors unless asked otherwise."""
-    defaults = {"num_inference_steps": STEPS, "max_sequence_length": 16, "output_type": "pt", "generator": seeded()}
-    if kwargs.get("prompt_embeds") is not None:
-        prompt = None
-    return pipe(prompt=prompt, image=picture(1) if image is None else image, **(defaults | kwargs)).images
-
-
-def fill(pipe, canvas: torch.Tensor, mask: torch.Tensor, **kwargs):
-    """`FluxFillPipeline` itself on a canvas made by hand."""
-    height, width = canvas.shape[-2:]
-    return paint(pipe, canvas, mask_image=mask, height=height, width=width, **kwargs)
-
-
-def diptych_of(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    canvas = ref.make_diptych(visible, visible)
-    return canvas, ref.make_mask(canvas[:1])
-
-
-@contextlib.contextmanager
-def watched(transformer):
-    """Collects, for each step, the tokens that the pipeline passes and those that the transformer really works on."""
-    passed, fed = [], []
-    # Registered before the pipeline's own hook, so this one sees what comes into it.
-    handles = [
-        transformer.register_forward_pre_hook(lambda _, a, kw: passed.append(kw["hidden_states"]), with_kwargs=True),
-        transformer.x_embedder.register_forward_pre_hook(lambda _, a: fed.append(a[0])),
-    ]
-    try:
-        yield passed, fed
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@pytest.fixture
-def posterior_mode(monkeypatch):
-    """The VAE's draws take its mode, as the reference does."""
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
-
-
-def differs(a: torch.Tensor, b: torch.Tensor, by: float = 1e-3) -> bool:
-    return (a.float() - b.float()).abs().max().item() > by
-
-
-class Trained:
-    """A LoRA folder, and what its weights paint before they are saved."""
-
-    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention"):
-        self.folder = folder
-        module_class = SEMANTIC_MODES[semantic_mode].module_class
-        self.module = None if module_class is None else trained_like(seed, model_class=module_class)
-        pipe = make_pipe(base, own=True, semantic_attention=self.module, semantic_mode=semantic_mode)
-        # The rank is not the alpha, so that a lost alpha shows.
-        config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_out"])
-        torch.manual_seed(seed)
-        pipe.transformer.add_adapter(config)
-        layers = get_peft_model_state_dict(pipe.transformer)
-        for name, parameter in pipe.transformer.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        self.plain = paint(pipe, return_diptych=True)
-        self.guided = paint(pipe, semantic_image=picture(2) if SEMANTIC_MODES[semantic_mode].uses_map else None)
-        FluxFillSemanticPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=layers,
-            semantic_attention=self.module,
-            semantic_mode=semantic_mode,
-            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-        )
 
 
 # -- Nothing changes where the map is left out ------------------------------------------------------------------------

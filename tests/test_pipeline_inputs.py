@@ -6,8 +6,19 @@ import pytest
 import reference as ref
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from test_pipeline import STEPS, differs, diptych_of, fill, make_pipe, paint, picture, seeded, to_pil, watched
-from test_semantic_attention import trained_like
+from pipeline_helpers import (
+    STEPS,
+    differs,
+    diptych_of,
+    fill,
+    make_pipe,
+    paint,
+    picture,
+    seeded,
+    to_pil,
+    trained_like,
+    watched,
+)
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
 from semantic_attention import SemanticAttentionModel, SemanticProjectionModel

@@ -13,8 +13,17 @@ import torch
 from conftest import ROOT
 from diffusers import FluxFillPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
-from test_pipeline import Trained, differs, diptych_of, fill, make_pipe, paint, picture
-from test_semantic_attention import trained_like, write_old_module
+from pipeline_helpers import (
+    Trained,
+    differs,
+    diptych_of,
+    fill,
+    make_pipe,
+    paint,
+    picture,
+    trained_like,
+    write_old_module,
+)
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_attention import SemanticAttentionModel, SemanticProjectionModel

@@ -3,39 +3,19 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import PIL.Image
 import PIL.ImageCms
 import pytest
 import torch
-from test_pipeline import make_pipe, paint, picture, to_pil
-from test_semantic_attention import trained_like
+from helpers import encode_picture, png_of_zeros
+from pipeline_helpers import make_pipe, paint, picture, to_pil, trained_like
 
 from pipeline_flux_fill_semantic import read_picture, require_8bit
 
 
 RED = PIL.Image.new("RGB", (4, 4), (250, 10, 10))
-
-
-def encoded(image: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def png(width: int, height: int, bits: int, color_type: int) -> bytes:
-    """A PNG file of zeros. Only its header holds all of a huge picture."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color_type]
-    rows = bytes(min(height * (1 + width * channels * bits // 8), 10**6))
-    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def profile(swap: bool = False) -> bytes:
@@ -56,7 +36,7 @@ def profile(swap: bool = False) -> bytes:
 def oriented(image: PIL.Image.Image, orientation: int = 6) -> bytes:
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    return encoded(image, exif=exif)
+    return encode_picture(image, exif=exif)
 
 
 # -- What is read -----------------------------------------------------------------------------------------------------
@@ -91,22 +71,22 @@ def test_transparent_places_are_laid_over_mid_gray():
     pixels[0, :, 0] = 255
     pixels[0, :, 3] = 0, 255, 51
     image = PIL.Image.fromarray(pixels)
-    for source in (image, encoded(image), encoded(image, "WEBP", lossless=True)):
+    for source in (image, encode_picture(image), encode_picture(image, "WEBP", lossless=True)):
         read = read_picture(source)
         assert [read.getpixel((x, 0)) for x in range(2)] == [(128, 128, 128), (255, 0, 0)]
         assert read.getpixel((2, 0)) == (153, 102, 102)
     palette = PIL.Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 255, 0])
     palette.putpixel((1, 0), 1)
-    read = read_picture(encoded(palette, transparency=0))
+    read = read_picture(encode_picture(palette, transparency=0))
     assert [read.getpixel((x, 0)) for x in range(2)] == [(128, 128, 128), (0, 255, 0)]
 
 
 def test_bytes_paths_and_pictures_are_read_alike(tmp_path):
     image = to_pil(picture(1))
     file = tmp_path / "a.png"
-    file.write_bytes(encoded(image))
-    for source in (image, encoded(image), str(file), file):
+    file.write_bytes(encode_picture(image))
+    for source in (image, encode_picture(image), str(file), file):
         read = read_picture(source)
         assert read.mode == "RGB" and np.array_equal(np.asarray(read), np.asarray(image)) and read is not image
 
@@ -124,20 +104,24 @@ def test_orientation_is_applied():
 
 
 def test_color_profiles_are_converted_to_srgb():
-    assert read_picture(encoded(RED, icc_profile=profile(swap=True))).getpixel((0, 0)) == (10, 250, 10)
+    assert read_picture(encode_picture(RED, icc_profile=profile(swap=True))).getpixel((0, 0)) == (10, 250, 10)
     transparent = RED.copy()
     transparent.putalpha(0)
-    assert read_picture(encoded(transparent, icc_profile=profile(swap=True))).getpixel((0, 0)) == (128, 128, 128)
+    assert read_picture(encode_picture(transparent, icc_profile=profile(swap=True))).getpixel((0, 0)) == (
+        128,
+        128,
+        128,
+    )
     # What is sRGB already, damaged, or made for other channels changes nothing, not even by rounding.
     image = to_pil(picture(1))
     gray = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("LAB")).tobytes()
     for data in (profile(), b"no profile", gray):
-        assert np.array_equal(np.asarray(read_picture(encoded(image, icc_profile=data))), np.asarray(image))
-    assert read_picture(encoded(RED.convert("L"), icc_profile=profile(swap=True))).getpixel((0, 0)) == (82,) * 3
+        assert np.array_equal(np.asarray(read_picture(encode_picture(image, icc_profile=data))), np.asarray(image))
+    assert read_picture(encode_picture(RED.convert("L"), icc_profile=profile(swap=True))).getpixel((0, 0)) == (82,) * 3
 
 
 def test_a_photograph_with_further_views_of_itself_is_not_animated():
-    data = encoded(RED, "MPO", save_all=True, append_images=[RED])
+    data = encode_picture(RED, "MPO", save_all=True, append_images=[RED])
     opened = PIL.Image.open(io.BytesIO(data))
     assert opened.n_frames == 2 and read_picture(data).size == read_picture(opened).size == (4, 4)
 
@@ -150,23 +134,23 @@ FRAMES = [PIL.Image.new("RGB", (4, 4), (level, 0, 0)) for level in (0, 100, 200)
 @pytest.mark.parametrize(
     "source, reason",
     [
-        (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), r"^is animated \(3 frames\)$"),
-        (encoded(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), r"^is animated \(3 frames\)$"),
-        (encoded(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), r"^is animated \(3 frames\)$"),
-        (png(4, 4, 16, 0), "^has the mode I;16, but only 8 bits"),
-        (png(4, 4, 16, 2), "^has 16 bits per channel"),
-        (png(4, 4, 16, 4), "^has 16 bits per channel"),
-        (png(4, 4, 16, 6), "^has 16 bits per channel"),
+        (encode_picture(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), r"^is animated \(3 frames\)$"),
+        (encode_picture(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), r"^is animated \(3 frames\)$"),
+        (encode_picture(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), r"^is animated \(3 frames\)$"),
+        (png_of_zeros(4, 4, 16, 0), "^has the mode I;16, but only 8 bits"),
+        (png_of_zeros(4, 4, 16, 2), "^has 16 bits per channel"),
+        (png_of_zeros(4, 4, 16, 4), "^has 16 bits per channel"),
+        (png_of_zeros(4, 4, 16, 6), "^has 16 bits per channel"),
         (PIL.Image.new("F", (4, 4)), "^has the mode F"),
         (PIL.Image.new("I", (4, 4)), "^has the mode I"),
         (PIL.Image.new("RGB", (0, 4)), "^is 0x4 pixels$"),
-        (encoded(to_pil(picture(1)))[:300], "^cannot be read as a picture"),
+        (encode_picture(to_pil(picture(1)))[:300], "^cannot be read as a picture"),
         (b"no picture", "^cannot be read as a picture"),
         (b"", "^cannot be read as a picture"),
         ("no/such/file.png", "^cannot be read as a picture .*FileNotFoundError"),
         # Pillow itself refuses the first and only warns of the second.
-        (png(60_000, 20_000, 8, 2), "^cannot be read as a picture .*DecompressionBombError"),
-        (png(10_000, 10_000, 8, 2), "^is 10000x10000 pixels, but at most 89478485 are accepted$"),
+        (png_of_zeros(60_000, 20_000, 8, 2), "^cannot be read as a picture .*DecompressionBombError"),
+        (png_of_zeros(10_000, 10_000, 8, 2), "^is 10000x10000 pixels, but at most 89478485 are accepted$"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -176,9 +160,9 @@ def test_what_is_refused_and_why(source, reason):
 
 
 def test_more_than_8_bits_are_refused_before_pillow_cuts_them():
-    require_8bit(PIL.Image.open(io.BytesIO(encoded(RED))))
+    require_8bit(PIL.Image.open(io.BytesIO(encode_picture(RED))))
     with pytest.raises(ValueError, match="^has 16 bits per channel"):
-        require_8bit(PIL.Image.open(io.BytesIO(png(4, 4, 16, 2))))
+        require_8bit(PIL.Image.open(io.BytesIO(png_of_zeros(4, 4, 16, 2))))
 
 
 # -- Pictures behind arguments ----------------------------------------------------------------------------------------
@@ -216,9 +200,9 @@ def test_a_picture_to_fill_may_have_any_color_model(base, mode):
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (png(48, 32, 16, 2), "has 16 bits"),
-        (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "is animated"),
-        (encoded(to_pil(picture(1)))[:300], "cannot be read"),
+        (png_of_zeros(48, 32, 16, 2), "has 16 bits"),
+        (encode_picture(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "is animated"),
+        (encode_picture(to_pil(picture(1)))[:300], "cannot be read"),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_named(base, name, data, reason):

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import reference as ref
-import safetensors.torch
 import torch
-from helpers import reference_layers
+from helpers import projection_layers, reference_layers
+from pipeline_helpers import trained_like, write_old_module
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, panel_positions, tile_across_panels
 from semantic_attention import (
@@ -20,20 +20,6 @@ from semantic_attention import (
 
 
 SIZES = [(2, 3), (4, 2)]  # token rows and columns of one panel
-
-
-def trained_like(seed: int = 0, model_class: type = SemanticAttentionModel, **config) -> SemanticModel:
-    """A module whose every parameter is away from where it starts."""
-    torch.manual_seed(seed)
-    model = model_class(**config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def projection_layers(model: SemanticProjectionModel) -> list[dict]:
-    """The weights of a `SemanticProjectionModel` under the names of the independent reference."""
-    return [{"weight": x.linear.weight, "bias": x.linear.bias, "scale": x.scale} for x in model.layers]
 
 
 def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32):
@@ -267,37 +253,6 @@ def test_save_and_load(tmp_path, config):
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert load_semantic_module(tmp_path, "module", dtype=torch.bfloat16).dtype == torch.bfloat16
     assert type(type(model).from_config(model.config)) is type(model)
-
-
-def write_old_module(folder, num_layers: int = 2, **changes) -> dict[str, torch.Tensor]:
-    """A module as commit bd5985d saved it: the class was always `SemanticAttentionModel`, with `injection`."""
-    config = {
-        "_class_name": "SemanticAttentionModel",
-        "_diffusers_version": "0.42.1",
-        "head_dim": 16,
-        "in_channels": 64,
-        "injection": "noise",
-        "num_heads": 8,
-        "num_layers": num_layers,
-        "position": "none",
-    } | changes
-    shapes = {"norm_semantic.weight": [64], "norm_semantic.bias": [64], "to_v.weight": [128, 64]}
-    shapes |= {"to_out.weight": [64, 128], "scale": [64]}
-    if config["position"] != "aligned":
-        shapes |= {"norm_image.weight": [64], "norm_image.bias": [64]}
-        shapes |= {"to_q.weight": [128, 64], "to_k.weight": [128, 64]}
-    if config["position"] == "direct":
-        shapes = {"linear.weight": [64, 64], "linear.bias": [64], "scale": [64]}
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        f"layers.{layer}.{name}": torch.randn(shape, generator=generator) * 0.3
-        for layer in range(num_layers)
-        for name, shape in shapes.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    return weights
 
 
 LOADERS = [

@@ -12,7 +12,6 @@ import reference
 import safetensors
 import torch
 from diffusers import FluxFillPipeline
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from helpers import (
     LORA_FILE,
@@ -43,12 +42,6 @@ MODULES = {
     "projection": ["--semantic_mode", "projection"],
 }
 WITH_MODULE = [name for name, mode in SEMANTIC_MODES.items() if mode.module_class is not None]
-
-
-@pytest.fixture
-def posterior_mode(monkeypatch):
-    """Latents without the random part of the VAE's posterior, as the reference takes them."""
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
 
 
 def open_gates(module) -> None:
