@@ -256,6 +256,11 @@ def test_no_file_is_longer_than_its_budget(module):
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= budget
 
 
+def test_no_test_file_is_longer_than_its_budget():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("test_*.py")}
+    assert len(lengths) > 20 and not {name: length for name, length in lengths.items() if length > 500}
+
+
 @pytest.mark.parametrize("name", ["main", "train"])
 def test_main_and_train_fit_a_screen(name):
     (function,) = (node for node in parse(SCRIPT).body if isinstance(node, ast.FunctionDef) and node.name == name)
