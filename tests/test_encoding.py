@@ -168,7 +168,7 @@ def test_without_cache_the_same_is_learned(base_folder, triptych_folder, tmp_pat
 
 @pytest.mark.parametrize("damage", ["head", "content", "gone"])
 def test_an_encoding_damaged_under_way_is_named(base_folder, triptych_folder, tmp_path, monkeypatch, damage):
-    build_model, cache = trainer.build_model, tmp_path / "cache"
+    build_optimizer, cache = trainer.build_optimizer, tmp_path / "cache"
 
     def damage_and_build(*args):
         for path in cache.iterdir():
@@ -177,11 +177,11 @@ def test_an_encoding_damaged_under_way_is_named(base_folder, triptych_folder, tm
             path.write_bytes(content)
             if damage == "gone":
                 path.unlink()
-        return build_model(*args)
+        return build_optimizer(*args)
 
     more = ["--cache_root", cache, "--max_train_steps", 1]
     with monkeypatch.context() as patch, pytest.raises(ValueError) as error:
-        patch.setattr(trainer, "build_model", damage_and_build)
+        patch.setattr(trainer, "build_optimizer", damage_and_build)
         run(base_folder, tmp_path / "out", *more, data=triptych_folder)
     (path,) = re.findall(r"The encoding (\S+) was damaged while the run was under way", str(error.value))
     assert Path(path).parent == cache and "continue with --resume_from_checkpoint latest" in str(error.value)
