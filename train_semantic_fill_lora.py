@@ -18,7 +18,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from diffusers.training_utils import (
     cast_training_params,
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
-    free_memory,
 )
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
@@ -46,22 +45,18 @@ from semantic_attention import SemanticModel
 from semantic_fill.checkpoints import Checkpointer, StopSignals, TrainingState, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import ResumableBatchSampler, TriptychDataset, load_rows, prefetch, seed_of
-from semantic_fill.encoding import Encoder, SampleReader, load_encoders, longest_prompt, release_encoders
+from semantic_fill.encoding import Encoder, SampleReader, encode_dataset
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
 from semantic_fill.lora import add_lora, compiler_options
 from semantic_fill.memory import (
     CHECKPOINTING,
     Plan,
-    Workload,
     choose_plan,
-    empty_transformer,
-    memory_advice,
-    parameter_bytes,
 )
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, public_config, push_checkpoint, push_to_hub, save_result
-from semantic_fill.reports import announce, explain_skipped_step, log_shapes, log_step
+from semantic_fill.reports import announce, explain_out_of_memory, explain_skipped_step, log_shapes, log_step, workload
 from semantic_fill.validation import paint_samples
 from semantic_fill.weights import load_lora, load_module, load_weights
 
@@ -378,7 +373,7 @@ def assemble(
         steps_per_epoch = math.ceil(len(dataset) / samples_per_step(options, accelerator))
         options = replace(options, max_train_steps=options.num_train_epochs * steps_per_epoch)
     if encoder is None:
-        encoder = encode(options, accelerator, dtype, dataset, pipeline)
+        encoder = encode_dataset(options, accelerator, dtype, dataset, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
         options = replace(options, **vars(plan_fast(options, encoder, device, dtype)))
@@ -417,64 +412,13 @@ def read_dataset(options: Options, accelerator: Accelerator, rows=None) -> Tript
     return TriptychDataset(rows, options)
 
 
-def encode(
-    options: Options,
-    accelerator: Accelerator,
-    dtype: torch.dtype,
-    dataset: TriptychDataset,
-    pipeline: FluxFillSemanticPipeline | None = None,
-) -> Encoder:
-    """Encodes all samples, with the encoders alone on the accelerator. Without a cache, steps encode."""
-    pipeline = load_encoders(options, dtype) if pipeline is None else pipeline
-    max_sequence_length = options.max_sequence_length
-    if max_sequence_length == "auto":
-        captions = (dataset.caption(index) for index in range(len(dataset)))
-        max_sequence_length = longest_prompt(pipeline.tokenizer_2, captions)
-        logger.info(f"Prompts are {max_sequence_length} tokens long, as the longest in the data")
-    encoder = Encoder(
-        pipeline, dataset, max_sequence_length, Path(options.cache_root) if options.cache_latents else None
-    )
-    if not options.cache_latents:
-        pipeline.to(accelerator.device)
-        return encoder
-    encoder.fill_cache(accelerator, flips=options.random_flip, dropped_maps=options.semantic_dropout > 0)
-    release_encoders(pipeline)
-    free_memory()
-    return encoder
-
-
-def workload(options: Options, encoder: Encoder) -> Workload:
-    return Workload(
-        empty_transformer(options.pretrained_model_name_or_path, options.revision, options.cache_dir),
-        encoder.image_tokens + encoder.max_sequence_length,
-        options.train_batch_size,
-        options.rank,
-        options.use_8bit_adam if options.optimizer == "adamw" else None,
-    )
-
-
 def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
     """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
-    fixed = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
+    fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
     choice = choose_plan(workload(options, encoder), fixed, device, dtype)
     plan, reason = broadcast_object_list(list(choice))
     logger.info(f"--fast chose {plan}: {reason}")
     return plan
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(options: Options, encoder: Encoder) -> Iterator[None]:
-    """Adds to an out-of-memory error which flags would save memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        pipeline = encoder.pipeline
-        kept = [] if options.cache_latents else [pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
-        plan = Plan(options.base_precision, options.checkpointing, bool(options.compile))
-        advice = memory_advice(
-            plan, workload(options, encoder), options.gradient_accumulation_steps, parameter_bytes(kept)
-        )
-        raise torch.OutOfMemoryError(f"{error}\n{advice}") from error
 
 
 # -- Train ------------------------------------------------------------------------------------------------------------

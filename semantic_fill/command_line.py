@@ -39,7 +39,7 @@ def _argument(field: dataclasses.Field, hints: dict) -> dict:
     """What `add_argument` needs to know of a field beside its name and help."""
     hint = hints[field.name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if bool in kinds:
+    if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     many = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
     kind, words = (many or kinds)[0], field.metadata["words"]
@@ -52,7 +52,7 @@ def _argument(field: dataclasses.Field, hints: dict) -> dict:
     return {"type": parse, "choices": field.metadata["choices"]} | ({"nargs": "+"} if many else {})
 
 
-def read_yaml(path: str, parser: argparse.ArgumentParser) -> list[str]:
+def read_yaml(path: str, options_class: type[OptionGroup]) -> list[str]:
     """
     The entries of a YAML file as command-line arguments, so that types, choices and unknown names are checked alike.
 
@@ -65,9 +65,7 @@ def read_yaml(path: str, parser: argparse.ArgumentParser) -> list[str]:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {path} has to hold a mapping of option names to values.")
-    switches = {
-        name for a in parser._actions if isinstance(a, argparse.BooleanOptionalAction) for name in a.option_strings
-    }
+    switches = {f"--{name}" for name, hint in typing.get_type_hints(options_class).items() if hint is bool}
     arguments = []
     for key, value in root.value if root is not None else ():
         name = f"--{key.value}"
@@ -113,7 +111,7 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
             raise ValueError("Pass one YAML file, either alone or with --config.")
         config = found.get("config", found.get("config_file"))
         if config is not None:
-            found = parse(read_yaml(config, parser)) | found
+            found = parse(read_yaml(config, options_class)) | found
         found = {
             # Argparse makes lists of several values, which could be changed.
             name: tuple(value) if isinstance(value, list) else value

@@ -20,6 +20,7 @@ import torch
 import transformers
 from accelerate import Accelerator, cpu_offload
 from accelerate.logging import get_logger
+from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, panel_positions, tile_across_panels
@@ -280,6 +281,32 @@ class Encoder:
     def _encode_sample(self, index: int, flip: bool, drop_map: bool) -> dict[str, torch.Tensor]:
         views = self.dataset.views(index, flip)
         return self.encode_views({name: view[None] for name, view in views.items()}, drop_map)
+
+
+def encode_dataset(
+    options: Options,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    dataset: TriptychDataset,
+    pipeline: FluxFillSemanticPipeline | None = None,
+) -> Encoder:
+    """Encodes all samples, with the encoders alone on the accelerator. Without a cache, steps encode."""
+    pipeline = load_encoders(options, dtype) if pipeline is None else pipeline
+    max_sequence_length = options.max_sequence_length
+    if max_sequence_length == "auto":
+        captions = (dataset.caption(index) for index in range(len(dataset)))
+        max_sequence_length = longest_prompt(pipeline.tokenizer_2, captions)
+        logger.info(f"Prompts are {max_sequence_length} tokens long, as the longest in the data")
+    encoder = Encoder(
+        pipeline, dataset, max_sequence_length, Path(options.cache_root) if options.cache_latents else None
+    )
+    if not options.cache_latents:
+        pipeline.to(accelerator.device)
+        return encoder
+    encoder.fill_cache(accelerator, flips=options.random_flip, dropped_maps=options.semantic_dropout > 0)
+    release_encoders(pipeline)
+    free_memory()
+    return encoder
 
 
 class SampleReader(torch.utils.data.Dataset):

@@ -88,8 +88,13 @@ def add_lora(
         target_modules=layers or LORA_TARGETS,
     )
     if fused:
-        # PEFT has no public way to use a layer class of one's own.
-        config._register_custom_module({nn.Linear: MasterWeightLora})
+        # PEFT has no public way to use a layer class of one's own. Without the private one, a run is slower.
+        if hasattr(config, "_register_custom_module"):
+            config._register_custom_module({nn.Linear: MasterWeightLora})
+        else:
+            logger.warning(
+                "LoRA products are computed by PEFT's own layers, since this version of it takes no others."
+            )
     transformer.add_adapter(config)
 
 

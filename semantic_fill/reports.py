@@ -1,16 +1,18 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""What a run says: its start-up lines, its steps, and at debug level the shapes of a batch."""
+"""What a run says: its start-up lines, its steps, the shapes of a batch, and what would help when memory runs out."""
 
 import contextlib
 import logging
 from collections.abc import Iterator
 
+import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from semantic_fill.checkpoints import TrainingState
 from semantic_fill.data import PANELS, ResumableBatchSampler
-from semantic_fill.memory import CUDNN
+from semantic_fill.encoding import Encoder
+from semantic_fill.memory import CUDNN, Plan, Workload, empty_transformer, memory_advice, parameter_bytes
 from semantic_fill.options import Options
 
 
@@ -88,3 +90,28 @@ def log_shapes(run, batch) -> Iterator[None]:
     for name, shape in shapes.items():
         logger.debug(f"{name}: {shape}")
     log_scales(model.scales(), logging.DEBUG, digits=6)
+
+
+def workload(options: Options, encoder: Encoder) -> Workload:
+    return Workload(
+        empty_transformer(options.pretrained_model_name_or_path, options.revision, options.cache_dir),
+        encoder.image_tokens + encoder.max_sequence_length,
+        options.train_batch_size,
+        options.rank,
+        options.use_8bit_adam if options.optimizer == "adamw" else None,
+    )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(options: Options, encoder: Encoder) -> Iterator[None]:
+    """Adds to an out-of-memory error which flags would save memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        pipeline = encoder.pipeline
+        kept = [] if options.cache_latents else [pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+        plan = Plan(options.base_precision, options.checkpointing, bool(options.compile))
+        advice = memory_advice(
+            plan, workload(options, encoder), options.gradient_accumulation_steps, parameter_bytes(kept)
+        )
+        raise torch.OutOfMemoryError(f"{error}\n{advice}") from error
