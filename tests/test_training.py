@@ -192,6 +192,23 @@ def test_timestep_shift_is_that_of_the_scheduler(base, settings):
     assert shift * 0.25 / (1 + (shift - 1) * 0.25) == pytest.approx(scheduler.sigmas[0].item(), rel=1e-6)
 
 
+def test_timesteps_follow_their_distribution_and_are_shifted():
+    def draw(shift: float, **options):
+        options = Options(pretrained_model_name_or_path="unused", train_data_dir="unused", **options)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
+        _, t, _ = trainer.add_noise(torch.zeros(2000, 1, 1), generators, trainer.Objective(options, shift, True))
+        assert ((t > 0) & (t < 1)).all()
+        return t
+
+    t = draw(1.0, logit_mean=0.5, logit_std=2.0)
+    assert t.logit().mean().item() == pytest.approx(0.5, abs=0.15) and t.logit().std().item() == pytest.approx(
+        2, abs=0.1
+    )
+    torch.testing.assert_close(draw(3.0, logit_mean=0.5, logit_std=2.0), 3 * t / (1 + 2 * t))
+    uniform = draw(1.0, weighting_scheme="none").sort().values
+    torch.testing.assert_close(uniform, torch.linspace(0, 1, 2000), atol=0.04, rtol=0)
+
+
 def test_each_sample_has_noise_of_its_own_place_in_the_run(base_folder, triptych_folder, tmp_path):
     """Whichever batch a sample comes in, its noise and timestep are the same, and no other sample has them."""
     options = arguments(base_folder, tmp_path, "--no-cache_latents", data=triptych_folder)
