@@ -44,8 +44,8 @@ from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_attention import SemanticModel
 from semantic_fill.checkpoints import Checkpointer, StopSignals, TrainingState, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
-from semantic_fill.data import ResumableBatchSampler, TriptychDataset, load_rows, prefetch, seed_of
-from semantic_fill.encoding import Encoder, SampleReader, encode_dataset
+from semantic_fill.data import load_datasets
+from semantic_fill.encoding import Encoder, SampleReader, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
 from semantic_fill.lora import add_lora, compiler_options
 from semantic_fill.memory import (
@@ -57,6 +57,8 @@ from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, public_config, push_checkpoint, push_to_hub, save_result
 from semantic_fill.reports import announce, explain_out_of_memory, explain_skipped_step, log_shapes, log_step, workload
+from semantic_fill.sampling import ResumableBatchSampler, prefetch, seed_of
+from semantic_fill.sources import Source
 from semantic_fill.validation import paint_samples
 from semantic_fill.weights import load_lora, load_module, load_weights
 
@@ -331,6 +333,7 @@ class Run:
     options: Options
     engine: Engine
     encoder: Encoder
+    held_out: Encoder | None
     objective: Objective
     model: torch.nn.Module  # as the engine wrapped it
     optimizer: torch.optim.Optimizer
@@ -347,7 +350,7 @@ def samples_per_step(options: Options, accelerator: Accelerator) -> int:
 def assemble(
     options: Options,
     engine: Engine,
-    rows=None,
+    source: Source | None = None,
     pipeline: FluxFillSemanticPipeline | None = None,
     encoder: Encoder | None = None,
     load_transformer: Callable[[Options, torch.device, torch.dtype], FluxTransformer2DModel] = load_transformer,
@@ -361,19 +364,24 @@ def assemble(
     Args:
         options (`Options`): As they were passed. The run's own options also hold what was found out on the way.
         engine (`Engine`): From `find_engine`.
-        rows, pipeline, encoder, load_transformer, build_model (*optional*): Taken instead of what `options` names.
+        source, pipeline, encoder, load_transformer, build_model (*optional*): Taken instead of what `options` names.
         checkpoint (`Path`, *optional*): Checkpoint to continue from, from `find_checkpoint`.
         on_checkpoint (`Callable[[Path], None]`, *optional*): Called on the main process for each checkpoint.
     """
     accelerator, device = engine.accelerator, engine.accelerator.device
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-    dataset = read_dataset(options, accelerator, rows) if encoder is None else encoder.dataset
+    held_out = held_out_encoder = None
+    if encoder is None:
+        pairs = not SEMANTIC_MODES[options.semantic_mode].uses_map
+        dataset, held_out = load_datasets(options, accelerator, pairs, source)
+    else:
+        dataset = encoder.dataset
     if options.max_train_steps is None:
         # New options are checked again, which may end the run and so comes before the encoding.
         steps_per_epoch = math.ceil(len(dataset) / samples_per_step(options, accelerator))
         options = replace(options, max_train_steps=options.num_train_epochs * steps_per_epoch)
     if encoder is None:
-        encoder = encode_dataset(options, accelerator, dtype, dataset, pipeline)
+        encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, held_out, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
         options = replace(options, **vars(plan_fast(options, encoder, device, dtype)))
@@ -400,16 +408,19 @@ def assemble(
     state = TrainingState() if checkpoint is None else checkpointer.restore(checkpoint)
     objective = Objective.of(options, encoder, guidance_embeds, device)
     batch_maker = functools.partial(make_batch, encoder=encoder, objective=objective, device=device, dtype=dtype)
-    return Run(options, engine, encoder, objective, model, optimizer, lr_scheduler, checkpointer, state, batch_maker)
-
-
-def read_dataset(options: Options, accelerator: Accelerator, rows=None) -> TriptychDataset:
-    """The rows of `options`, or those that are passed, all of them checked."""
-    if rows is None:
-        with accelerator.main_process_first():
-            rows = load_rows(options, cache_dir=options.cache_dir)
-    # All processes check their rows at once, because NCCL waits for a process ten minutes at most.
-    return TriptychDataset(rows, options)
+    return Run(
+        options,
+        engine,
+        encoder,
+        held_out_encoder,
+        objective,
+        model,
+        optimizer,
+        lr_scheduler,
+        checkpointer,
+        state,
+        batch_maker,
+    )
 
 
 def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
@@ -472,7 +483,7 @@ def train(run: Run) -> None:
             if step % options.checkpointing_steps == 0 or stopped_by or given_up:
                 run.checkpointer.save(state)
             if options.validation_steps and step % options.validation_steps == 0:
-                paint_samples(engine.unwrap(run.model), run.encoder, step, engine, options)
+                paint_samples(engine.unwrap(run.model), run.held_out or run.encoder, step, engine, options)
                 accelerator.wait_for_everyone()
             if given_up:
                 raise RuntimeError(
@@ -545,7 +556,7 @@ def finish(run: Run, repo_id: str | None) -> None:
     # Model cards show samples. The last validation may have painted them already.
     if steps % options.validation_steps if options.validation_steps else options.push_to_hub:
         try:
-            paint_samples(model, run.encoder, steps, engine, options)
+            paint_samples(model, run.held_out or run.encoder, steps, engine, options)
         except torch.OutOfMemoryError as error:
             logger.warning(f"No samples are painted, because memory ran out: {error}")
     if accelerator.is_main_process:

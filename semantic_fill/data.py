@@ -1,117 +1,97 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Triptychs: where rows come from, how a row becomes three views and a caption, and in which order samples are drawn.
+"""Triptychs: how a sample becomes views of one size and a caption, and the check of all samples before a run.
 
-A sample's row and random choices are functions of the seed and of the sample's position in the run. So resuming, and any
-number of processes, repeats exactly the same samples, which no sampler of PyTorch or accelerate promises.
+The check decodes every picture once, in threads, and is shared among the processes of a run. It remembers what it found
+while the files stay unchanged, so that a second start over a large data set takes seconds.
 """
 
 import hashlib
 import json
+import math
 import os
-import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageColor
 import PIL.ImageOps
 import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import read_picture
-from semantic_fill.options import DataOptions
+from semantic_fill.files import FileMemory
+from semantic_fill.options import DataOptions, Options
+from semantic_fill.sources import Source, list_folder
+from semantic_fill.tables import load_source
 
 
-if TYPE_CHECKING:
-    import datasets
+logger = get_logger(__name__)
 
 PANELS = ("visible", "target", "semantic")
-Prepared = TypeVar("Prepared")
+# Panels of this much difference in shape count as alike.
+SHAPE_TOLERANCE = 0.02
+# A map whose values are all below this is taken for label numbers.
+LABEL_LIMIT = 64
+# Findings and encodings of pictures that were read by other rules are made anew.
+READER_VERSION = "2"
+Palette = dict[str, tuple[int, int, int]]
 
 
-# -- Rows -------------------------------------------------------------------------------------------------------------
+# -- Views ------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(options: DataOptions, split: str = "train", cache_dir: str | None = None) -> "datasets.Dataset":
+def cut_triptych(pictures: Sequence[PIL.Image.Image], panels: int = 3) -> dict[str, PIL.Image.Image]:
     """
-    The rows of a split, with their pictures still undecoded.
-
-    Raises:
-        `ValueError`: if the source cannot be read, has no rows, or a column is missing or holds no pictures.
-    """
-    # The import is slow, and rows may come from elsewhere.
-    import datasets
-
-    datasets.utils.logging.set_verbosity_error()
-    kwargs: dict[str, Any] = {"split": split, "cache_dir": cache_dir}
-    name = options.dataset_name or ""
-    if options.train_data_dir is not None:
-        source, builder = f"--train_data_dir {options.train_data_dir}", "imagefolder"
-        kwargs["data_dir"] = options.train_data_dir
-        expected = "has to be a folder of pictures with a `metadata.jsonl`"
-    elif os.path.isdir(name):
-        source, expected = f"--dataset_name {name}", "has to hold *.parquet, *.tar (webdataset) or metadata.jsonl"
-        for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar"), ("imagefolder", "metadata.jsonl")):
-            files = sorted(str(path) for path in Path(name).rglob(pattern))
-            if files:
-                break
-        else:
-            raise ValueError(f"{source} {expected} files but holds none.")
-        kwargs |= {"data_dir": name} if builder == "imagefolder" else {"data_files": {"train": files}}
-    else:
-        source, expected = f"--dataset_name {name}", "has to be a data set that can be loaded"
-        builder, kwargs["name"] = name, options.dataset_config_name
-    try:
-        rows = datasets.load_dataset(builder, **kwargs)
-    # A missing folder, a broken metadata file and a missing picture each have an error of their own.
-    except Exception as error:
-        raise ValueError(f"{source} {expected}, but: {error.__cause__ or error}") from error
-    if options.max_train_samples is not None:
-        rows = rows.select(range(min(options.max_train_samples, len(rows))))
-    if len(rows) == 0:
-        raise ValueError(f"{source} has no rows.")
-    for column in filter(None, (*picture_columns(options), options.caption_column)):
-        if column not in rows.column_names:
-            raise ValueError(f"Column `{column}` is not in the data set, which has {rows.column_names}.")
-    for column in picture_columns(options):
-        try:
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-        # Arrow raises errors of many kinds.
-        except Exception as error:
-            raise ValueError(
-                f"Column `{column}` has to hold pictures but holds {rows.features[column]}: {error}"
-            ) from error
-    return rows
-
-
-def picture_columns(options: DataOptions) -> list[str]:
-    """The columns of the three views, or the one column of whole triptychs."""
-    if options.visible_column and options.target_column and options.semantic_column:
-        return [options.visible_column, options.target_column, options.semantic_column]
-    return [options.image_column]
-
-
-def cut_triptych(pictures: Sequence[PIL.Image.Image]) -> dict[str, PIL.Image.Image]:
-    """
-    The views by their names in `PANELS`, all of one size, from one triptych or from three pictures.
+    The views by their names in `PANELS`, all of one size, from one picture of `panels` views or from one picture a view.
 
     Raises:
         `ValueError`: with a reason that reads after the name of the sample.
     """
     if len(pictures) == 1:
-        (triptych,) = pictures
-        width, remainder = divmod(triptych.width, 3)
+        (canvas,) = pictures
+        width, remainder = divmod(canvas.width, panels)
         if remainder or width == 0:
-            raise ValueError(f"is {triptych.width} pixels wide, which cannot be divided into three equal panels")
-        pictures = [triptych.crop((i * width, 0, (i + 1) * width, triptych.height)) for i in range(3)]
+            number = {2: "two", 3: "three"}[panels]
+            raise ValueError(f"is {canvas.width} pixels wide, which cannot be divided into {number} equal panels")
+        pictures = [canvas.crop((i * width, 0, (i + 1) * width, canvas.height)) for i in range(panels)]
     if len({picture.size for picture in pictures}) > 1:
         sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in zip(PANELS, pictures))
         raise ValueError(f"has views of different sizes ({sizes})")
-    return dict(zip(PANELS, pictures, strict=True))
+    return dict(zip(PANELS, pictures))
+
+
+def count_panels(size: tuple[int, int], shape: float, pairs: bool) -> int:
+    """
+    How many views stand side by side in a picture.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the picture.
+        shape (`float`): Width over height of a panel of this run.
+        pairs (`bool`): Whether two views are accepted.
+
+    Raises:
+        `ValueError`: if the picture is a diptych where three views are needed.
+    """
+
+    def difference(panels: int) -> float:
+        return abs(math.log(size[0] / panels / size[1] / shape))
+
+    if pairs:
+        return 2 if difference(2) <= difference(3) else 3
+    if difference(2) <= SHAPE_TOLERANCE < difference(3):
+        raise ValueError(
+            f"is {size[0]}x{size[1]} pixels, which are two panels of this run's shape. Three views are needed, or"
+            " --semantic_mode none. If it does hold three, pass their shape with --resolution and --width"
+        )
+    return 3
 
 
 def read_triptychs(folder: Path) -> list[dict[str, PIL.Image.Image]]:
@@ -121,7 +101,7 @@ def read_triptychs(folder: Path) -> list[dict[str, PIL.Image.Image]]:
     return [cut_triptych([read_picture(folder / name)]) for name in names]
 
 
-def read_palette(path: str | Path) -> dict[str, tuple[int, int, int]]:
+def read_palette(path: str | Path) -> Palette:
     """
     Names and colors of classes from a JSON object, or from a list whose names are 0, 1 and so on. A color is
     `[red, green, blue]` of 0 to 255, `"#ff0000"` or `"red"`.
@@ -146,186 +126,263 @@ def read_palette(path: str | Path) -> dict[str, tuple[int, int, int]]:
     return palette
 
 
-class TriptychDataset(torch.utils.data.Dataset):
+def color_labels(labels: PIL.Image.Image, palette: Palette) -> PIL.Image.Image:
     """
-    Rows as views `(3, height, width)` in [0, 1] and a caption. A row is decoded each time it is asked for.
-
-    Args:
-        rows (`datasets.Dataset` or a list of dictionaries):
-            Rows with undecoded pictures, `{"bytes": ..., "path": ...}`, as `load_rows` gives them.
-        options (`DataOptions`):
-            Columns, captions and size.
+    A map of label numbers, all channels alike, in the colors of a palette.
 
     Raises:
-        `ValueError`: if rows cannot be used. All of them are read once, so that this stops a run before a model is
-            loaded.
+        `ValueError`: if a label has no color. The reason reads after the name of the sample.
+    """
+    numbers = np.asarray(labels)[..., 0]
+    colors = np.zeros((256, 3), np.uint8)
+    for number in np.unique(numbers):
+        if str(number) not in palette:
+            raise ValueError(f"has the label {number}, which has no color in --palette")
+        colors[number] = palette[str(number)]
+    return PIL.Image.fromarray(colors[numbers])
+
+
+# -- The check --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the check found out about a sample: size of a view, number of views, labels, and hashes."""
+
+    width: int
+    height: int
+    panels: int
+    # Whether the semantic view has one channel and small values only.
+    labels: bool
+    # SHA-256 of each picture as it is stored.
+    digests: tuple[str, ...]
+    # SHA-256 of the visible view's pixels.
+    content: str
+
+
+def inspect(pictures: list[bytes], shape: float, pairs: bool) -> Finding:
+    """
+    Decodes a sample.
+
+    Raises:
+        `ValueError`: with a reason that reads after the name of the sample.
+    """
+    decoded = [read_picture(data) for data in pictures]
+    panels = count_panels(decoded[0].size, shape, pairs) if len(decoded) == 1 else len(decoded)
+    views = cut_triptych(decoded, panels)
+    labels = False
+    if "semantic" in views:
+        pixels = np.asarray(views["semantic"])
+        labels = bool(pixels.max() < LABEL_LIMIT and (pixels == pixels[..., :1]).all())
+    visible = views["visible"]
+    content = hashlib.sha256(repr(visible.size).encode() + visible.tobytes()).hexdigest()
+    digests = tuple(hashlib.sha256(data).hexdigest() for data in pictures)
+    return Finding(*visible.size, panels, labels, digests, content)
+
+
+def check_samples(
+    source: Source, shape: float, pairs: bool, memory_file: Path | None = None, rank: int = 0, world_size: int = 1
+) -> list[Finding]:
+    """
+    Decodes every sample of a source. With several processes each decodes a share, and all of them have to call this.
+
+    Args:
+        shape, pairs: As in [`count_panels`].
+        memory_file (`Path`, *optional*): File that keeps the findings about unchanged files for later runs.
+        rank, world_size (`int`): This process among all.
+
+    Raises:
+        `ValueError`: if samples cannot be used. The message names up to 50 of them with the reasons.
+    """
+    memory = FileMemory(memory_file, f"{READER_VERSION} {shape:.4f} {pairs}")
+    findings: list[Any] = [None] * len(source)
+    for index in range(len(source)):
+        files = source.files(index)
+        if files is not None and (known := memory.get(files)) is not None:
+            findings[index] = Finding(**known | {"digests": tuple(known["digests"])})
+
+    def check(index: int) -> tuple[int, Finding | str]:
+        try:
+            return index, inspect(source.pictures(index), shape, pairs)
+        # Reading files and decoding them raises errors of many kinds.
+        except Exception as error:
+            return index, f"{source.name(index)}: {error}"
+
+    todo = [index for index, finding in enumerate(findings) if finding is None]
+    own = todo[rank::world_size]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(tqdm(pool.map(check, own), total=len(own), desc="Checking samples", disable=None, leave=False))
+    for index, finding in gather_object(found) if world_size > 1 else found:
+        findings[index] = finding
+        if isinstance(finding, Finding) and source.files(index) is not None:
+            memory.put(source.files(index) or [], vars(finding))
+    if rank == 0:
+        memory.save()
+    problems = [*source.problems, *(finding for finding in findings if isinstance(finding, str))]
+    if problems:
+        listed = "\n  ".join(problems[:50])
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise ValueError(f"{len(problems)} samples cannot be used:\n  {listed}{more}")
+    return findings
+
+
+# -- Data sets --------------------------------------------------------------------------------------------------------
+
+
+class TriptychDataset(torch.utils.data.Dataset):
+    """
+    Samples as views `(3, height, width)` in [0, 1] and captions. A sample is decoded each time it is asked for.
+
+    Views of another shape than the run's are scaled and cropped about their center, all views of a sample alike.
+
+    Args:
+        source (`Source`):
+            The samples, from `load_source`.
+        options (`DataOptions`):
+            Size, captions and palette.
+        findings (`list[Finding]`):
+            What `check_samples` found out.
+        indices (`list[int]`, *optional*):
+            Which samples of the source belong to this data set. Default: all.
+
+    Raises:
+        `ValueError`: if captions are missing, or the semantic maps hold label numbers and there is no palette.
     """
 
-    def __init__(self, rows: "datasets.Dataset | list[dict]", options: DataOptions):
-        self.rows, self.columns = rows, picture_columns(options)
-        self.height, self.width = options.resolution, options.width or options.resolution
+    def __init__(
+        self, source: Source, options: DataOptions, findings: list[Finding], indices: list[int] | None = None
+    ):
+        self.source, self.findings = source, findings
+        self.indices = list(range(len(source))) if indices is None else indices
+        self.height, self.width = options.resolution, options.width
         self.instance_prompt = options.instance_prompt
-        self.caption_column = options.caption_column or ("text" if "text" in rows[0] else None)
-        if self.caption_column is None and self.instance_prompt is None:
-            raise ValueError(f"Pass --caption_column (one of {list(rows[0])}) or --instance_prompt.")
-        self.check()
+        # A single map of small values may be dark by chance. Where all of them are, they hold numbers.
+        self.palette = None
+        if findings and all(finding.labels for finding in findings):
+            if options.palette is None:
+                raise ValueError(
+                    f"All semantic maps have one channel and values below {LABEL_LIMIT}: they hold label numbers, which"
+                    " are nearly black as colors. Pass their colors with --palette."
+                )
+            self.palette = read_palette(options.palette)
+        problems = []
+        for index in range(len(self)):
+            try:
+                self.captions(index)
+            except ValueError as error:
+                problems.append(f"{source.name(self.indices[index])}: {error}")
+        if problems:
+            more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+            listed = "\n  ".join(problems[:50])
+            raise ValueError(
+                f"{len(problems)} of {len(self)} samples have no usable caption. Name their column with --caption_column,"
+                f" or pass --instance_prompt:\n  {listed}{more}"
+            )
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
-    def picture_bytes(self, index: int) -> list[bytes]:
-        """The encoded pictures of a row, one or three."""
-        row = self.rows[index]
-        cells = [row[column] for column in self.columns]
-        if None in cells:
-            raise ValueError("has no picture")
-        return [Path(c["path"]).read_bytes() if c.get("bytes") is None else c["bytes"] for c in cells]
+    def captions(self, index: int) -> list[str]:
+        """All captions of a sample, one of which is drawn for each visit."""
+        captions = self.source.captions(self.indices[index])
+        captions = list(captions) or ([] if self.instance_prompt is None else [self.instance_prompt])
+        if not captions:
+            raise ValueError("has no caption")
+        for caption in captions:
+            if not isinstance(caption, str) or not (caption.strip() or self.instance_prompt == ""):
+                raise ValueError(f"has a caption that is no text ({caption!r})")
+        return captions
 
-    def caption(self, index: int) -> str:
-        caption = self.rows[index][self.caption_column] if self.caption_column else None
-        caption = self.instance_prompt if caption is None else caption
-        if not isinstance(caption, str) or not (caption.strip() or self.instance_prompt == ""):
-            raise ValueError(f"has no caption in `{self.caption_column}` (found {caption!r})")
-        return caption
+    def caption(self, index: int, draw: float = 0.0) -> str:
+        """The caption of a sample for a random number in [0, 1)."""
+        captions = self.captions(index)
+        return captions[int(draw * len(captions))]
+
+    def all_captions(self) -> set[str]:
+        return {caption for index in range(len(self)) for caption in self.captions(index)}
+
+    def digests(self, index: int) -> tuple:
+        """What the views depend on: the stored pictures, and how they are read."""
+        palette = None if self.palette is None else tuple(sorted(self.palette.items()))
+        return (*self.findings[self.indices[index]].digests, READER_VERSION, palette)
 
     def views(self, index: int, flip: bool = False) -> dict[str, torch.Tensor]:
+        """The views by their names in `PANELS`. The semantic one is missing from pairs."""
+        index = self.indices[index]
+        pictures = [read_picture(data) for data in self.source.pictures(index)]
         views = {}
-        for name, picture in self._pictures(index).items():
+        for name, picture in cut_triptych(pictures, self.findings[index].panels).items():
+            if name == "semantic" and self.palette is not None:
+                picture = color_labels(picture, self.palette)
+            # The colors of a semantic map are labels, which must not be blended.
+            resample = PIL.Image.Resampling.NEAREST if name == "semantic" else PIL.Image.Resampling.LANCZOS
             if picture.size != (self.width, self.height):
-                # The colors of a semantic map are labels, which must not be blended.
-                resample = PIL.Image.Resampling.NEAREST if name == "semantic" else PIL.Image.Resampling.LANCZOS
-                picture = picture.resize((self.width, self.height), resample)
+                picture = PIL.ImageOps.fit(picture, (self.width, self.height), resample)
             picture = PIL.ImageOps.mirror(picture) if flip else picture
             views[name] = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
         return views
 
-    def _pictures(self, index: int) -> dict[str, PIL.Image.Image]:
-        return cut_triptych([read_picture(data) for data in self.picture_bytes(index)])
-
-    def check(self) -> None:
-        problems = []
-        for index in tqdm(range(len(self)), desc="Checking rows", disable=None, leave=False):
-            try:
-                self._pictures(index)
-                self.caption(index)
-            # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error and others.
-            except Exception as error:
-                problems.append(f"row {index}: {type(error).__name__}: {error}")
-        if problems:
-            listed = "\n  ".join(problems[:50])
-            more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-            raise ValueError(f"{len(problems)} of {len(self)} rows cannot be used:\n  {listed}{more}")
-
-
-# -- Order ------------------------------------------------------------------------------------------------------------
-
-
-def seed_of(*parts) -> int:
-    """A 63-bit seed made of its parts, independent for every different tuple of them."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """What is decided at random for one sample before it is read. `position` counts the samples of the whole run."""
-
-    position: int
-    index: int
-    flip: bool
-    drop_caption: bool
-    drop_map: bool
-
-
-class ResumableBatchSampler(torch.utils.data.Sampler):
-    """
-    Endless micro-batches of `SampleSpec` for one process.
-
-    Args:
-        num_rows, batch_size, seed (`int`):
-            Rows of the data, samples in a micro-batch, and the seed of all draws.
-        flip, drop_caption, drop_map (`float`):
-            Probabilities in [0, 1].
-        process_index, num_processes (`int`):
-            This process among those that share the run.
-        start (`int`):
-            Samples that the run has used before.
-        accumulation_steps (`int`):
-            Micro-batches in an optimizer step.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        seed: int = 0,
-        flip: float = 0.0,
-        drop_caption: float = 0.0,
-        drop_map: float = 0.0,
-        process_index: int = 0,
-        num_processes: int = 1,
-        start: int = 0,
-        accumulation_steps: int = 1,
-    ):
-        self.num_rows, self.batch_size, self.seed, self.start = num_rows, batch_size, seed, start
-        self.flip, self.drop_caption, self.drop_map = flip, drop_caption, drop_map
-        self.process_index, self.num_processes = process_index, num_processes
-        self.samples_per_step = batch_size * accumulation_steps * num_processes
-        self.epoch, self.permutation = None, []
-
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, self.num_rows)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-            self.epoch, self.permutation = epoch, torch.randperm(self.num_rows, generator=generator).tolist()
-        return self.permutation[place]
-
-    def spec(self, position: int) -> SampleSpec:
-        """The sample at a position of the run, whichever process takes it."""
-        chance = random.Random(seed_of(self.seed, "read", position))
-        flip, drop_caption, drop_map = chance.random(), chance.random(), chance.random()
-        return SampleSpec(
-            position=position,
-            index=self._row(position),
-            flip=flip < self.flip,
-            drop_caption=drop_caption < self.drop_caption,
-            drop_map=drop_map < self.drop_map,
+    def summary(self) -> str:
+        """One line about the data: samples, captions, sizes, and what was done to them."""
+        findings = [self.findings[index] for index in self.indices]
+        sizes = Counter((finding.width, finding.height) for finding in findings)
+        shown = ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.most_common(4))
+        shape = self.width / self.height
+        cropped = sum(abs(math.log(f.width / f.height / shape)) > SHAPE_TOLERANCE for f in findings)
+        enlarged = sum(f.width < self.width or f.height < self.height for f in findings)
+        return (
+            f"{len(self)} samples, {len(self.all_captions())} captions, views of {len(sizes)} sizes ({shown}) brought to"
+            f" {self.width}x{self.height}: {cropped} cropped, {enlarged} enlarged. {len(self.source.left_out)} other"
+            " files left out"
         )
 
-    def rows_before(self, position: int) -> list[int]:
-        """The rows of the optimizer step that ends before a position of the run, of all processes."""
-        return [self.spec(p).index for p in range(position - self.samples_per_step, position)]
 
-    def __iter__(self) -> Iterator[list[SampleSpec]]:
-        first = self.start + self.process_index * self.batch_size
-        while True:
-            yield [self.spec(position) for position in range(first, first + self.batch_size)]
-            first += self.num_processes * self.batch_size
-
-
-def prefetch(
-    prepare: Callable[[list[dict]], Prepared], samples: Iterator[list[dict]], device: torch.device
-) -> Generator[Prepared]:
+def load_datasets(
+    options: Options, accelerator: Accelerator, pairs: bool = False, source: Source | None = None
+) -> tuple[TriptychDataset, TriptychDataset | None]:
     """
-    The results of `prepare` for endless samples. On a GPU a thread prepares the next result while the current one is
-    used, on a stream of its own: copies from the host would otherwise wait for everything that the main stream still
-    computes. The results have their tensors in `vars`.
+    The data to train on, and the held-out data if there is any. Every process has to call it.
+
+    Which samples `--validation_fraction` holds out follows from the pixels of their visible views alone. So new rows and
+    other file names move none across, and equal pictures never stand on both sides.
+
+    Args:
+        pairs (`bool`): Whether samples without a semantic view are accepted.
+        source (`Source`, *optional*): Samples instead of those that the options name.
     """
-    if device.type != "cuda":
-        yield from map(prepare, samples)
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-
-    def prepare_next() -> tuple[Prepared, Any]:
-        with torch.cuda.stream(stream):
-            return prepare(next(samples)), stream.record_event()
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(prepare_next)
-        while True:
-            (result, ready), following = following.result(), pool.submit(prepare_next)
-            current = torch.cuda.current_stream(device)
-            current.wait_event(ready)
-            for tensor in filter(torch.is_tensor, vars(result).values()):
-                tensor.record_stream(current)
-            yield result
+    if source is None:
+        # The first process prepares tables for all.
+        with accelerator.main_process_first():
+            source = load_source(options, pairs, options.cache_dir)
+    memory_file, processes = (
+        Path(options.cache_root, "checked.json"),
+        (accelerator.process_index, accelerator.num_processes),
+    )
+    shape = options.width / options.resolution
+    findings = check_samples(source, shape, pairs, memory_file, *processes)
+    held_out, held_out_contents = None, set()
+    if options.validation_data_dir is not None:
+        other = list_folder(Path(options.validation_data_dir), options, pairs)
+        held_out = TriptychDataset(other, options, check_samples(other, shape, pairs, memory_file, *processes))
+        held_out_contents = {finding.content for finding in held_out.findings}
+    elif options.validation_fraction:
+        limit = options.validation_fraction * 16**16
+        chosen = [index for index, finding in enumerate(findings) if int(finding.content[:16], 16) < limit]
+        if not chosen:
+            raise ValueError(
+                f"--validation_fraction {options.validation_fraction} holds out none of {len(source)} samples."
+            )
+        held_out = TriptychDataset(source, options, findings, chosen)
+        held_out_contents = {findings[index].content for index in chosen}
+    train = [index for index, finding in enumerate(findings) if finding.content not in held_out_contents]
+    if not train:
+        raise ValueError("All samples are held out, so none is left to train on.")
+    dataset = TriptychDataset(source, options, findings, train[: options.max_train_samples])
+    logger.info(f"Data: {dataset.summary()}")
+    if held_out is not None:
+        logger.info(f"Held out: {held_out.summary()}")
+    if source.left_out and accelerator.is_main_process:
+        path = Path(options.output_dir, "left_out.txt")
+        path.write_text("\n".join(source.left_out) + "\n", encoding="utf-8")
+        logger.info(f"{path} lists the files that were left out")
+    return dataset, held_out

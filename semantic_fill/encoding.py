@@ -8,10 +8,7 @@ of samples and serves later runs too. Each encoding is one file with a checksum.
 import copy
 import functools
 import hashlib
-import time
-import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,24 @@ import torch
 import transformers
 from accelerate import Accelerator, cpu_offload
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, panel_positions, tile_across_panels
-from semantic_fill.data import SampleSpec, TriptychDataset
-from semantic_fill.files import explain_write_errors, write_atomically
+from semantic_fill.data import TriptychDataset
+from semantic_fill.files import (
+    FileMemory,
+    checksum,
+    explain_write_errors,
+    is_intact,
+    read_encoding,
+    remove_leftovers,
+    write_atomically,
+)
 from semantic_fill.memory import device_memory, parameter_bytes
 from semantic_fill.options import Options
+from semantic_fill.sampling import SampleSpec
 
 
 logger = get_logger(__name__)
@@ -104,10 +111,15 @@ def release_encoders(pipeline: FluxFillSemanticPipeline) -> None:
     pipeline.text_encoder = pipeline.text_encoder_2 = None
 
 
-def longest_prompt(tokenizer: transformers.PreTrainedTokenizerBase, captions: Iterable[str]) -> int:
-    """T5 tokens of the longest caption, rounded up to a multiple of 16, which kernels prefer, and at most FLUX's 512."""
-    longest = max(len(tokenizer(caption, truncation=True, max_length=512).input_ids) for caption in set(captions))
-    return min(512, -(-longest // 16) * 16)
+def count_tokens(tokenizer: transformers.PreTrainedTokenizerBase, captions: Iterable[str]) -> dict[str, int]:
+    """T5 tokens of each caption."""
+    captions = sorted(captions)
+    return {caption: len(ids) for caption, ids in zip(captions, tokenizer(captions, verbose=False).input_ids)}
+
+
+def longest_prompt(lengths: Iterable[int]) -> int:
+    """The length of the longest prompt, rounded up to a multiple of 16, which kernels prefer, and at most FLUX's 512."""
+    return min(512, -(-max(lengths) // 16) * 16)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -156,7 +168,6 @@ class Encoder:
         # Both depend on the geometry alone.
         self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, *size))[1]
         self.positions = panel_positions(self.rows, self.columns, self.panels)
-        self.picture_hashes = {}
         if self.cached:
             vae = pipeline.vae
             # The map's tokens are cached after scaling, so the scaling belongs to the key.
@@ -199,7 +210,7 @@ class Encoder:
 
     def read(self, spec: SampleSpec) -> dict:
         """One sample: its encodings from the cache, or without a cache its views and caption."""
-        prompt = "" if spec.drop_caption else self.dataset.caption(spec.index)
+        prompt = "" if spec.drop_caption else self.dataset.caption(spec.index, spec.caption)
         if not self.cached:
             return {"spec": spec, "views": self.dataset.views(spec.index, spec.flip), "prompt": prompt}
         latents = read_encoding(self.latent_file(spec.index, spec.flip, spec.drop_map))
@@ -239,36 +250,41 @@ class Encoder:
         return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
 
     def latent_file(self, index: int, flip: bool, drop_map: bool) -> Path:
-        # Pictures are read for their hash once in a run, not in each step.
-        if index not in self.picture_hashes:
-            pictures = self.dataset.picture_bytes(index)
-            self.picture_hashes[index] = [hashlib.sha256(data).hexdigest() for data in pictures]
-        return self._file(*self.picture_hashes[index], self.latent_key, flip, drop_map and self.mode.map_on_canvas)
+        digests = self.dataset.digests(index)
+        return self._file(*digests, self.latent_key, flip, drop_map and self.mode.map_on_canvas)
 
     def prompt_file(self, prompt: str) -> Path:
         return self._file(prompt, self.prompt_key)
 
-    def fill_cache(self, accelerator: Accelerator, flips: bool = False, dropped_maps: bool = False) -> None:
-        """Encodes what is not in the cache, shared among the processes. All of them have to call this."""
+    def fill_cache(
+        self, accelerator: Accelerator, pictures: bool = True, flips: bool = False, dropped_maps: bool = False
+    ) -> None:
+        """
+        Encodes prompts, and with `pictures` samples, that are not in the cache. The processes share the work, so all of
+        them have to call this.
+        """
         # All prompts come first, so that text encoders and VAE each move to the device once. Encoding one item at a time
         # needs the least memory, and no encoding depends on its neighbors.
-        prompts = {self.dataset.caption(index) for index in range(len(self.dataset))} | {""}
+        prompts = self.dataset.all_captions() | {""}
         jobs = {self.prompt_file(p): functools.partial(self.encode_prompts, [p]) for p in sorted(prompts)}
-        for index in range(len(self.dataset)):
+        for index in range(len(self.dataset)) if pictures else ():
             for flip in (False, True) if flips else (False,):
                 for drop in (False, True) if dropped_maps and self.mode.map_on_canvas else (False,):
                     job = functools.partial(self._encode_sample, index, flip, drop)
                     jobs[self.latent_file(index, flip, drop)] = job
 
-        missing = [path for path in jobs if not is_intact(path)]
+        # An encoding is read once to see that it is intact, by one process, and again only if its file has changed.
+        memory = FileMemory(self.folder / "intact.json", "1")
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        damaged = [path for path in list(jobs)[rank::processes] if not memory.get([path]) and not is_intact(path)]
+        damaged = set(gather_object(damaged) if processes > 1 else damaged)
+        missing = [path for path in jobs if path in damaged]
         logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
         with explain_write_errors("--cache_root"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             remove_leftovers(self.folder)
-        own = missing[accelerator.process_index :: accelerator.num_processes]
-        # All processes have to list what is missing before one of them makes it.
-        accelerator.wait_for_everyone()
+        own = missing[rank::processes]
         if own:
             offload_encoders(self.pipeline, accelerator.device)
         for path in tqdm(own, desc="Encoding", disable=not accelerator.is_local_main_process):
@@ -277,36 +293,54 @@ class Encoder:
             with explain_write_errors("--cache_root", "What is encoded already is kept."):
                 write_atomically(path, save)
         accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for path in jobs:
+                memory.put([path], True)
+            memory.save()
 
     def _encode_sample(self, index: int, flip: bool, drop_map: bool) -> dict[str, torch.Tensor]:
         views = self.dataset.views(index, flip)
         return self.encode_views({name: view[None] for name, view in views.items()}, drop_map)
 
 
-def encode_dataset(
+def encode_datasets(
     options: Options,
     accelerator: Accelerator,
     dtype: torch.dtype,
     dataset: TriptychDataset,
+    held_out: TriptychDataset | None = None,
     pipeline: FluxFillSemanticPipeline | None = None,
-) -> Encoder:
-    """Encodes all samples, with the encoders alone on the accelerator. Without a cache, steps encode."""
+) -> tuple[Encoder, Encoder | None]:
+    """
+    Encodes all samples and the held-out data's prompts, with the encoders alone on the accelerator. Without a cache,
+    steps encode.
+    """
     pipeline = load_encoders(options, dtype) if pipeline is None else pipeline
-    max_sequence_length = options.max_sequence_length
-    if max_sequence_length == "auto":
-        captions = (dataset.caption(index) for index in range(len(dataset)))
-        max_sequence_length = longest_prompt(pipeline.tokenizer_2, captions)
-        logger.info(f"Prompts are {max_sequence_length} tokens long, as the longest in the data")
-    encoder = Encoder(
-        pipeline, dataset, max_sequence_length, Path(options.cache_root) if options.cache_latents else None
-    )
+    captions = dataset.all_captions() | (set() if held_out is None else held_out.all_captions())
+    lengths = count_tokens(pipeline.tokenizer_2, captions)
+    length = options.max_sequence_length
+    if length == "auto":
+        length = longest_prompt(lengths.values())
+        logger.info(f"Prompts are {length} tokens long, as the longest in the data")
+    cut = {caption: count for caption, count in lengths.items() if count > length}
+    if cut:
+        longest = max(cut, key=cut.__getitem__)
+        logger.warning(
+            f"{len(cut)} of {len(captions)} captions are longer than the {length} tokens of --max_sequence_length and are"
+            f" cut. The longest has {cut[longest]} tokens: {longest[:200]!r}"
+        )
+    folder = Path(options.cache_root) if options.cache_latents else None
+    encoder = Encoder(pipeline, dataset, length, folder)
+    held_out_encoder = None if held_out is None else Encoder(pipeline, held_out, length, folder)
     if not options.cache_latents:
         pipeline.to(accelerator.device)
-        return encoder
+        return encoder, held_out_encoder
+    if held_out_encoder is not None:
+        held_out_encoder.fill_cache(accelerator, pictures=False)
     encoder.fill_cache(accelerator, flips=options.random_flip, dropped_maps=options.semantic_dropout > 0)
     release_encoders(pipeline)
     free_memory()
-    return encoder
+    return encoder, held_out_encoder
 
 
 class SampleReader(torch.utils.data.Dataset):
@@ -322,57 +356,3 @@ class SampleReader(torch.utils.data.Dataset):
 
     def __getitem__(self, spec: SampleSpec) -> dict:
         return self.encoder.read(spec)
-
-
-# -- Files ------------------------------------------------------------------------------------------------------------
-
-
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, value)
-    return str(value)
-
-
-def read_encoding(path: Path) -> dict[str, torch.Tensor]:
-    """
-    The tensors of an encoding.
-
-    Raises:
-        `ValueError`: if the file is missing or is not what was written.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            found = (file.metadata() or {}).get("crc32")
-    except (safetensors.SafetensorError, OSError) as error:
-        damage = f"{type(error).__name__}: {error}"
-    else:
-        if tensors and found == checksum(tensors):
-            return tensors
-        damage = "its content is not what was written"
-    # A run cannot mend this itself, because its encoders are released by the time that steps read.
-    raise ValueError(
-        f"The encoding {path} was damaged while the run was under way ({damage}). The next start encodes it again:"
-        " continue with --resume_from_checkpoint latest."
-    )
-
-
-def is_intact(path: Path) -> bool:
-    """Whether an encoding exists and is what was written."""
-    if not path.exists():
-        return False
-    try:
-        read_encoding(path)
-    except ValueError:
-        logger.warning(f"{path} is damaged and is encoded again")
-        return False
-    return True
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files that killed runs left: those that nobody has written to for a day."""
-    for path in folder.glob(".*.safetensors.*"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
-                path.unlink()

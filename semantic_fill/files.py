@@ -6,15 +6,23 @@ Everything here knows files only, which is why every other module may import it.
 
 import contextlib
 import hashlib
+import json
 import os
+import time
 import uuid
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
+import torch
+from accelerate.logging import get_logger
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+
+logger = get_logger(__name__)
 
 CHECKPOINTS_REMAIN = "Earlier checkpoints are intact: continue with --resume_from_checkpoint latest."
 
@@ -39,7 +47,7 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     Has `write` fill a temporary file, then renames it to `path`. Readers see all of the file or none of it, also when
     two processes write it at once.
@@ -60,6 +68,45 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class FileMemory:
+    """
+    What was found out about files, kept for later runs while the files' sizes and times of change stay the same.
+
+    Args:
+        path (`Path`, *optional*): File to keep it in. Without one, nothing is remembered.
+        version (`str`): What the findings depend on beside the files. Those of another version are forgotten.
+    """
+
+    def __init__(self, path: Path | None, version: str):
+        self.path, self.version, self.entries, self.changed = path, version, {}, False
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+            self.entries = found["entries"] if found.get("version") == version else {}
+
+    @staticmethod
+    def _stamp(files: Sequence[Path]) -> list[list[int]]:
+        return [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]
+
+    def get(self, files: Sequence[Path]) -> Any:
+        """What was found out about these files together, or `None`."""
+        stamp, value = self.entries.get("\n".join(map(str, files)), (None, None))
+        with contextlib.suppress(OSError):
+            return value if stamp is not None and stamp == self._stamp(files) else None
+
+    def put(self, files: Sequence[Path], value: Any) -> None:
+        """Remembers a value that can be written as JSON."""
+        self.entries["\n".join(map(str, files))] = (self._stamp(files), value)
+        self.changed = True
+
+    def save(self) -> None:
+        """Writes what is new. That it cannot be written costs only time at the next start."""
+        if self.path is not None and self.changed:
+            text = json.dumps({"version": self.version, "entries": self.entries})
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def list_files(folder: Path) -> list[Path]:
     """All files below a folder, sorted by path."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
@@ -72,3 +119,57 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1 and not os.path.exists(name)
+
+
+# -- Encodings -------------------------------------------------------------------------------------------------------
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, value)
+    return str(value)
+
+
+def read_encoding(path: Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of an encoding.
+
+    Raises:
+        `ValueError`: if the file is missing or is not what was written.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            found = (file.metadata() or {}).get("crc32")
+    except (safetensors.SafetensorError, OSError) as error:
+        damage = f"{type(error).__name__}: {error}"
+    else:
+        if tensors and found == checksum(tensors):
+            return tensors
+        damage = "its content is not what was written"
+    # A run cannot mend this itself, because its encoders are released by the time that steps read.
+    raise ValueError(
+        f"The encoding {path} was damaged while the run was under way ({damage}). The next start encodes it again:"
+        " continue with --resume_from_checkpoint latest."
+    )
+
+
+def is_intact(path: Path) -> bool:
+    """Whether an encoding exists and is what was written."""
+    if not path.exists():
+        return False
+    try:
+        read_encoding(path)
+    except ValueError:
+        logger.warning(f"{path} is damaged and is encoded again")
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files that killed runs left: those that nobody has written to for a day."""
+    for path in folder.glob(".*.safetensors.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
+                path.unlink()

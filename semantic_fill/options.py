@@ -104,13 +104,21 @@ class DataOptions(OptionGroup):
 
     dataset_name: str | None = option(None, help="Data set on the Hub, or a folder of parquet or webdataset files.")
     dataset_config_name: str | None = option(None, help="Configuration of the Hub data set.")
-    train_data_dir: str | None = option(None, help="Local folder with pictures and a `metadata.jsonl`.")
+    train_split: str = option("train", help="Split of --dataset_name to train on. Other splits are never read.")
+    train_data_dir: str | None = option(
+        None,
+        help="Local folder of triptychs, or of the folders visible/, target/ and semantic/ with pictures of the same names.",
+    )
     image_column: str = option("image", help="Column of the triptych (visible | target | semantic).")
     visible_column: str | None = option(None, help="Column of the visible view, where the views are three pictures.")
     target_column: str | None = option(None, help="Column of the target view.")
     semantic_column: str | None = option(None, help="Column of the semantic map.")
     caption_column: str | None = option(None, help="Column of the captions. Default: `text` where the data has it.")
+    caption_lines: bool = option(False, help="Each line of a .txt file beside a picture is a caption of its own.")
     instance_prompt: str | None = option(None, help="Prompt of the samples that have no caption.")
+    palette: str | None = option(
+        None, help="JSON file of the classes' colors, where semantic maps hold label numbers."
+    )
     max_train_samples: int | None = option(None, at_least=1, help="Use only the first rows, up to this number.")
     resolution: int = option(512, help="Height of a panel in pixels, a multiple of 16. Also its width unless --width.")
     width: int = option(None, help="Width of a panel in pixels, a multiple of 16.")
@@ -279,13 +287,19 @@ class OutputOptions(OptionGroup):
     resume_from_checkpoint: str | None = option(
         None, help="`latest`, the path of a checkpoint, or a Hub repository that one was pushed to."
     )
+    validation_data_dir: str | None = option(None, help="Folder of held-out samples, in a form of --train_data_dir.")
+    validation_fraction: float = option(
+        0.0, below=1, help="Share of the samples that is held out, chosen by the content of their pictures."
+    )
     validation_steps: int | None = option(
         None,
         at_least=1,
         help="Optimizer steps between paintings of validation samples. They are also painted at the end, with"
         " --push_to_hub in any case.",
     )
-    num_validation_images: int = option(4, at_least=1, help="Training rows painted, starting with the first.")
+    num_validation_images: int = option(
+        4, at_least=1, help="Samples painted, the first of the held-out data if there is any."
+    )
     validation_inference_steps: int = option(28, at_least=1, help="Denoising steps of a validation painting.")
     validation_guidance_scale: float = option(30.0, help="Guidance scale of a validation painting.")
     logging_dir: str = option("logs", help="Folder inside --output_dir for the tracker's files.")
@@ -350,11 +364,10 @@ class Options(
             raise ValueError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} has to be below the {self.max_train_steps} steps of the run."
             )
-        if self.validation_steps is not None and self.train_data_dir is not None:
+        if self.train_data_dir is not None:
             data, output = Path(self.train_data_dir), Path(self.output_dir)
-            listed = any((data / f"metadata.{ending}").is_file() for ending in ("jsonl", "csv", "parquet"))
-            if not listed and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+            if data.is_dir() and output.resolve().is_relative_to(data.resolve()):
                 raise ValueError(
-                    f"--output_dir {output} cannot lie in --train_data_dir {data}: without a metadata file, a later run"
-                    " would take this run's paintings for data."
+                    f"--output_dir {output} cannot lie in --train_data_dir {data}: a later run would take this run's"
+                    " pictures for data."
                 )

@@ -10,10 +10,11 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from semantic_fill.checkpoints import TrainingState
-from semantic_fill.data import PANELS, ResumableBatchSampler
+from semantic_fill.data import PANELS
 from semantic_fill.encoding import Encoder
 from semantic_fill.memory import CUDNN, Plan, Workload, empty_transformer, memory_advice, parameter_bytes
 from semantic_fill.options import Options
+from semantic_fill.sampling import ResumableBatchSampler
 
 
 logger = get_logger(__name__)

@@ -11,9 +11,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_fill.encoding import Encoder, read_encoding
+from semantic_fill.encoding import Encoder
 from semantic_fill.engines import Engine
-from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors
+from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors, read_encoding
 from semantic_fill.options import Options
 
 
@@ -87,5 +87,7 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[PI
                 output_type="pt",
                 **prompt,
             )
-        rows += [views["visible"], views["semantic"], output.images[0].float().cpu(), views["target"]]
+        # Pairs have no map to show.
+        semantic = views.get("semantic", torch.full_like(views["visible"], 0.5))
+        rows += [views["visible"], semantic, output.images[0].float().cpu(), views["target"]]
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(rows)))

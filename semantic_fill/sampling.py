@@ -1,0 +1,132 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""In which order samples are drawn, what is random about each of them, and preparing batches ahead.
+
+A sample's row and random choices are functions of the seed and of the sample's position in the run. So resuming, and any
+number of processes, repeats exactly the same samples, which no sampler of PyTorch or accelerate promises.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+
+Prepared = TypeVar("Prepared")
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit seed made of its parts, independent for every different tuple of them."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What is decided at random for one sample before it is read. `position` counts the samples of the whole run."""
+
+    position: int
+    index: int
+    flip: bool
+    drop_caption: bool
+    drop_map: bool
+    # A random number in [0, 1) that chooses among the captions of a sample.
+    caption: float = 0.0
+
+
+class ResumableBatchSampler(torch.utils.data.Sampler):
+    """
+    Endless micro-batches of `SampleSpec` for one process.
+
+    Args:
+        num_rows, batch_size, seed (`int`):
+            Rows of the data, samples in a micro-batch, and the seed of all draws.
+        flip, drop_caption, drop_map (`float`):
+            Probabilities in [0, 1].
+        process_index, num_processes (`int`):
+            This process among those that share the run.
+        start (`int`):
+            Samples that the run has used before.
+        accumulation_steps (`int`):
+            Micro-batches in an optimizer step.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        seed: int = 0,
+        flip: float = 0.0,
+        drop_caption: float = 0.0,
+        drop_map: float = 0.0,
+        process_index: int = 0,
+        num_processes: int = 1,
+        start: int = 0,
+        accumulation_steps: int = 1,
+    ):
+        self.num_rows, self.batch_size, self.seed, self.start = num_rows, batch_size, seed, start
+        self.flip, self.drop_caption, self.drop_map = flip, drop_caption, drop_map
+        self.process_index, self.num_processes = process_index, num_processes
+        self.samples_per_step = batch_size * accumulation_steps * num_processes
+        self.epoch, self.permutation = None, []
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_rows)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
+            self.epoch, self.permutation = epoch, torch.randperm(self.num_rows, generator=generator).tolist()
+        return self.permutation[place]
+
+    def spec(self, position: int) -> SampleSpec:
+        """The sample at a position of the run, whichever process takes it."""
+        chance = random.Random(seed_of(self.seed, "read", position))
+        flip, drop_caption, drop_map, caption = (chance.random() for _ in range(4))
+        return SampleSpec(
+            position=position,
+            index=self._row(position),
+            flip=flip < self.flip,
+            drop_caption=drop_caption < self.drop_caption,
+            drop_map=drop_map < self.drop_map,
+            caption=caption,
+        )
+
+    def rows_before(self, position: int) -> list[int]:
+        """The rows of the optimizer step that ends before a position of the run, of all processes."""
+        return [self.spec(p).index for p in range(position - self.samples_per_step, position)]
+
+    def __iter__(self) -> Iterator[list[SampleSpec]]:
+        first = self.start + self.process_index * self.batch_size
+        while True:
+            yield [self.spec(position) for position in range(first, first + self.batch_size)]
+            first += self.num_processes * self.batch_size
+
+
+def prefetch(
+    prepare: Callable[[list[dict]], Prepared], samples: Iterator[list[dict]], device: torch.device
+) -> Generator[Prepared]:
+    """
+    The results of `prepare` for endless samples. On a GPU a thread prepares the next result while the current one is
+    used, on a stream of its own: copies from the host would otherwise wait for everything that the main stream still
+    computes. The results have their tensors in `vars`.
+    """
+    if device.type != "cuda":
+        yield from map(prepare, samples)
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def prepare_next() -> tuple[Prepared, Any]:
+        with torch.cuda.stream(stream):
+            return prepare(next(samples)), stream.record_event()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(prepare_next)
+        while True:
+            (result, ready), following = following.result(), pool.submit(prepare_next)
+            current = torch.cuda.current_stream(device)
+            current.wait_event(ready)
+            for tensor in filter(torch.is_tensor, vars(result).values()):
+                tensor.record_stream(current)
+            yield result
