@@ -261,7 +261,7 @@ def test_a_run_killed_between_two_renames_lost_nothing(one_step, tmp_path):
 def test_what_a_checkpoint_does_not_fit_is_refused_before_a_model_is_loaded(
     base_folder, triptych_folder, one_step, monkeypatch, options, before
 ):
-    monkeypatch.setattr(trainer, "load_encoders", None)
+    monkeypatch.setattr("semantic_fill.encoding.load_encoders", None)
     with pytest.raises(
         ValueError, match=f"checkpoint-1 was trained {before}, so a run with {options} cannot continue from it"
     ):
@@ -347,7 +347,7 @@ def test_a_checkpoint_of_an_older_version_continues(base_folder, triptych_folder
 def test_a_checkpoint_of_a_kind_that_is_gone_is_refused_by_name(
     base_folder, triptych_folder, one_step, tmp_path, monkeypatch, position, injection
 ):
-    monkeypatch.setattr(trainer, "load_encoders", None)
+    monkeypatch.setattr("semantic_fill.encoding.load_encoders", None)
     out = tmp_path / "out"
     shutil.copytree(one_step, out)
     as_an_older_version_wrote_it(out / "checkpoint-1", position, injection)

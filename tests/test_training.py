@@ -432,7 +432,7 @@ def test_epochs_are_as_long_as_the_data(base_folder, triptych_folder, tmp_path):
 def test_a_warm_up_as_long_as_the_epochs_is_refused_before_a_model_is_loaded(
     base_folder, triptych_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "load_encoders", None)
+    monkeypatch.setattr("semantic_fill.encoding.load_encoders", None)
     # 6 samples are 3 steps an epoch.
     more = ["--num_train_epochs", 2, "--lr_scheduler", "linear", "--lr_warmup_steps"]
     with pytest.raises(ValueError, match="--lr_warmup_steps 6 has to be below the 6 steps of the run"):
