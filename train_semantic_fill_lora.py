@@ -57,7 +57,7 @@ from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, public_config, push_checkpoint, push_to_hub, save_result
 from semantic_fill.reports import announce, explain_out_of_memory, explain_skipped_step, log_shapes, log_step, workload
-from semantic_fill.sampling import ResumableBatchSampler, prefetch, seed_of
+from semantic_fill.sampling import ResumableBatchSampler, prefetch, seed_of, steps_per_epoch
 from semantic_fill.sources import Source
 from semantic_fill.validation import paint_samples
 from semantic_fill.weights import load_lora, load_module, load_weights
@@ -87,9 +87,11 @@ class Batch:
     prompt_embeds: torch.Tensor  # [B, T, 4096]
     pooled_prompt_embeds: torch.Tensor  # [B, 768]
     guidance: torch.Tensor | None  # [B], None for a transformer without guidance embedding
+    size: tuple[int, int]  # height and width of a view in pixels
     semantic_tokens: torch.Tensor | None = None  # [B, N, 64], None for a mode without module
     positions: torch.Tensor | None = None  # [N, 2] row and column of each token within its panel
     keep_map: torch.Tensor | None = None  # [B] False for samples that are trained without their map
+    loss_tokens: torch.Tensor | None = None  # indices of the image tokens that the loss is taken over, None for all
 
 
 @dataclass(frozen=True)
@@ -98,28 +100,18 @@ class Objective:
     What noise and loss depend on, fixed for a run.
 
     Args:
-        options (`ObjectiveOptions`): Distribution of the timesteps, weight of the loss, seed.
-        shift (`float`): The factor s of t' = s t / (1 + (s - 1) t), which moves timesteps towards noise.
+        options (`ObjectiveOptions`): Distribution of the timesteps, region and weight of the loss, seed.
+        scheduler (`FlowMatchEulerDiscreteScheduler`): The scheduler of inference.
         guidance_embeds (`bool`): Whether the transformer takes a guidance scale.
-        loss_tokens (`torch.Tensor`, *optional*): Indices of the tokens that the loss is taken over. Default: all.
     """
 
     options: ObjectiveOptions
-    shift: float
+    scheduler: FlowMatchEulerDiscreteScheduler
     guidance_embeds: bool
-    loss_tokens: torch.Tensor | None = None
 
-    @classmethod
-    def of(
-        cls, options: ObjectiveOptions, encoder: Encoder, guidance_embeds: bool, device: torch.device
-    ) -> "Objective":
-        loss_tokens = None
-        if options.loss_region == "target":
-            # Indices, because with a boolean mask the host would wait for the device in every step.
-            on_target = encoder.token_panels() == encoder.mode.panels.index("target")
-            loss_tokens = on_target.nonzero().flatten().to(device)
-        shift = timestep_shift_factor(options.timestep_shift, encoder.pipeline.scheduler, encoder.image_tokens)
-        return cls(options, shift, guidance_embeds, loss_tokens)
+    def shift(self, image_tokens: int) -> float:
+        """The factor s of t' = s t / (1 + (s - 1) t), which moves timesteps towards noise."""
+        return timestep_shift_factor(self.options.timestep_shift, self.scheduler, image_tokens)
 
 
 def timestep_shift_factor(shift: float | str, scheduler: FlowMatchEulerDiscreteScheduler, image_tokens: int) -> float:
@@ -163,7 +155,8 @@ def add_noise(
         for generator in generators
     ]
     t = torch.cat(density).to(device=x_0.device, dtype=torch.float32)
-    t = objective.shift * t / (1 + (objective.shift - 1) * t)
+    shift = objective.shift(x_0.shape[1])
+    t = shift * t / (1 + (shift - 1) * t)
     x_1 = randn_tensor(x_0.shape, generator=generators, device=x_0.device, dtype=torch.float32)
     weight = t[:, None, None]
     x_t = ((1 - weight) * x_0.float() + weight * x_1).to(x_0.dtype)
@@ -179,7 +172,10 @@ def make_batch(
     encoded = encoder.encode_batch(samples, generators, device, dtype)
     x_1, t, x_t = add_noise(encoded["x_0"], generators, objective)
     guidance = torch.full_like(t, objective.options.guidance_scale) if objective.guidance_embeds else None
-    return Batch(x_1=x_1, t=t, x_t=x_t, guidance=guidance, **encoded)
+    layout, loss_tokens = encoder.layout(samples), None
+    if objective.options.loss_region == "target":
+        loss_tokens = layout.tokens_of(encoder.mode.panels.index("target")).to(device)
+    return Batch(x_1=x_1, t=t, x_t=x_t, guidance=guidance, size=layout.size, loss_tokens=loss_tokens, **encoded)
 
 
 # -- Model: attend -> predict -----------------------------------------------------------------------------------------
@@ -228,8 +224,8 @@ class SemanticFillModel(torch.nn.Module):
 def compare(pred: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
     """The weighted mean squared error between the predicted velocity and x_1 - x_0."""
     error = (pred.float() - (batch.x_1.float() - batch.x_0.float())) ** 2
-    if objective.loss_tokens is not None:
-        error = error[:, objective.loss_tokens]
+    if batch.loss_tokens is not None:
+        error = error[:, batch.loss_tokens]
     weight = compute_loss_weighting_for_sd3(objective.options.weighting_scheme, sigmas=batch.t)
     return (weight[:, None, None] * error).mean()
 
@@ -280,7 +276,11 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
         load_lora(transformer, options.lora_weights, options.cache_dir)
     CHECKPOINTING[options.checkpointing](transformer)
     if options.compile:
-        transformer.compile_repeated_blocks(options=compiler_options(options.fused_lora))
+        dynamic = None
+        if options.aspect_buckets:
+            # A graph for each shape is faster than one graph for all.
+            dynamic, torch._dynamo.config.recompile_limit = False, 32
+        transformer.compile_repeated_blocks(dynamic=dynamic, options=compiler_options(options.fused_lora))
     return model
 
 
@@ -378,8 +378,8 @@ def assemble(
         dataset = encoder.dataset
     if options.max_train_steps is None:
         # New options are checked again, which may end the run and so comes before the encoding.
-        steps_per_epoch = math.ceil(len(dataset) / samples_per_step(options, accelerator))
-        options = replace(options, max_train_steps=options.num_train_epochs * steps_per_epoch)
+        steps = steps_per_epoch(dataset.groups(), samples_per_step(options, accelerator))
+        options = replace(options, max_train_steps=options.num_train_epochs * steps)
     if encoder is None:
         encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, held_out, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
@@ -406,7 +406,7 @@ def assemble(
     model, optimizer = engine.prepare(model, optimizer)
     checkpointer = Checkpointer(engine, engine.unwrap(model), optimizer, lr_scheduler, options, on_checkpoint)
     state = TrainingState() if checkpoint is None else checkpointer.restore(checkpoint)
-    objective = Objective.of(options, encoder, guidance_embeds, device)
+    objective = Objective(options, encoder.pipeline.scheduler, guidance_embeds)
     batch_maker = functools.partial(make_batch, encoder=encoder, objective=objective, device=device, dtype=dtype)
     return Run(
         options,
@@ -501,7 +501,7 @@ def read_samples(run: Run) -> tuple[ResumableBatchSampler, Iterator[list[dict]]]
     """The order of the samples, and the samples read by the data loader."""
     options, accelerator = run.options, run.engine.accelerator
     sampler = ResumableBatchSampler(
-        len(run.encoder.dataset),
+        run.encoder.dataset.groups(),
         options.train_batch_size,
         options.seed,
         flip=0.5 if options.random_flip else 0.0,
@@ -588,10 +588,11 @@ def main(options: Options) -> None:
                 k: v if isinstance(v, int | float | str) else str(v) for k, v in public_config(run.options).items()
             }
             accelerator.init_trackers("semantic-fill", config=config)
+        tokens = run.encoder.image_tokens
         logger.info(
             f"{len(run.encoder.dataset)} samples, {samples_per_step(run.options, accelerator)} a step,"
-            f" {run.options.max_train_steps} steps, timestep shift {run.objective.shift:.3f},"
-            f" {run.encoder.image_tokens} image tokens"
+            f" {run.options.max_train_steps} steps, timestep shift"
+            f" {run.objective.shift(tokens):.3f}, {tokens} image tokens"
         )
         with explain_out_of_memory(run.options, run.encoder):
             train(run)

@@ -26,9 +26,9 @@ from peft import LoraConfig
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, read_picture
 from semantic_attention import SemanticAttentionModel
-from semantic_fill.data import cut_triptych
 from semantic_fill.lora import LORA_TARGETS
 from semantic_fill.precision import quantize_blocks
+from semantic_fill.views import cut_triptych
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -36,7 +36,7 @@ from pipeline_flux_fill_semantic import (  # noqa: E402
     SemanticAttentionOutput,
     read_picture,
 )
-from semantic_fill.data import read_palette, read_triptychs  # noqa: E402
+from semantic_fill.views import read_palette, read_triptychs  # noqa: E402
 
 
 EMBEDDED_BASE = Path(__file__).resolve().parent / "base"

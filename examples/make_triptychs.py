@@ -28,7 +28,7 @@ import PIL.ImageOps
 from tqdm import tqdm
 
 from pipeline_flux_fill_semantic import read_picture
-from semantic_fill.data import read_palette
+from semantic_fill.views import read_palette
 
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".mpo", ".webp", ".bmp", ".tif", ".tiff"}

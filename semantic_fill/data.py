@@ -6,11 +6,9 @@ while the files stay unchanged, so that a second start over a large data set tak
 """
 
 import hashlib
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,115 +29,15 @@ from semantic_fill.files import FileMemory
 from semantic_fill.options import DataOptions, Options
 from semantic_fill.sources import Source, list_folder
 from semantic_fill.tables import load_source
+from semantic_fill.views import SHAPE_TOLERANCE, bucket_sizes, color_labels, count_panels, cut_triptych, read_palette
 
 
 logger = get_logger(__name__)
 
-PANELS = ("visible", "target", "semantic")
-# Panels of this much difference in shape count as alike.
-SHAPE_TOLERANCE = 0.02
 # A map whose values are all below this is taken for label numbers.
 LABEL_LIMIT = 64
 # Findings and encodings of pictures that were read by other rules are made anew.
 READER_VERSION = "2"
-Palette = dict[str, tuple[int, int, int]]
-
-
-# -- Views ------------------------------------------------------------------------------------------------------------
-
-
-def cut_triptych(pictures: Sequence[PIL.Image.Image], panels: int = 3) -> dict[str, PIL.Image.Image]:
-    """
-    The views by their names in `PANELS`, all of one size, from one picture of `panels` views or from one picture a view.
-
-    Raises:
-        `ValueError`: with a reason that reads after the name of the sample.
-    """
-    if len(pictures) == 1:
-        (canvas,) = pictures
-        width, remainder = divmod(canvas.width, panels)
-        if remainder or width == 0:
-            number = {2: "two", 3: "three"}[panels]
-            raise ValueError(f"is {canvas.width} pixels wide, which cannot be divided into {number} equal panels")
-        pictures = [canvas.crop((i * width, 0, (i + 1) * width, canvas.height)) for i in range(panels)]
-    if len({picture.size for picture in pictures}) > 1:
-        sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in zip(PANELS, pictures))
-        raise ValueError(f"has views of different sizes ({sizes})")
-    return dict(zip(PANELS, pictures))
-
-
-def count_panels(size: tuple[int, int], shape: float, pairs: bool) -> int:
-    """
-    How many views stand side by side in a picture.
-
-    Args:
-        size (`tuple[int, int]`): Width and height of the picture.
-        shape (`float`): Width over height of a panel of this run.
-        pairs (`bool`): Whether two views are accepted.
-
-    Raises:
-        `ValueError`: if the picture is a diptych where three views are needed.
-    """
-
-    def difference(panels: int) -> float:
-        return abs(math.log(size[0] / panels / size[1] / shape))
-
-    if pairs:
-        return 2 if difference(2) <= difference(3) else 3
-    if difference(2) <= SHAPE_TOLERANCE < difference(3):
-        raise ValueError(
-            f"is {size[0]}x{size[1]} pixels, which are two panels of this run's shape. Three views are needed, or"
-            " --semantic_mode none. If it does hold three, pass their shape with --resolution and --width"
-        )
-    return 3
-
-
-def read_triptychs(folder: Path) -> list[dict[str, PIL.Image.Image]]:
-    """The views of each triptych that the `metadata.jsonl` of a folder lists, for those who need neither size nor text."""
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    names = [json.loads(line)["file_name"] for line in lines if line.strip()]
-    return [cut_triptych([read_picture(folder / name)]) for name in names]
-
-
-def read_palette(path: str | Path) -> Palette:
-    """
-    Names and colors of classes from a JSON object, or from a list whose names are 0, 1 and so on. A color is
-    `[red, green, blue]` of 0 to 255, `"#ff0000"` or `"red"`.
-
-    Raises:
-        `ValueError`: if the file is no such palette.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        pairs = data.items() if isinstance(data, dict) else enumerate(data)
-        palette = {
-            str(name): PIL.ImageColor.getrgb(color)[:3] if isinstance(color, str) else tuple(color)
-            for name, color in pairs
-        }
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--palette {path} has to hold a JSON object or list of colors, but: {error}") from error
-    for name, color in palette.items():
-        if len(color) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in color):
-            raise ValueError(f"--palette {path}: the color of {name} has to be [red, green, blue] but is {color}.")
-    if not palette:
-        raise ValueError(f"--palette {path} holds no color.")
-    return palette
-
-
-def color_labels(labels: PIL.Image.Image, palette: Palette) -> PIL.Image.Image:
-    """
-    A map of label numbers, all channels alike, in the colors of a palette.
-
-    Raises:
-        `ValueError`: if a label has no color. The reason reads after the name of the sample.
-    """
-    numbers = np.asarray(labels)[..., 0]
-    colors = np.zeros((256, 3), np.uint8)
-    for number in np.unique(numbers):
-        if str(number) not in palette:
-            raise ValueError(f"has the label {number}, which has no color in --palette")
-        colors[number] = palette[str(number)]
-    return PIL.Image.fromarray(colors[numbers])
 
 
 # -- The check --------------------------------------------------------------------------------------------------------
@@ -160,7 +58,7 @@ class Finding:
     content: str
 
 
-def inspect(pictures: list[bytes], shape: float, pairs: bool) -> Finding:
+def inspect(pictures: list[bytes], shape: float | None, pairs: bool) -> Finding:
     """
     Decodes a sample.
 
@@ -181,7 +79,12 @@ def inspect(pictures: list[bytes], shape: float, pairs: bool) -> Finding:
 
 
 def check_samples(
-    source: Source, shape: float, pairs: bool, memory_file: Path | None = None, rank: int = 0, world_size: int = 1
+    source: Source,
+    shape: float | None,
+    pairs: bool,
+    memory_file: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[Finding]:
     """
     Decodes every sample of a source. With several processes each decodes a share, and all of them have to call this.
@@ -194,7 +97,7 @@ def check_samples(
     Raises:
         `ValueError`: if samples cannot be used. The message names up to 50 of them with the reasons.
     """
-    memory = FileMemory(memory_file, f"{READER_VERSION} {shape:.4f} {pairs}")
+    memory = FileMemory(memory_file, f"{READER_VERSION} {shape} {pairs}")
     findings: list[Any] = [None] * len(source)
     for index in range(len(source)):
         files = source.files(index)
@@ -254,8 +157,13 @@ class TriptychDataset(torch.utils.data.Dataset):
     ):
         self.source, self.findings = source, findings
         self.indices = list(range(len(source))) if indices is None else indices
-        self.height, self.width = options.resolution, options.width
+        self.sizes = (
+            bucket_sizes(options.resolution, options.width)
+            if options.aspect_buckets
+            else [(options.resolution, options.width)]
+        )
         self.instance_prompt = options.instance_prompt
+        self._groups = self.groups()
         # A single map of small values may be dark by chance. Where all of them are, they hold numbers.
         self.palette = None
         if findings and all(finding.labels for finding in findings):
@@ -298,6 +206,17 @@ class TriptychDataset(torch.utils.data.Dataset):
         captions = self.captions(index)
         return captions[int(draw * len(captions))]
 
+    def groups(self) -> list[int]:
+        """For each sample, which of `sizes` it is brought to."""
+        shapes = [math.log(width / height) for height, width in self.sizes]
+        findings = [self.findings[index] for index in self.indices]
+        ratios = [math.log(finding.width / finding.height) for finding in findings]
+        return [min(range(len(shapes)), key=lambda i: abs(shapes[i] - ratio)) for ratio in ratios]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width that a sample's views are brought to."""
+        return self.sizes[self._groups[index]]
+
     def all_captions(self) -> set[str]:
         return {caption for index in range(len(self)) for caption in self.captions(index)}
 
@@ -308,7 +227,7 @@ class TriptychDataset(torch.utils.data.Dataset):
 
     def views(self, index: int, flip: bool = False) -> dict[str, torch.Tensor]:
         """The views by their names in `PANELS`. The semantic one is missing from pairs."""
-        index = self.indices[index]
+        (height, width), index = self.size(index), self.indices[index]
         pictures = [read_picture(data) for data in self.source.pictures(index)]
         views = {}
         for name, picture in cut_triptych(pictures, self.findings[index].panels).items():
@@ -316,8 +235,8 @@ class TriptychDataset(torch.utils.data.Dataset):
                 picture = color_labels(picture, self.palette)
             # The colors of a semantic map are labels, which must not be blended.
             resample = PIL.Image.Resampling.NEAREST if name == "semantic" else PIL.Image.Resampling.LANCZOS
-            if picture.size != (self.width, self.height):
-                picture = PIL.ImageOps.fit(picture, (self.width, self.height), resample)
+            if picture.size != (width, height):
+                picture = PIL.ImageOps.fit(picture, (width, height), resample)
             picture = PIL.ImageOps.mirror(picture) if flip else picture
             views[name] = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
         return views
@@ -327,12 +246,14 @@ class TriptychDataset(torch.utils.data.Dataset):
         findings = [self.findings[index] for index in self.indices]
         sizes = Counter((finding.width, finding.height) for finding in findings)
         shown = ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.most_common(4))
-        shape = self.width / self.height
-        cropped = sum(abs(math.log(f.width / f.height / shape)) > SHAPE_TOLERANCE for f in findings)
-        enlarged = sum(f.width < self.width or f.height < self.height for f in findings)
+        pairs = [(finding, self.sizes[group]) for finding, group in zip(findings, self._groups)]
+        cropped = sum(abs(math.log(f.width * h / f.height / w)) > SHAPE_TOLERANCE for f, (h, w) in pairs)
+        enlarged = sum(f.width < w or f.height < h for f, (h, w) in pairs)
+        used = Counter(f"{w}x{h}" for _, (h, w) in pairs)
+        target = ", ".join(used) if len(used) < 4 else f"{len(used)} shapes"
         return (
             f"{len(self)} samples, {len(self.all_captions())} captions, views of {len(sizes)} sizes ({shown}) brought to"
-            f" {self.width}x{self.height}: {cropped} cropped, {enlarged} enlarged. {len(self.source.left_out)} other"
+            f" {target}: {cropped} cropped, {enlarged} enlarged. {len(self.source.left_out)} other"
             " files left out"
         )
 
@@ -358,7 +279,7 @@ def load_datasets(
         Path(options.cache_root, "checked.json"),
         (accelerator.process_index, accelerator.num_processes),
     )
-    shape = options.width / options.resolution
+    shape = None if options.aspect_buckets else options.width / options.resolution
     findings = check_samples(source, shape, pairs, memory_file, *processes)
     held_out, held_out_contents = None, set()
     if options.validation_data_dir is not None:

@@ -134,6 +134,36 @@ def fingerprint(model: torch.nn.Module) -> str:
 # -- Encodings --------------------------------------------------------------------------------------------------------
 
 
+class Layout:
+    """The canvas for views of one size: its tokens `rows`, `columns` of a panel and `panels`, its mask and positions."""
+
+    def __init__(self, pipeline: FluxFillSemanticPipeline, height: int, width: int, panels: int):
+        patch = pipeline.patch_size
+        if height % patch or width % patch:
+            raise ValueError(
+                f"--resolution and --width have to be multiples of {patch} with this VAE but are {(height, width)}."
+            )
+        self.size = (height, width)
+        self.rows, self.columns, self.panels = height // patch, width // patch, panels
+        self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, height, width))[1]
+        self.positions = panel_positions(self.rows, self.columns, panels)
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of image tokens on the whole canvas."""
+        return self.rows * self.columns * self.panels
+
+    def tokens_of(self, panel: int) -> torch.Tensor:
+        """Indices of the image tokens that lie on a panel."""
+        panels = torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
+        # Indices, because with a boolean mask the host would wait for the device in every step.
+        return (panels == panel).nonzero().flatten()
+
+    def to(self, device: torch.device) -> "Layout":
+        self.mask, self.positions = self.mask.to(device), self.positions.to(device)
+        return self
+
+
 class Encoder:
     """
     Encodes samples.
@@ -161,18 +191,12 @@ class Encoder:
         self.dataset, self.max_sequence_length = dataset, max_sequence_length
         self.mode = SEMANTIC_MODES[pipeline.config["semantic_mode"]]
         self.cached, self.folder = cache_dir is not None, cache_dir or Path()
-        patch, size = pipeline.patch_size, (dataset.height, dataset.width)
-        if any(side % patch for side in size):
-            raise ValueError(f"--resolution and --width have to be multiples of {patch} with this VAE but are {size}.")
-        self.rows, self.columns, self.panels = size[0] // patch, size[1] // patch, len(self.mode.panels)
-        # Both depend on the geometry alone.
-        self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, *size))[1]
-        self.positions = panel_positions(self.rows, self.columns, self.panels)
+        self.layouts = {size: Layout(pipeline, *size, len(self.mode.panels)) for size in dataset.sizes}
         if self.cached:
             vae = pipeline.vae
             # The map's tokens are cached after scaling, so the scaling belongs to the key.
             scaling = (vae.config.shift_factor, vae.config.scaling_factor)
-            self.latent_key = (fingerprint(vae), *scaling, *size, self.mode, pipeline.config["fusion_alpha"])
+            self.latent_key = (fingerprint(vae), *scaling, self.mode, pipeline.config["fusion_alpha"])
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
             vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
             words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
@@ -180,12 +204,8 @@ class Encoder:
 
     @property
     def image_tokens(self) -> int:
-        """Number of image tokens on the whole canvas."""
-        return self.rows * self.columns * self.panels
-
-    def token_panels(self) -> torch.Tensor:
-        """`(image_tokens,)`: the index of the panel that each token lies on."""
-        return torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
+        """Number of image tokens on the largest canvas."""
+        return max(layout.image_tokens for layout in self.layouts.values())
 
     @torch.no_grad()
     def encode_views(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
@@ -218,6 +238,10 @@ class Encoder:
 
     # Encode: read samples become the model's inputs.
 
+    def layout(self, samples: list[dict]) -> Layout:
+        """The canvas of a batch, whose samples all have one size."""
+        return self.layouts[self.dataset.size(samples[0]["spec"].index)]
+
     def encode_batch(
         self, samples: list[dict], generators: list[torch.Generator], device: torch.device, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
@@ -232,15 +256,15 @@ class Encoder:
                 encoded_views = self.encode_views(views, sample["spec"].drop_map)
                 parts.append(encoded_views | self.encode_prompts([sample["prompt"]]))
             encoded = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
-        self.mask, self.positions = self.mask.to(device), self.positions.to(device)
+        layout = self.layout(samples).to(device)
         moments = (encoded["moments"], encoded["masked_moments"])
-        x_0, x_cond, img_ids = self.pipeline.encode_diptych(None, self.mask, moments, generators, dtype)
+        x_0, x_cond, img_ids = self.pipeline.encode_diptych(None, layout.mask, moments, generators, dtype)
         inputs = {"x_0": x_0, "x_cond": x_cond, "img_ids": img_ids}
         inputs |= {name: encoded[name].to(dtype) for name in ("prompt_embeds", "pooled_prompt_embeds")}
         if "semantic" in encoded:
-            tokens = tile_across_panels(encoded["semantic"], self.rows, self.columns, self.panels)
+            tokens = tile_across_panels(encoded["semantic"], layout.rows, layout.columns, layout.panels)
             inputs["semantic_tokens"] = tokens.to(dtype)
-            inputs["positions"] = self.positions
+            inputs["positions"] = layout.positions
             inputs["keep_map"] = torch.tensor([not sample["spec"].drop_map for sample in samples], device=device)
         return inputs
 
@@ -250,8 +274,8 @@ class Encoder:
         return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
 
     def latent_file(self, index: int, flip: bool, drop_map: bool) -> Path:
-        digests = self.dataset.digests(index)
-        return self._file(*digests, self.latent_key, flip, drop_map and self.mode.map_on_canvas)
+        views = (*self.dataset.digests(index), *self.dataset.size(index))
+        return self._file(*views, self.latent_key, flip, drop_map and self.mode.map_on_canvas)
 
     def prompt_file(self, prompt: str) -> Path:
         return self._file(prompt, self.prompt_key)

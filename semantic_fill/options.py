@@ -36,6 +36,7 @@ def option(
     help: str,
     choices: typing.Iterable[str] | None = None,
     words: tuple[str, ...] = (),
+    alias: str | None = None,
     at_least: float = 0,
     **limits: float,
 ) -> typing.Any:
@@ -47,9 +48,10 @@ def option(
         help: Help text on the command line and in the reference.
         choices: All accepted values.
         words: Strings accepted beside numbers.
+        alias: Another name on the command line.
         at_least, limits: Bounds of a number, named as in `LIMITS`.
     """
-    metadata = {"help": help, "choices": choices and tuple(choices), "words": words}
+    metadata = {"help": help, "choices": choices and tuple(choices), "words": words, "alias": alias}
     return dataclasses.field(default=default, metadata=metadata | {"limits": {"at_least": at_least} | limits})
 
 
@@ -122,13 +124,16 @@ class DataOptions(OptionGroup):
     max_train_samples: int | None = option(None, at_least=1, help="Use only the first rows, up to this number.")
     resolution: int = option(512, help="Height of a panel in pixels, a multiple of 16. Also its width unless --width.")
     width: int = option(None, help="Width of a panel in pixels, a multiple of 16.")
+    aspect_buckets: bool = option(
+        False, help="Train on several shapes of the area --resolution x --width, each sample in the nearest one."
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self._set_defaults(width=self.resolution)
         for name in ("resolution", "width"):
             size = getattr(self, name)
-            if size <= 0 or size % 16:
+            if size is not None and (size <= 0 or size % 16):
                 raise ValueError(f"--{name} has to be a positive multiple of 16 but is {size}.")
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("Pass exactly one of --dataset_name and --train_data_dir.")

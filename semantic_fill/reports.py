@@ -10,11 +10,11 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from semantic_fill.checkpoints import TrainingState
-from semantic_fill.data import PANELS
 from semantic_fill.encoding import Encoder
 from semantic_fill.memory import CUDNN, Plan, Workload, empty_transformer, memory_advice, parameter_bytes
 from semantic_fill.options import Options
 from semantic_fill.sampling import ResumableBatchSampler
+from semantic_fill.views import PANELS
 
 
 logger = get_logger(__name__)
@@ -71,9 +71,9 @@ def log_shapes(run, batch) -> Iterator[None]:
     if not logger.isEnabledFor(logging.DEBUG):
         yield
         return
-    size, model = (run.options.resolution, run.options.width), run.engine.unwrap(run.model)
-    shapes: dict[str, tuple] = {f"{name}_img": (len(batch.t), 3, *size) for name in PANELS}
-    shapes["diptych"] = (len(batch.t), 3, size[0], run.encoder.panels * size[1])
+    model, (height, width) = run.engine.unwrap(run.model), batch.size
+    shapes: dict[str, tuple] = {f"{name}_img": (len(batch.t), 3, height, width) for name in PANELS}
+    shapes["diptych"] = (len(batch.t), 3, height, len(run.encoder.mode.panels) * width)
     for name in ("x_0", "x_cond", "semantic_tokens", "x_t"):
         if getattr(batch, name) is not None:
             shapes[name] = tuple(getattr(batch, name).shape)

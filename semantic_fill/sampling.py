@@ -6,7 +6,9 @@ number of processes, repeats exactly the same samples, which no sampler of PyTor
 """
 
 import hashlib
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,13 +38,20 @@ class SampleSpec:
     caption: float = 0.0
 
 
+def steps_per_epoch(groups: list[int], samples_per_step: int) -> int:
+    """Optimizer steps that visit every row, if all samples of a step are of one group."""
+    return sum(math.ceil(count / samples_per_step) for count in Counter(groups).values())
+
+
 class ResumableBatchSampler(torch.utils.data.Sampler):
     """
     Endless micro-batches of `SampleSpec` for one process.
 
     Args:
-        num_rows, batch_size, seed (`int`):
-            Rows of the data, samples in a micro-batch, and the seed of all draws.
+        groups (`list[int]`):
+            The group of each row of the data. All samples of an optimizer step are of one group.
+        batch_size, seed (`int`):
+            Samples in a micro-batch, and the seed of all draws.
         flip, drop_caption, drop_map (`float`):
             Probabilities in [0, 1].
         process_index, num_processes (`int`):
@@ -55,7 +64,7 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
 
     def __init__(
         self,
-        num_rows: int,
+        groups: list[int],
         batch_size: int,
         seed: int = 0,
         flip: float = 0.0,
@@ -66,18 +75,33 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
         start: int = 0,
         accumulation_steps: int = 1,
     ):
-        self.num_rows, self.batch_size, self.seed, self.start = num_rows, batch_size, seed, start
+        self.groups, self.batch_size, self.seed, self.start = groups, batch_size, seed, start
         self.flip, self.drop_caption, self.drop_map = flip, drop_caption, drop_map
         self.process_index, self.num_processes = process_index, num_processes
         self.samples_per_step = batch_size * accumulation_steps * num_processes
-        self.epoch, self.permutation = None, []
+        several = len(set(groups)) > 1
+        self.epoch_length = (
+            steps_per_epoch(groups, self.samples_per_step) * self.samples_per_step if several else len(groups)
+        )
+        self.epoch, self.order = None, []
 
     def _row(self, position: int) -> int:
-        epoch, place = divmod(position, self.num_rows)
+        epoch, place = divmod(position, self.epoch_length)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-            self.epoch, self.permutation = epoch, torch.randperm(self.num_rows, generator=generator).tolist()
-        return self.permutation[place]
+            self.epoch, self.order = epoch, self._shuffle(generator)
+        return self.order[place]
+
+    def _shuffle(self, generator: torch.Generator) -> list[int]:
+        """The rows of an epoch. With several groups, steps are filled up with rows of their group that come twice."""
+        order = torch.randperm(len(self.groups), generator=generator).tolist()
+        if len(set(self.groups)) == 1:
+            return order
+        steps, size = [], self.samples_per_step
+        for group in sorted(set(self.groups)):
+            rows = [row for row in order if self.groups[row] == group]
+            steps += [[rows[(first + i) % len(rows)] for i in range(size)] for first in range(0, len(rows), size)]
+        return [row for step in torch.randperm(len(steps), generator=generator).tolist() for row in steps[step]]
 
     def spec(self, position: int) -> SampleSpec:
         """The sample at a position of the run, whichever process takes it."""

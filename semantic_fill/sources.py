@@ -15,13 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from semantic_fill.options import DataOptions
+from semantic_fill.views import PANELS
 
 
 # Formats that Pillow reads by itself. PostScript and others, which start another program, are left out.
 PICTURE_ENDINGS = frozenset(
     ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .ppm .tga .tif .tiff .webp".split()
 )
-VIEWS = ("visible", "target", "semantic")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 # Files that people keep beside pictures. They are no part of the data and not worth a word.
@@ -153,8 +153,8 @@ def list_folder(folder: Path, options: DataOptions, pairs: bool = False) -> Fold
     if "train" in splits and len(splits) > 1:
         paths = " or ".join(str(folder / name) for name in splits)
         raise ValueError(f"--train_data_dir {folder} holds several splits side by side. Pass one of them: {paths}.")
-    views = [name for name in VIEWS if (folder / name).is_dir()]
-    if set(views) >= ({"visible", "target"} if pairs else set(VIEWS)):
+    views = [name for name in PANELS if (folder / name).is_dir()]
+    if set(views) >= ({"visible", "target"} if pairs else set(PANELS)):
         source = _list_views(folder, views, options)
     else:
         source = _list_triptychs(folder, options)

@@ -1,0 +1,131 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The views of a scene in pictures: how a triptych is cut, which shapes a run may have, and the colors of label maps.
+
+Trainer, evaluation, page, demo and `make_triptychs.py` all cut and color by these functions.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageColor
+
+from pipeline_flux_fill_semantic import read_picture
+
+
+PANELS = ("visible", "target", "semantic")
+# Panels of this much difference in shape count as alike.
+SHAPE_TOLERANCE = 0.02
+Palette = dict[str, tuple[int, int, int]]
+
+
+def cut_triptych(pictures: Sequence[PIL.Image.Image], panels: int = 3) -> dict[str, PIL.Image.Image]:
+    """
+    The views by their names in `PANELS`, all of one size, from one picture of `panels` views or from one picture a view.
+
+    Raises:
+        `ValueError`: with a reason that reads after the name of the sample.
+    """
+    if len(pictures) == 1:
+        (canvas,) = pictures
+        width, remainder = divmod(canvas.width, panels)
+        if remainder or width == 0:
+            number = {2: "two", 3: "three"}[panels]
+            raise ValueError(f"is {canvas.width} pixels wide, which cannot be divided into {number} equal panels")
+        pictures = [canvas.crop((i * width, 0, (i + 1) * width, canvas.height)) for i in range(panels)]
+    if len({picture.size for picture in pictures}) > 1:
+        sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in zip(PANELS, pictures))
+        raise ValueError(f"has views of different sizes ({sizes})")
+    return dict(zip(PANELS, pictures))
+
+
+def count_panels(size: tuple[int, int], shape: float | None, pairs: bool) -> int:
+    """
+    How many views stand side by side in a picture.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the picture.
+        shape (`float`, *optional*): Width over height of a panel of this run, if there is but one.
+        pairs (`bool`): Whether two views are accepted.
+
+    Raises:
+        `ValueError`: if the picture is a diptych where three views are needed.
+    """
+
+    if shape is None:
+        return 2 if pairs else 3
+
+    def difference(panels: int) -> float:
+        return abs(math.log(size[0] / panels / size[1] / shape))
+
+    if pairs:
+        return 2 if difference(2) <= difference(3) else 3
+    if difference(2) <= SHAPE_TOLERANCE < difference(3):
+        raise ValueError(
+            f"is {size[0]}x{size[1]} pixels, which are two panels of this run's shape. Three views are needed, or"
+            " --semantic_mode none. If it does hold three, pass their shape with --resolution and --width"
+        )
+    return 3
+
+
+def bucket_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """
+    Heights and widths of about the same area, multiples of 16, for the shapes 1:2, 9:16, 2:3, 3:4, 1:1, 4:3, 3:2, 16:9
+    and 2:1.
+    """
+    sizes = {}
+    for ratio in (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2):
+        h = max(16, round(math.sqrt(height * width / ratio) / 16) * 16)
+        sizes[h, max(16, round(height * width / h / 16) * 16)] = None
+    return list(sizes)
+
+
+def read_triptychs(folder: Path) -> list[dict[str, PIL.Image.Image]]:
+    """The views of each triptych that the `metadata.jsonl` of a folder lists, for those who need neither size nor text."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    names = [json.loads(line)["file_name"] for line in lines if line.strip()]
+    return [cut_triptych([read_picture(folder / name)]) for name in names]
+
+
+def read_palette(path: str | Path) -> Palette:
+    """
+    Names and colors of classes from a JSON object, or from a list whose names are 0, 1 and so on. A color is
+    `[red, green, blue]` of 0 to 255, `"#ff0000"` or `"red"`.
+
+    Raises:
+        `ValueError`: if the file is no such palette.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        pairs = data.items() if isinstance(data, dict) else enumerate(data)
+        palette = {
+            str(name): PIL.ImageColor.getrgb(color)[:3] if isinstance(color, str) else tuple(color)
+            for name, color in pairs
+        }
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--palette {path} has to hold a JSON object or list of colors, but: {error}") from error
+    for name, color in palette.items():
+        if len(color) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in color):
+            raise ValueError(f"--palette {path}: the color of {name} has to be [red, green, blue] but is {color}.")
+    if not palette:
+        raise ValueError(f"--palette {path} holds no color.")
+    return palette
+
+
+def color_labels(labels: PIL.Image.Image, palette: Palette) -> PIL.Image.Image:
+    """
+    A map of label numbers, all channels alike, in the colors of a palette.
+
+    Raises:
+        `ValueError`: if a label has no color. The reason reads after the name of the sample.
+    """
+    numbers = np.asarray(labels)[..., 0]
+    colors = np.zeros((256, 3), np.uint8)
+    for number in np.unique(numbers):
+        if str(number) not in palette:
+            raise ValueError(f"has the label {number}, which has no color in --palette")
+        colors[number] = palette[str(number)]
+    return PIL.Image.fromarray(colors[numbers])
