@@ -6,6 +6,7 @@ the type of each `variant`, `ablation.Variant`, is not imported here.
 """
 
 import argparse
+import dataclasses
 import resource
 import statistics
 import time
@@ -18,14 +19,15 @@ import PIL.ImageFont
 import torch
 from diffusers.utils import make_image_grid
 from emoji import nearest_colors
-from measurement import StepTracker, assemble, free, read_rows
+from measurement import StepTracker, assemble, free
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from variants import MODULES
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_fill.data import TriptychDataset
+from semantic_fill.data import TriptychDataset, check_samples
 from semantic_fill.encoding import Encoder, read_encoding
+from semantic_fill.sources import list_folder
 
 
 ATTENDED_PLACES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75}
@@ -80,6 +82,7 @@ def build(
 ) -> tuple[trainer.Run, StepTracker]:
     """A run with the variant's module in the place of the trainer's."""
     options, tracker = options_of(task, variant, seed, steps, args), StepTracker()
+    options = dataclasses.replace(options, max_train_samples=num_train)
 
     def build_model(transformer, options: trainer.Options) -> trainer.SemanticFillModel:
         model = trainer.build_model(transformer, options)
@@ -89,8 +92,7 @@ def build(
         return model
 
     key = (task, options.semantic_mode)
-    rows = None if key in encoders else read_rows(Path(options.train_data_dir), num_train)
-    run = assemble(options, tracker, rows=rows, encoder=encoders.get(key), build_model=build_model)
+    run = assemble(options, tracker, encoder=encoders.get(key), build_model=build_model)
     encoders[key] = run.encoder
     return run, tracker
 
@@ -198,7 +200,9 @@ def run_cell(task: str, name: str, seed: int, variant, picture: Path | None, arg
     seconds, losses = time.monotonic() - start, tracker.losses
 
     folder, _, _, label = find_task(task, args)
-    test = TriptychDataset(read_rows(folder / "test", args.num_test), run.options)
+    source, shape = list_folder(folder / "test", run.options), run.options.width / run.options.resolution
+    findings = check_samples(source, shape, pairs=False)
+    test = TriptychDataset(source, run.options, findings, list(range(min(args.num_test, len(source)))))
     views = [test.views(i) for i in range(len(test))]
     target, maps = torch.stack([v["target"] for v in views]), [v["semantic"] for v in views]
     row = {

@@ -66,13 +66,6 @@ def assemble(options: trainer.Options, tracker: GeneralTracker, **kwargs) -> tra
     return trainer.assemble(options, find_engine(accelerator, options), **kwargs)
 
 
-def read_rows(folder: Path, count: int | None = None) -> list[dict]:
-    """The first rows of a folder of triptychs, as the trainer's `load_rows` reads them, but without `datasets`."""
-    lines = (folder / "metadata.jsonl").read_text().splitlines()[:count]
-    rows = [json.loads(line) for line in lines]
-    return [{"image": {"bytes": None, "path": str(folder / row["file_name"])}, "text": row["text"]} for row in rows]
-
-
 # -- Time and memory ----------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from measurement import ROOT, Report, StepTracker, assemble, describe
 from train_speed import noise_rows
 
 import train_semantic_fill_lora as trainer
+from semantic_fill.tables import TableSource
 
 
 REFERENCE = "one_gpu"
@@ -95,8 +96,8 @@ def work(args: argparse.Namespace) -> None:
 
     dtype = torch.float32 if args.shape == "test" else torch.bfloat16
     pipeline = build_encoders(args.shape, device or torch.device("cpu"), dtype).to("cpu")
-    rows, tracker = noise_rows(16, args.resolution), MemoryTracker()
-    run = assemble(options, tracker, rows=rows, pipeline=pipeline, load_transformer=load_transformer)
+    source, tracker = TableSource(noise_rows(16, args.resolution), options), MemoryTracker()
+    run = assemble(options, tracker, source=source, pipeline=pipeline, load_transformer=load_transformer)
     trainer.train(run)
 
     if device is None:
@@ -121,7 +122,8 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "pretrained_model_name_or_path": folder,
-            "train_data_dir": folder,
+            # One of the data options is required. The workers make the rows.
+            "dataset_name": "noise",
             "output_dir": Path(folder, "out"),
             "cache_root": cache,
             "resolution": args.resolution,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from measurement import ROOT, Report, StepTracker, assemble, describe, free, read_rows
+from measurement import ROOT, Report, StepTracker, assemble, describe, free
 
 import train_semantic_fill_lora as trainer
 
@@ -43,12 +43,13 @@ SETTINGS = {
 }
 
 
-def train(setting: str, seed: int, rows: list, folder: str, args: argparse.Namespace) -> float:
+def train(setting: str, seed: int, folder: str, args: argparse.Namespace) -> float:
     """The mean loss of the last third of a run's steps."""
     options = {
         "pretrained_model_name_or_path": args.base,
         "output_dir": folder,
         "train_data_dir": args.data,
+        "max_train_samples": args.samples,
         "resolution": args.resolution,
         "max_sequence_length": args.max_sequence_length,
         "train_batch_size": args.batch,
@@ -64,13 +65,13 @@ def train(setting: str, seed: int, rows: list, folder: str, args: argparse.Names
     }
     tracker = StepTracker()
     options = trainer.parse_args([*(f"--{name}={value}" for name, value in options.items()), *SETTINGS[setting]])
-    trainer.train(assemble(options, tracker, rows=rows))
+    trainer.train(assemble(options, tracker))
     return statistics.mean(tracker.losses[-len(tracker.losses) // 3 :])
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="Folder of triptychs with a metadata.jsonl.")
+    parser.add_argument("--data", type=Path, required=True, help="Folder of triptychs, as --train_data_dir.")
     parser.add_argument("--base", default=str(ROOT / "examples" / "base"))
     parser.add_argument("--output", type=Path, default=Path("setting_quality.json"))
     parser.add_argument("--settings", default=",".join(SETTINGS), help="The reference is always among them.")
@@ -84,13 +85,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=128,
         help="T5 tokens of a prompt, but for the setting that changes it.",
     )
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=64, help="Train on the first samples, up to this number.")
     parser.add_argument("--minutes", type=float, default=30.0, help="No run is begun after so many.")
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = read_rows(args.data, args.samples)
     torch._dynamo.config.recompile_limit = 64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.output, describe(device) | {"steps": args.steps})
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
                 try:
                     # A setting that chooses another backend leaves it to the process.
                     with attention_backend("native"):
-                        losses[seed] = train(name, seed, rows, folder, args)
+                        losses[seed] = train(name, seed, folder, args)
                 except Exception as error:
                     traceback.print_exc()
                     report.add(setting=name, result=f"{type(error).__name__}: {str(error)[:200]}")

@@ -46,6 +46,7 @@ from peft import LoraConfig
 
 import train_semantic_fill_lora as trainer
 from semantic_fill.lora import LORA_TARGETS
+from semantic_fill.tables import TableSource
 
 
 CAPTION = "a thermal photograph of a street at night, the warm parts bright"
@@ -228,7 +229,8 @@ class Bench:
         fixed = {
             "pretrained_model_name_or_path": self.folder.name,
             "output_dir": Path(self.folder.name, "out"),
-            "train_data_dir": self.folder.name,
+            # One of the data options is required. The rows are made here.
+            "dataset_name": "noise",
             "resolution": self.args.resolution,
             "rank": self.args.rank,
             "train_batch_size": self.args.batch,
@@ -263,7 +265,8 @@ class Bench:
             pipeline.to("cpu")
             free(device)
         tracker = ProfilingTracker(steps) if profiled else StepTracker()
-        run = assemble(options, tracker, rows=self.pictures, pipeline=pipeline, load_transformer=load_transformer)
+        source = TableSource(self.pictures, options)
+        run = assemble(options, tracker, source=source, pipeline=pipeline, load_transformer=load_transformer)
         notes["loading GiB"] = peak_gib(device)
         options, encoder = run.options, run.encoder
         notes["flags"] = f"{options.base_precision} {options.checkpointing}{' compile' if options.compile else ''}"
