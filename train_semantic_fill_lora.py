@@ -594,6 +594,10 @@ def main(options: Options) -> None:
             f" {run.options.max_train_steps} steps, timestep shift"
             f" {run.objective.shift(tokens):.3f}, {tokens} image tokens"
         )
+        if run.options.compile and run.options.aspect_buckets:
+            # Blocks see tokens in a row, so shapes of as many tokens share a graph.
+            lengths = {layout.image_tokens for layout in run.encoder.used_layouts()}
+            logger.info(f"The blocks are compiled for {len(lengths)} numbers of image tokens")
         with explain_out_of_memory(run.options, run.encoder):
             train(run)
         finish(run, repo_id)

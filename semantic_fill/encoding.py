@@ -202,10 +202,14 @@ class Encoder:
             words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
             self.prompt_key = (*map(fingerprint, text_encoders), words, max_sequence_length)
 
+    def used_layouts(self) -> list[Layout]:
+        """The canvases that samples of the data set have."""
+        return [self.layouts[self.dataset.sizes[group]] for group in sorted(set(self.dataset.groups()))]
+
     @property
     def image_tokens(self) -> int:
         """Number of image tokens on the largest canvas."""
-        return max(layout.image_tokens for layout in self.layouts.values())
+        return max(layout.image_tokens for layout in self.used_layouts())
 
     @torch.no_grad()
     def encode_views(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
