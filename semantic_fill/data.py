@@ -69,7 +69,7 @@ def inspect(pictures: list[bytes], shape: float | None, pairs: bool) -> Finding:
     panels = count_panels(decoded[0].size, shape, pairs) if len(decoded) == 1 else len(decoded)
     views = cut_triptych(decoded, panels)
     labels = False
-    if "semantic" in views:
+    if "semantic" in views and not pairs:
         pixels = np.asarray(views["semantic"])
         labels = bool(pixels.max() < LABEL_LIMIT and (pixels == pixels[..., :1]).all())
     visible = views["visible"]
