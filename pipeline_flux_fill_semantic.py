@@ -940,9 +940,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             if name in kwargs
         }
         subfolder = kwargs.get("subfolder") or ""
-        lora_file = _resolve_file(source, subfolder, weight_name, hub_kwargs)
+        settings = read_trained_settings(source, subfolder=subfolder, weight_name=weight_name, **hub_kwargs)
         before = {name: self.config[name] for name in ("semantic_mode", "fusion_alpha", "max_sequence_length")}
-        trained_with: dict[str, Any] = before | {"semantic_mode": "cross_attention"} | _read_metadata(lora_file)
+        trained_with: dict[str, Any] = before | {"semantic_mode": "cross_attention"} | settings
         module, module_before = None, self.semantic_attention
         if _get_mode(trained_with["semantic_mode"]).module_class is not None:
             module = self._load_module(source, subfolder, hub_kwargs)
@@ -1000,6 +1000,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         is_main_process: bool = True,
         weight_name: str | None = None,
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> None:
         r"""
         Saves a LoRA and its semantic module as safetensors.
@@ -1021,6 +1023,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 File name of the LoRA. Defaults to `pytorch_lora_weights.safetensors`.
             transformer_lora_adapter_metadata (`dict`, *optional*):
                 The LoRA's configuration, including rank and alpha.
+            height, width (`int`, *optional*):
+                Size of a view in training, in pixels, written into the metadata as well.
 
         Raises:
             `ValueError`: The mode is unknown, or the module is not of its class.
@@ -1039,6 +1043,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             "fusion_alpha": fusion_alpha,
             "max_sequence_length": max_sequence_length,
         }
+        sizes = {"height": height, "width": width}
+        trained_with |= {name: size for name, size in sizes.items() if size is not None}
         metadata = {"format": "pt", SEMANTIC_METADATA_KEY: json.dumps(trained_with)}
         if adapter_metadata:
             metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(
@@ -1124,17 +1130,47 @@ def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[s
         return None
 
 
-def _read_metadata(lora_file: str | None) -> dict[str, Any]:
-    """Reads from a LoRA file how the map entered in training. The result is empty if nothing says so."""
+def read_trained_settings(
+    source: str | os.PathLike, subfolder: str = "", weight_name: str = LORA_WEIGHT_NAME_SAFE, **hub_kwargs
+) -> dict[str, Any]:
+    r"""
+    Reads what trained weights say about themselves, without loading a model.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A folder or Hub repository that [`FluxFillSemanticPipeline.save_lora_weights`] or the training script wrote.
+        subfolder (`str`, defaults to `""`), weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`):
+            The LoRA file in it.
+        hub_kwargs (*optional*):
+            As in [`~huggingface_hub.hf_hub_download`].
+
+    Returns:
+        `dict[str, Any]`: `semantic_mode`, `fusion_alpha` and `max_sequence_length`, and the size of a view in training
+        as `height` and `width`. What the file does not say is missing: earlier files have no size, and those of other
+        tools say nothing.
+
+    Raises:
+        `ValueError`: The file is damaged, names an unknown mode, or states a size that is none.
+    """
+    lora_file = _resolve_file(str(source), subfolder, weight_name, hub_kwargs)
     if lora_file is None:
         return {}
     try:
         with safetensors.safe_open(lora_file, framework="pt") as weights:
-            return json.loads((weights.metadata() or {}).get(SEMANTIC_METADATA_KEY, "{}"))
-    except safetensors.SafetensorError as error:
+            settings = json.loads((weights.metadata() or {}).get(SEMANTIC_METADATA_KEY, "{}"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"its `{SEMANTIC_METADATA_KEY}` is no JSON object but {settings!r}")
+        for name in settings.keys() & {"height", "width"}:
+            # `True` counts as a whole number in Python.
+            if type(settings[name]) is not int or settings[name] <= 0:
+                raise ValueError(f"its `{name}` has to be a positive whole number but is {settings[name]!r}")
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {lora_file}: {error}"
         ) from error
+    if "semantic_mode" in settings:
+        _get_mode(settings["semantic_mode"])
+    return settings
 
 
 def _count_pictures(view: PipelineImageInput | None) -> int:

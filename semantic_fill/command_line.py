@@ -17,7 +17,10 @@ from semantic_fill.options import OptionGroup
 
 
 def build_parser(options_class: type[OptionGroup], description: str | None) -> argparse.ArgumentParser:
-    """A parser with one option for each field, in the groups of the bases. Options that are not passed are left out."""
+    """
+    A parser with one option for each field, in the group of the first base that has it. Options that are not passed are
+    left out.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -26,12 +29,16 @@ def build_parser(options_class: type[OptionGroup], description: str | None) -> a
     )
     parser.add_argument("config_file", nargs="?", help="The same as --config.")
     parser.add_argument("--config", help="YAML file of options. Options on the command line take precedence.")
+    # A field that a class defines anew has the help and the default of that class.
+    fields = {field.name: field for field in dataclasses.fields(options_class)}
+    hints = typing.get_type_hints(options_class)
     for group_class in (*options_class.__bases__, options_class):
         group = parser.add_argument_group(group_class.__doc__.splitlines()[0] if group_class.__doc__ else None)
-        hints = typing.get_type_hints(group_class)
         for field in dataclasses.fields(group_class):
-            if field.name in group_class.__dict__.get("__annotations__", {}):
-                group.add_argument(f"--{field.name}", help=field.metadata["help"], **_argument(field, hints))
+            if field.name in group_class.__dict__.get("__annotations__", {}) and field.name in fields:
+                field = fields.pop(field.name)
+                names = [f"--{name}" for name in (field.name, field.metadata["alias"]) if name]
+                group.add_argument(*names, help=field.metadata["help"], **_argument(field, hints))
     return parser
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import make_image_grid
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.encoding import Encoder
@@ -41,7 +40,7 @@ def paint_samples(model, encoder: Encoder, step: int, engine: Engine, options: O
         vae.to(vae_device)
     if not accelerator.is_main_process:
         return None
-    grid = make_image_grid(pictures, rows=len(pictures) // 4, cols=4)
+    grid = tile_pictures(pictures, columns=4)
     folder = Path(options.output_dir, "samples")
     with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
         folder.mkdir(exist_ok=True)
@@ -68,7 +67,7 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[PI
         fusion_alpha=options.fusion_alpha,
     )
     pipeline.set_progress_bar_config(disable=True)
-    rows = []
+    pictures = []
     for index in range(min(options.num_validation_images, len(encoder.dataset))):
         views, caption = encoder.dataset.views(index), encoder.dataset.caption(index)
         if encoder.cached:
@@ -89,5 +88,15 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[PI
             )
         # Pairs have no map to show.
         semantic = views.get("semantic", torch.full_like(views["visible"], 0.5))
-        rows += [views["visible"], semantic, output.images[0].float().cpu(), views["target"]]
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(torch.stack(rows)))
+        row = torch.stack([views["visible"], semantic, output.images[0].float().cpu(), views["target"]])
+        pictures += VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(row))
+    return pictures
+
+
+def tile_pictures(pictures: list[PIL.Image.Image], columns: int) -> PIL.Image.Image:
+    """Pictures row by row in one. All cells have the size of the largest picture."""
+    width, height = (max(sides) for sides in zip(*(picture.size for picture in pictures)))
+    grid = PIL.Image.new("RGB", (columns * width, len(pictures) // columns * height))
+    for index, picture in enumerate(pictures):
+        grid.paste(picture, (index % columns * width, index // columns * height))
+    return grid

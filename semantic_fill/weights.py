@@ -47,6 +47,8 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
         semantic_mode=options.semantic_mode,
         fusion_alpha=options.fusion_alpha,
         max_sequence_length=options.max_sequence_length,
+        height=options.resolution,
+        width=options.width,
         # Private, and what the diffusers training scripts themselves write rank and alpha with.
         **_collate_lora_metadata({"transformer": model.transformer}),
     )

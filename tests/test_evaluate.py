@@ -25,8 +25,8 @@ from huggingface_hub import ModelCard
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_fill import evaluate, publish
-from semantic_fill.data import seed_of
+from semantic_fill import evaluate, metrics, publish
+from semantic_fill.sampling import seed_of
 
 
 COUNT = 5
@@ -100,9 +100,9 @@ def evaluated(base_folder, files, torchvision):
     painted, paint = {}, evaluate.paint
 
     def keep(pipeline, dataset, kind, args):
-        for batch in paint(pipeline, dataset, kind, args):
+        for rows, *batch in paint(pipeline, dataset, kind, args):
             painted.setdefault(kind, []).append(batch)
-            yield batch
+            yield rows, *batch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "paint", keep)
@@ -167,7 +167,7 @@ def test_lpips_is_that_of_its_formula(evaluated):
 
 def test_fid_and_kid_are_those_of_their_formulas(evaluated, files):
     report, pictures = evaluated
-    network = evaluate.VisionFeatures(str(files / "dinov2"), None)
+    network = metrics.VisionFeatures(str(files / "dinov2"), None)
     for kind in pictures:
         painted, target = (
             network(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy().astype(np.float64) for x in pictures[kind]
@@ -183,7 +183,7 @@ def test_fid_and_kid_are_those_of_their_formulas(evaluated, files):
 
 
 def test_features_depend_on_the_picture(files):
-    network = evaluate.VisionFeatures(str(files / "dinov2"), None)
+    network = metrics.VisionFeatures(str(files / "dinov2"), None)
     pictures = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8)
     features = network(pictures)
     assert features.shape == (3, 16) and (features[0] - features[1]).abs().max() > 1e-3
@@ -225,9 +225,9 @@ def test_only_the_paintings_that_are_shown_are_kept(base_folder, files, monkeypa
     batches, shown = [], {}
 
     def watched(*args):
-        for painted, target in paint(*args):
+        for rows, painted, target in paint(*args):
             batches.append(weakref.ref(painted))
-            yield painted, target
+            yield rows, painted, target
 
     def drawn(columns):
         shown.update({name: len(column) for name, column in columns.items()})
@@ -267,7 +267,7 @@ def test_what_cannot_be_loaded_is_absent(base_folder, files, fault, monkeypatch)
 
     monkeypatch.setattr(torchmetrics_lpip, "_TORCHVISION_AVAILABLE", fault == "no connection")
     monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", no_connection)
-    monkeypatch.setattr(evaluate, "load_features", no_connection)
+    monkeypatch.setattr(metrics, "load_features", no_connection)
     report = evaluate.main(arguments(base_folder, files, "--maps", "none", output_dir=fault))
     assert set(report["figures"]["none"]) == {"psnr", "ssim"} and set(report["absent"]) == {"lpips", "fid", "kid"}
     text = (files / fault / "evaluation.md").read_text()
@@ -289,7 +289,7 @@ def test_wrong_weights_are_refused(base_folder, files, capsys):
     for name in ("planted.pth", "missing.pth"):
         options = arguments(base_folder, files, "--inception_weights", files / name, "--metrics", "psnr", "fid")
         with pytest.raises(ValueError, match=f"{name} is no network for fid"):
-            evaluate.load_networks(options)
+            metrics.load_networks(options, options.device)
     assert "planted code ran" not in capsys.readouterr().out
 
 
@@ -323,7 +323,7 @@ def test_what_does_not_fit_the_data_is_refused_before_painting(base_folder, file
     for index in range(2):
         draw_triptych(0).save(same_map / f"{index}.png")
     captions = ["--instance_prompt", "a map"]
-    monkeypatch.setattr(evaluate, "paint", None)
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
     for data in (["--max_train_samples", 1], ["--train_data_dir", same_map, *captions]):
         with pytest.raises(ValueError, match="all samples have the same one. Pass --maps right none"):
             evaluated("--metrics", "psnr", *data)
@@ -331,22 +331,13 @@ def test_what_does_not_fit_the_data_is_refused_before_painting(base_folder, file
         evaluated("--max_train_samples", 1, "--metrics", "kid")
     (files / "same.json").write_text('{"a": "red", "b": "#ff0000"}')
     with pytest.raises(ValueError, match="same.json has to give each class a color of its own"):
-        evaluated("--palette", files / "same.json")
-
-
-def test_targets_that_are_no_label_maps_are_refused(base_folder, files, triptych_folder):
+        evaluated("--palette", files / "same.json", "--metrics", "psnr", "miou")
     more = ["--train_data_dir", triptych_folder, "--palette", files / "palette.json", "--metrics", "miou"]
     with pytest.raises(ValueError, match="of the target of row 0 has none of the colors of --palette"):
-        evaluate.main(arguments(base_folder, files, *more))
-
-
-def test_weights_without_maps_are_painted_without_one(base_folder, files, triptych_folder):
-    plain = run(base_folder, files / "plain", "--max_train_steps", 1, "--semantic_mode", "none", data=triptych_folder)
-    more = ["--trained", plain, "--metrics", "psnr"]
-    report = evaluate.main(arguments(base_folder, files, *more, output_dir="plain_figures"))
-    assert list(report["figures"]) == ["none"]
-    with pytest.raises(ValueError, match='`semantic_mode="none"` uses no map'):
-        evaluate.main(arguments(base_folder, files, *more, "--maps", "right"))
+        evaluated(*more)
+    plain = run(base_folder, files / "no_map", "--max_train_steps", 1, "--semantic_mode", "none", data=triptych_folder)
+    with pytest.raises(ValueError, match='--maps right needs weights that use a map, but `semantic_mode="none"`'):
+        evaluated("--trained", plain, "--maps", "right")
 
 
 def test_the_card_over_the_hub(base_folder, files, tmp_path):
