@@ -36,7 +36,8 @@ from pipeline_flux_fill_semantic import (  # noqa: E402
     SemanticAttentionOutput,
     read_picture,
 )
-from semantic_fill.views import read_palette, read_triptychs  # noqa: E402
+from semantic_fill.data import read_triptychs  # noqa: E402
+from semantic_fill.views import Palette, read_palette  # noqa: E402
 
 
 EMBEDDED_BASE = Path(__file__).resolve().parent / "base"
@@ -44,7 +45,6 @@ EMBEDDED_BASE = Path(__file__).resolve().parent / "base"
 EMBEDDED_RESOLUTION, EMBEDDED_SEQUENCE_LENGTH = 128, 32
 # Maps are drawn, and pictures are shown, with at least this many pixels on a side.
 SHOWN_SIZE = 512
-Palette = dict[str, tuple[int, int, int]]
 
 CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: auto !important }

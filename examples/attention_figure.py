@@ -19,7 +19,7 @@ import torch
 from demo import MAX_SEQUENCE_LENGTH, TRAINED_BASE, save_small
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_fill.views import read_triptychs
+from semantic_fill.data import read_triptychs
 
 
 matplotlib.use("Agg")

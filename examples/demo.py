@@ -30,7 +30,7 @@ from small_flux_fill import build_pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm.auto import tqdm
 
-from semantic_fill.views import read_triptychs
+from semantic_fill.data import read_triptychs
 
 
 matplotlib.use("Agg")

@@ -29,7 +29,7 @@ from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from small_flux_fill import build_pipeline
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_fill.views import read_triptychs
+from semantic_fill.data import read_triptychs
 
 
 logger = logging.getLogger(__name__)

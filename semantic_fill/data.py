@@ -29,15 +29,24 @@ from semantic_fill.files import FileMemory
 from semantic_fill.options import DataOptions, Options
 from semantic_fill.sources import Source, list_folder
 from semantic_fill.tables import load_source
-from semantic_fill.views import SHAPE_TOLERANCE, bucket_sizes, color_labels, count_panels, cut_triptych, read_palette
+from semantic_fill.views import (
+    LABEL_LIMIT,
+    SHAPE_TOLERANCE,
+    Palette,
+    are_labels,
+    bucket_sizes,
+    color_labels,
+    count_panels,
+    cut_triptych,
+    find_labels,
+    read_palette,
+)
 
 
 logger = get_logger(__name__)
 
-# A map whose values are all below this is taken for label numbers.
-LABEL_LIMIT = 64
 # Findings and encodings of pictures that were read by other rules are made anew.
-READER_VERSION = "2"
+READER_VERSION = "3"
 
 
 # -- The check --------------------------------------------------------------------------------------------------------
@@ -50,8 +59,8 @@ class Finding:
     width: int
     height: int
     panels: int
-    # Whether the semantic view has one channel and small values only.
-    labels: bool
+    # The different values of a semantic view that may hold label numbers, see `find_labels`.
+    labels: list[int] | None
     # SHA-256 of each picture as it is stored.
     digests: tuple[str, ...]
     # SHA-256 of the visible view's pixels.
@@ -68,10 +77,7 @@ def inspect(pictures: list[bytes], shape: float | None, pairs: bool) -> Finding:
     decoded = [read_picture(data) for data in pictures]
     panels = count_panels(decoded[0].size, shape, pairs) if len(decoded) == 1 else len(decoded)
     views = cut_triptych(decoded, panels)
-    labels = False
-    if "semantic" in views and not pairs:
-        pixels = np.asarray(views["semantic"])
-        labels = bool(pixels.max() < LABEL_LIMIT and (pixels == pixels[..., :1]).all())
+    labels = find_labels(views["semantic"]) if "semantic" in views and not pairs else None
     visible = views["visible"]
     content = hashlib.sha256(repr(visible.size).encode() + visible.tobytes()).hexdigest()
     digests = tuple(hashlib.sha256(data).hexdigest() for data in pictures)
@@ -129,6 +135,53 @@ def check_samples(
     return findings
 
 
+def choose_label_colors(source: Source, findings: list[Finding], palette: Palette | None) -> Palette | None:
+    """
+    The colors of the labels in all semantic maps, or `None` for maps that hold colors themselves.
+
+    Raises:
+        `ValueError`: if the maps hold label numbers that have no colors. The message names up to 50 of the samples.
+    """
+    found = [finding.labels for finding in findings]
+    if palette is None:
+        if are_labels(found):
+            raise ValueError(
+                f"All semantic maps have one channel and values below {LABEL_LIMIT}: they hold label numbers, which are"
+                " nearly black as colors. Pass their colors with --palette."
+            )
+        return None
+    # A palette of numbers says that gray values are labels, also 255, which often marks places without a label.
+    if not found or None in found or not (are_labels(found) or any(name.isdecimal() for name in palette)):
+        return None
+    problems = []
+    for index, labels in enumerate(found):
+        missing = [str(label) for label in labels or () if str(label) not in palette]
+        if missing:
+            problems.append(f"{source.name(index)}: {', '.join(missing)}")
+    if problems:
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        listed = "\n  ".join(problems[:50])
+        raise ValueError(f"{len(problems)} samples have labels without a color in --palette:\n  {listed}{more}")
+    return palette
+
+
+def read_triptychs(folder: Path, palette: Palette | None = None) -> list[dict[str, PIL.Image.Image]]:
+    """
+    The views of all samples of a folder, in a form of --train_data_dir, for those who need neither size nor text.
+
+    Raises:
+        `ValueError`: if samples cannot be used, or maps hold label numbers that have no colors.
+    """
+    source = list_folder(folder, DataOptions(train_data_dir=str(folder), instance_prompt=""))
+    findings = check_samples(source, None, pairs=False)
+    palette = choose_label_colors(source, findings, palette)
+    samples = [cut_triptych([read_picture(data) for data in source.pictures(i)]) for i in range(len(source))]
+    for views in samples:
+        if palette is not None:
+            views["semantic"] = color_labels(np.asarray(views["semantic"])[..., 0], palette)
+    return samples
+
+
 # -- Data sets --------------------------------------------------------------------------------------------------------
 
 
@@ -164,15 +217,8 @@ class TriptychDataset(torch.utils.data.Dataset):
         )
         self.instance_prompt = options.instance_prompt
         self._groups = self.groups()
-        # A single map of small values may be dark by chance. Where all of them are, they hold numbers.
-        self.palette = None
-        if findings and all(finding.labels for finding in findings):
-            if options.palette is None:
-                raise ValueError(
-                    f"All semantic maps have one channel and values below {LABEL_LIMIT}: they hold label numbers, which"
-                    " are nearly black as colors. Pass their colors with --palette."
-                )
-            self.palette = read_palette(options.palette)
+        palette = None if options.palette is None else read_palette(options.palette)
+        self.palette = choose_label_colors(source, findings, palette)
         problems = []
         for index in range(len(self)):
             try:
@@ -232,7 +278,7 @@ class TriptychDataset(torch.utils.data.Dataset):
         views = {}
         for name, picture in cut_triptych(pictures, self.findings[index].panels).items():
             if name == "semantic" and self.palette is not None:
-                picture = color_labels(picture, self.palette)
+                picture = color_labels(np.asarray(picture)[..., 0], self.palette)
             # The colors of a semantic map are labels, which must not be blended.
             resample = PIL.Image.Resampling.NEAREST if name == "semantic" else PIL.Image.Resampling.LANCZOS
             if picture.size != (width, height):
@@ -251,9 +297,10 @@ class TriptychDataset(torch.utils.data.Dataset):
         enlarged = sum(f.width < w or f.height < h for f, (h, w) in pairs)
         used = Counter(f"{w}x{h}" for _, (h, w) in pairs)
         target = ", ".join(used) if len(used) < 4 else f"{len(used)} shapes"
+        colored = "" if self.palette is None else ", maps colored by --palette"
         return (
             f"{len(self)} samples, {len(self.all_captions())} captions, views of {len(sizes)} sizes ({shown}) brought to"
-            f" {target}: {cropped} cropped, {enlarged} enlarged. {len(self.source.left_out)} other"
+            f" {target}: {cropped} cropped, {enlarged} enlarged{colored}. {len(self.source.left_out)} other"
             " files left out"
         )
 

@@ -13,12 +13,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageColor
 
-from pipeline_flux_fill_semantic import read_picture
-
 
 PANELS = ("visible", "target", "semantic")
 # Panels of this much difference in shape count as alike.
 SHAPE_TOLERANCE = 0.02
+# A map with more different values than this holds shades. Where all values are below this, they are label numbers.
+LABEL_LIMIT = 64
 Palette = dict[str, tuple[int, int, int]]
 
 
@@ -83,13 +83,6 @@ def bucket_sizes(height: int, width: int) -> list[tuple[int, int]]:
     return list(sizes)
 
 
-def read_triptychs(folder: Path) -> list[dict[str, PIL.Image.Image]]:
-    """The views of each triptych that the `metadata.jsonl` of a folder lists, for those who need neither size nor text."""
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    names = [json.loads(line)["file_name"] for line in lines if line.strip()]
-    return [cut_triptych([read_picture(folder / name)]) for name in names]
-
-
 def read_palette(path: str | Path) -> Palette:
     """
     Names and colors of classes from a JSON object, or from a list whose names are 0, 1 and so on. A color is
@@ -115,17 +108,33 @@ def read_palette(path: str | Path) -> Palette:
     return palette
 
 
-def color_labels(labels: PIL.Image.Image, palette: Palette) -> PIL.Image.Image:
+def find_labels(semantic: PIL.Image.Image) -> list[int] | None:
+    """The different values of a map that has one channel and few values, so that they may be label numbers; else `None`."""
+    pixels = np.asarray(semantic)
+    if (pixels != pixels[..., :1]).any():
+        return None
+    numbers = np.flatnonzero(np.bincount(pixels[..., 0].ravel())).tolist()
+    return numbers if len(numbers) <= LABEL_LIMIT else None
+
+
+def are_labels(found: Sequence[list[int] | None]) -> bool:
     """
-    A map of label numbers, all channels alike, in the colors of a palette.
+    Whether maps hold label numbers, by what `find_labels` found in each of them. A single map of small values may be dark
+    by chance. Where all of them are, they hold numbers.
+    """
+    return len(found) > 0 and all(numbers is not None and numbers[-1] < LABEL_LIMIT for numbers in found)
+
+
+def color_labels(numbers: np.ndarray, palette: Palette) -> PIL.Image.Image:
+    """
+    The map of label numbers `(height, width)` in the colors of a palette.
 
     Raises:
         `ValueError`: if a label has no color. The reason reads after the name of the sample.
     """
-    numbers = np.asarray(labels)[..., 0]
-    colors = np.zeros((256, 3), np.uint8)
-    for number in np.unique(numbers):
+    present, places = np.unique(numbers, return_inverse=True)
+    for number in present:
         if str(number) not in palette:
             raise ValueError(f"has the label {number}, which has no color in --palette")
-        colors[number] = palette[str(number)]
-    return PIL.Image.fromarray(colors[numbers])
+    colors = np.array([palette[str(number)] for number in present], np.uint8)
+    return PIL.Image.fromarray(colors[places.reshape(numbers.shape)])
