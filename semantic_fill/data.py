@@ -9,8 +9,9 @@ import hashlib
 import math
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,16 @@ import PIL.ImageOps
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import read_picture
-from semantic_fill.files import FileMemory
+from semantic_fill.files import FileMemory, printable
 from semantic_fill.options import DataOptions, Options
 from semantic_fill.sources import Source, list_folder
-from semantic_fill.tables import load_source
+from semantic_fill.tables import TableSource, load_held_out, load_source
 from semantic_fill.views import (
     LABEL_LIMIT,
-    SHAPE_TOLERANCE,
     Palette,
     are_labels,
     bucket_sizes,
@@ -103,46 +103,58 @@ def check_samples(
     Raises:
         `ValueError`: if samples cannot be used. The message names up to 50 of them with the reasons.
     """
-    memory = FileMemory(memory_file, f"{READER_VERSION} {shape} {pairs}")
-    findings: list[Any] = [None] * len(source)
-    for index in range(len(source)):
-        files = source.files(index)
-        if files is not None and (known := memory.get(files)) is not None:
-            findings[index] = Finding(**known | {"digests": tuple(known["digests"])})
+    memory = FileMemory(memory_file, f"{READER_VERSION} {shape} {pairs} {[field.name for field in fields(Finding)]}")
 
-    def check(index: int) -> tuple[int, Finding | str]:
+    def check(index: int) -> tuple[int, str | None, Finding | str]:
+        problems, finding = [], None
+        stamp = source.stamp(index)
         try:
-            return index, inspect(source.pictures(index), shape, pairs)
+            known = memory.get(source.key(index), stamp)
+            finding = inspect(source.pictures(index), shape, pairs) if known is None else Finding(**known)
         # Reading files and decoding them raises errors of many kinds.
         except Exception as error:
-            return index, f"{source.name(index)}: {error}"
+            problems.append(str(error))
+        try:
+            source.captions(index)
+        except ValueError as error:
+            problems.append(str(error))
+        return index, stamp, finding if finding and not problems else f"{source.name(index)}: {'; '.join(problems)}"
 
-    todo = [index for index, finding in enumerate(findings) if finding is None]
-    own = todo[rank::world_size]
+    own = range(rank, len(source), world_size)
+    bar = {"total": len(own), "desc": "Checking samples", "disable": True if rank else None, "leave": False}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(check, own), total=len(own), desc="Checking samples", disable=None, leave=False))
-    for index, finding in gather_object(found) if world_size > 1 else found:
+        found = list(tqdm(pool.map(check, own), **bar))
+    findings: list[Any] = [None] * len(source)
+    for index, stamp, finding in gather_object(found) if world_size > 1 else found:
         findings[index] = finding
-        if isinstance(finding, Finding) and source.files(index) is not None:
-            memory.put(source.files(index) or [], vars(finding))
+        if isinstance(finding, Finding):
+            memory.put(source.key(index), stamp, vars(finding))
     if rank == 0:
         memory.save()
-    problems = [*source.problems, *(finding for finding in findings if isinstance(finding, str))]
-    if problems:
-        listed = "\n  ".join(problems[:50])
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-        raise ValueError(f"{len(problems)} samples cannot be used:\n  {listed}{more}")
+    refuse(
+        [*source.problems, *(finding for finding in findings if isinstance(finding, str))], "samples cannot be used"
+    )
     return findings
 
 
-def choose_label_colors(source: Source, findings: list[Finding], palette: Palette | None) -> Palette | None:
+def refuse(problems: list[str], what: str) -> None:
+    """Raises a `ValueError` that names up to 50 problems, if there are any."""
+    if problems:
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        listed = "\n  ".join(map(printable, problems[:50]))
+        raise ValueError(f"{len(problems)} {what}:\n  {listed}{more}")
+
+
+def choose_label_colors(
+    source: Source, findings: list[Finding], palette: Palette | None, others: Sequence[Finding] = ()
+) -> Palette | None:
     """
     The colors of the labels in all semantic maps, or `None` for maps that hold colors themselves.
 
     Raises:
         `ValueError`: if the maps hold label numbers that have no colors. The message names up to 50 of the samples.
     """
-    found = [finding.labels for finding in findings]
+    found = [finding.labels for finding in (*findings, *others)]
     if palette is None:
         if are_labels(found):
             raise ValueError(
@@ -154,14 +166,11 @@ def choose_label_colors(source: Source, findings: list[Finding], palette: Palett
     if not found or None in found or not (are_labels(found) or any(name.isdecimal() for name in palette)):
         return None
     problems = []
-    for index, labels in enumerate(found):
+    for index, labels in enumerate(found[: len(findings)]):
         missing = [str(label) for label in labels or () if str(label) not in palette]
         if missing:
             problems.append(f"{source.name(index)}: {', '.join(missing)}")
-    if problems:
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-        listed = "\n  ".join(problems[:50])
-        raise ValueError(f"{len(problems)} samples have labels without a color in --palette:\n  {listed}{more}")
+    refuse(problems, "samples have labels without a color in --palette")
     return palette
 
 
@@ -200,13 +209,20 @@ class TriptychDataset(torch.utils.data.Dataset):
             What `check_samples` found out.
         indices (`list[int]`, *optional*):
             Which samples of the source belong to this data set. Default: all.
+        others (`Sequence[Finding]`):
+            Findings about other data of the run. All maps of a run together tell whether they hold label numbers.
 
     Raises:
-        `ValueError`: if captions are missing, or the semantic maps hold label numbers and there is no palette.
+        `ValueError`: if the semantic maps hold label numbers that have no colors.
     """
 
     def __init__(
-        self, source: Source, options: DataOptions, findings: list[Finding], indices: list[int] | None = None
+        self,
+        source: Source,
+        options: DataOptions,
+        findings: list[Finding],
+        indices: list[int] | None = None,
+        others: Sequence[Finding] = (),
     ):
         self.source, self.findings = source, findings
         self.indices = list(range(len(source))) if indices is None else indices
@@ -215,37 +231,16 @@ class TriptychDataset(torch.utils.data.Dataset):
             if options.aspect_buckets
             else [(options.resolution, options.width)]
         )
-        self.instance_prompt = options.instance_prompt
         self._groups = self.groups()
         palette = None if options.palette is None else read_palette(options.palette)
-        self.palette = choose_label_colors(source, findings, palette)
-        problems = []
-        for index in range(len(self)):
-            try:
-                self.captions(index)
-            except ValueError as error:
-                problems.append(f"{source.name(self.indices[index])}: {error}")
-        if problems:
-            more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-            listed = "\n  ".join(problems[:50])
-            raise ValueError(
-                f"{len(problems)} of {len(self)} samples have no usable caption. Name their column with --caption_column,"
-                f" or pass --instance_prompt:\n  {listed}{more}"
-            )
+        self.palette = choose_label_colors(source, findings, palette, others)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def captions(self, index: int) -> list[str]:
         """All captions of a sample, one of which is drawn for each visit."""
-        captions = self.source.captions(self.indices[index])
-        captions = list(captions) or ([] if self.instance_prompt is None else [self.instance_prompt])
-        if not captions:
-            raise ValueError("has no caption")
-        for caption in captions:
-            if not isinstance(caption, str) or not (caption.strip() or self.instance_prompt == ""):
-                raise ValueError(f"has a caption that is no text ({caption!r})")
-        return captions
+        return self.source.captions(self.indices[index])
 
     def caption(self, index: int, draw: float = 0.0) -> str:
         """The caption of a sample for a random number in [0, 1)."""
@@ -292,16 +287,21 @@ class TriptychDataset(torch.utils.data.Dataset):
         findings = [self.findings[index] for index in self.indices]
         sizes = Counter((finding.width, finding.height) for finding in findings)
         shown = ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.most_common(4))
-        pairs = [(finding, self.sizes[group]) for finding, group in zip(findings, self._groups)]
-        cropped = sum(abs(math.log(f.width * h / f.height / w)) > SHAPE_TOLERANCE for f, (h, w) in pairs)
-        enlarged = sum(f.width < w or f.height < h for f, (h, w) in pairs)
-        used = Counter(f"{w}x{h}" for _, (h, w) in pairs)
+        shapes = [(finding, self.sizes[group]) for finding, group in zip(findings, self._groups)]
+        kept = [min(f.width * h / f.height / w, f.height * w / f.width / h) for f, (h, w) in shapes]
+        cropped = sum(f.width * h != f.height * w for f, (h, w) in shapes)
+        loss = f" (by up to {1 - min(kept):.1%})" if cropped else ""
+        enlarged = sum(f.width < w or f.height < h for f, (h, w) in shapes)
+        used = Counter(f"{w}x{h}" for _, (h, w) in shapes)
         target = ", ".join(used) if len(used) < 4 else f"{len(used)} shapes"
         colored = "" if self.palette is None else ", maps colored by --palette"
+        pairs = sum(finding.panels == 2 for finding in findings)
+        prompted = sum(not self.source.own_captions(index) for index in self.indices)
         return (
-            f"{len(self)} samples, {len(self.all_captions())} captions, views of {len(sizes)} sizes ({shown}) brought to"
-            f" {target}: {cropped} cropped, {enlarged} enlarged{colored}. {len(self.source.left_out)} other"
-            " files left out"
+            f"{len(self)} samples{f' ({pairs} without a map)' if pairs else ''}, {len(self.all_captions())} captions"
+            f"{f' ({prompted} samples have --instance_prompt)' if prompted else ''}, views of {len(sizes)} sizes ({shown})"
+            f" brought to {target}: {cropped} cropped{loss}, {enlarged} enlarged{colored}."
+            f" {len(self.source.left_out)} other files left out"
         )
 
 
@@ -319,20 +319,21 @@ def load_datasets(
         source (`Source`, *optional*): Samples instead of those that the options name.
     """
     if source is None:
-        # The first process prepares tables for all.
-        with accelerator.main_process_first():
-            source = load_source(options, pairs, options.cache_dir)
+        source = _load(accelerator, lambda: load_source(options, pairs, options.cache_dir))
+    if options.max_train_samples and not options.validation_data_dir and not options.validation_fraction:
+        source = source.head(options.max_train_samples)
     memory_file, processes = (
         Path(options.cache_root, "checked.json"),
         (accelerator.process_index, accelerator.num_processes),
     )
     shape = None if options.aspect_buckets else options.width / options.resolution
     findings = check_samples(source, shape, pairs, memory_file, *processes)
-    held_out, held_out_contents = None, set()
+    held_out, contents = None, set()
     if options.validation_data_dir is not None:
-        other = list_folder(Path(options.validation_data_dir), options, pairs)
-        held_out = TriptychDataset(other, options, check_samples(other, shape, pairs, memory_file, *processes))
-        held_out_contents = {finding.content for finding in held_out.findings}
+        other = _load(accelerator, lambda: load_held_out(options, pairs))
+        other_findings = check_samples(other, shape, pairs, memory_file, *processes)
+        held_out = TriptychDataset(other, options, other_findings, others=findings)
+        contents = {finding.content for finding in other_findings}
     elif options.validation_fraction:
         limit = options.validation_fraction * 16**16
         chosen = [index for index, finding in enumerate(findings) if int(finding.content[:16], 16) < limit]
@@ -341,16 +342,50 @@ def load_datasets(
                 f"--validation_fraction {options.validation_fraction} holds out none of {len(source)} samples."
             )
         held_out = TriptychDataset(source, options, findings, chosen)
-        held_out_contents = {findings[index].content for index in chosen}
-    train = [index for index, finding in enumerate(findings) if finding.content not in held_out_contents]
+        contents = {findings[index].content for index in chosen}
+    train = [index for index, finding in enumerate(findings) if finding.content not in contents]
     if not train:
         raise ValueError("All samples are held out, so none is left to train on.")
-    dataset = TriptychDataset(source, options, findings, train[: options.max_train_samples])
+    others = held_out.findings if held_out is not None else []
+    dataset = TriptychDataset(source, options, findings, train[: options.max_train_samples], others)
     logger.info(f"Data: {dataset.summary()}")
     if held_out is not None:
         logger.info(f"Held out: {held_out.summary()}")
-    if source.left_out and accelerator.is_main_process:
-        path = Path(options.output_dir, "left_out.txt")
-        path.write_text("\n".join(source.left_out) + "\n", encoding="utf-8")
-        logger.info(f"{path} lists the files that were left out")
+    if options.validation_data_dir is not None and len(train) < len(source):
+        names = [source.name(index) for index, finding in enumerate(findings) if finding.content in contents]
+        logger.warning(
+            f"{len(names)} samples are not trained on, because the held-out data shows the same visible view:"
+            f" {', '.join(map(printable, names[:50]))}"
+        )
+    if options.palette is not None and dataset.palette is None:
+        logger.warning(f"--palette {options.palette} is not used, because the maps hold colors and no label numbers")
+    if accelerator.is_main_process:
+        _write_left_out(Path(options.output_dir, "left_out.txt"), [dataset, *([held_out] if held_out else [])])
     return dataset, held_out
+
+
+def _load(accelerator: Accelerator, load: Callable[[], Source]) -> Source:
+    """A source for all processes: folders are listed by one of them, tables are opened by the others once it is done."""
+    own: Any = None
+    if accelerator.is_main_process:
+        try:
+            own = load()
+        except (ValueError, OSError) as error:
+            own = error
+    (shared,) = broadcast_object_list([None if isinstance(own, TableSource) else own])
+    if isinstance(shared, Exception):
+        raise shared
+    return load() if own is None and shared is None else shared if own is None else own
+
+
+def _write_left_out(path: Path, datasets: list[TriptychDataset]) -> None:
+    names = dict.fromkeys(name for dataset in datasets for name in dataset.source.left_out)
+    try:
+        path.unlink(missing_ok=True)
+        if names:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(map(printable, names)) + "\n", encoding="utf-8")
+            logger.info(f"{path} lists the {len(names)} files that were left out")
+    # The list is no part of the run.
+    except OSError as error:
+        logger.warning(f"{path} cannot be written: {error}")

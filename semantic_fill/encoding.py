@@ -27,6 +27,7 @@ from semantic_fill.files import (
     FileMemory,
     checksum,
     explain_write_errors,
+    file_stamp,
     is_intact,
     read_encoding,
     remove_leftovers,
@@ -304,7 +305,8 @@ class Encoder:
         # An encoding is read once to see that it is intact, by one process, and again only if its file has changed.
         memory = FileMemory(self.folder / "intact.json", "1")
         rank, processes = accelerator.process_index, accelerator.num_processes
-        damaged = [path for path in list(jobs)[rank::processes] if not memory.get([path]) and not is_intact(path)]
+        own = list(jobs)[rank::processes]
+        damaged = [p for p in own if not memory.get(p.name, file_stamp([p])) and not is_intact(p)]
         damaged = set(gather_object(damaged) if processes > 1 else damaged)
         missing = [path for path in jobs if path in damaged]
         logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
@@ -323,7 +325,7 @@ class Encoder:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for path in jobs:
-                memory.put([path], True)
+                memory.put(path.name, file_stamp([path]), True)
             memory.save()
 
     def _encode_sample(self, index: int, flip: bool, drop_map: bool) -> dict[str, torch.Tensor]:

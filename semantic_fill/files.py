@@ -68,9 +68,17 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_stamp(files: Sequence[Path]) -> str | None:
+    """Sizes and times of change of files, or `None` if one of them is missing."""
+    try:
+        return " ".join(f"{stat.st_size},{stat.st_mtime_ns}" for stat in map(os.stat, files))
+    except OSError:
+        return None
+
+
 class FileMemory:
     """
-    What was found out about files, kept for later runs while the files' sizes and times of change stay the same.
+    What was found out about files, kept for later runs while the files stay the same.
 
     Args:
         path (`Path`, *optional*): File to keep it in. Without one, nothing is remembered.
@@ -79,24 +87,20 @@ class FileMemory:
 
     def __init__(self, path: Path | None, version: str):
         self.path, self.version, self.entries, self.changed = path, version, {}, False
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-            self.entries = found["entries"] if found.get("version") == version else {}
+            self.entries = dict(found["entries"]) if found.get("version") == version else {}
 
-    @staticmethod
-    def _stamp(files: Sequence[Path]) -> list[list[int]]:
-        return [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]
+    def get(self, key: str, stamp: str | None) -> Any:
+        """What was found out about `key` while it had this stamp, or `None`."""
+        with contextlib.suppress(ValueError, TypeError):
+            known, value = self.entries[key] if key in self.entries else (None, None)
+            return value if stamp is not None and known == stamp else None
 
-    def get(self, files: Sequence[Path]) -> Any:
-        """What was found out about these files together, or `None`."""
-        stamp, value = self.entries.get("\n".join(map(str, files)), (None, None))
-        with contextlib.suppress(OSError):
-            return value if stamp is not None and stamp == self._stamp(files) else None
-
-    def put(self, files: Sequence[Path], value: Any) -> None:
+    def put(self, key: str, stamp: str | None, value: Any) -> None:
         """Remembers a value that can be written as JSON."""
-        self.entries["\n".join(map(str, files))] = (self._stamp(files), value)
-        self.changed = True
+        if stamp is not None and self.get(key, stamp) != value:
+            self.entries[key], self.changed = (stamp, value), True
 
     def save(self) -> None:
         """Writes what is new. That it cannot be written costs only time at the next start."""
@@ -105,6 +109,11 @@ class FileMemory:
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def printable(text: str) -> str:
+    """A text on one line, whose characters can all be written and shown. Names of files may hold any others."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -169,7 +178,7 @@ def is_intact(path: Path) -> bool:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files that killed runs left: those that nobody has written to for a day."""
-    for path in folder.glob(".*.safetensors.*"):
+    for path in (*folder.glob(".*.safetensors.*"), *folder.glob(".*.json.*")):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 24 * 60 * 60:
                 path.unlink()

@@ -5,15 +5,14 @@ Folders are listed here and not by `datasets`, which infers splits from words in
 and drops what it does not understand. Here every picture of a folder is used or named, in the order of its path.
 """
 
-import csv
-import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from semantic_fill.captions import as_captions, read_captions, read_metadata
+from semantic_fill.files import file_stamp
 from semantic_fill.options import DataOptions
 from semantic_fill.views import PANELS
 
@@ -23,16 +22,22 @@ PICTURE_ENDINGS = frozenset(
     ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .ppm .tga .tif .tiff .webp".split()
 )
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+# Names of splits as people write them, and as they are called.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 # Files that people keep beside pictures. They are no part of the data and not worth a word.
 IGNORED_NAMES = frozenset(("Thumbs.db", "desktop.ini", ".DS_Store", "README.md", ".gitattributes"))
 
 
 class Source:
-    """Samples before they are decoded. `problems` names what cannot be used, `left_out` files that are no pictures."""
+    """Samples before they are decoded. `problems` names what cannot be used, `left_out` files that are no samples."""
 
     problems: list[str]
     left_out: list[str]
+    instance_prompt: str | None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -41,17 +46,44 @@ class Source:
         """What messages call a sample."""
         raise NotImplementedError
 
-    def captions(self, index: int) -> Sequence[Any]:
-        """The captions of a sample, none if it has none of its own."""
+    def pictures(self, index: int) -> list[bytes]:
+        """The encoded pictures of a sample: one triptych, or one for each view."""
         raise NotImplementedError
 
-    def files(self, index: int) -> list[Path] | None:
-        """The pictures as files, one triptych or a picture for each view; `None` if they are no files."""
+    def own_captions(self, index: int) -> Sequence[Any]:
+        """What is stored as captions of a sample, and nothing if it has none."""
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """A name of a sample that no other sample has, in this source or another."""
+        raise NotImplementedError
+
+    def stamp(self, index: int) -> str | None:
+        """What changes when the pictures of a sample change. `None` if nothing is known to."""
         return None
 
-    def pictures(self, index: int) -> list[bytes]:
-        """The encoded pictures of a sample."""
-        return [path.read_bytes() for path in self.files(index) or ()]
+    def head(self, count: int) -> "Source":
+        """A source of the first samples."""
+        raise NotImplementedError
+
+    def captions(self, index: int) -> list[str]:
+        """
+        The captions of a sample, which are `instance_prompt` if it has none of its own.
+
+        Raises:
+            `ValueError`: with a reason that reads after the name of the sample.
+        """
+        captions = list(self.own_captions(index))
+        if not captions and self.instance_prompt is not None:
+            captions = [self.instance_prompt]
+        if not captions:
+            raise ValueError("has no caption. Name their column with --caption_column, or pass --instance_prompt")
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise ValueError(f"has a caption that is no text ({str(caption)[:100]})")
+            if not caption.strip() and self.instance_prompt != "":
+                raise ValueError("has an empty caption")
+        return captions
 
 
 # -- Folders of pictures ----------------------------------------------------------------------------------------------
@@ -59,11 +91,12 @@ class Source:
 
 @dataclass
 class FolderSource(Source):
-    """Samples whose pictures are files."""
+    """Samples whose pictures are files: name, paths and captions of each."""
 
     samples: list[tuple[str, list[Path], Sequence[Any]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    instance_prompt: str | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -71,218 +104,235 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         return self.samples[index][0]
 
-    def captions(self, index: int) -> Sequence[Any]:
-        return self.samples[index][2]
-
     def files(self, index: int) -> list[Path]:
         return self.samples[index][1]
 
+    def pictures(self, index: int) -> list[bytes]:
+        return [path.read_bytes() for path in self.files(index)]
 
-def walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder in the order of their paths. Linked folders are followed, each of them once."""
-    seen = set()
-    for place, names, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
+    def own_captions(self, index: int) -> Sequence[Any]:
+        return self.samples[index][2]
+
+    def key(self, index: int) -> str:
+        # No path holds this character.
+        return "\0".join(map(os.path.abspath, self.files(index)))
+
+    def stamp(self, index: int) -> str | None:
+        return file_stamp(self.files(index))
+
+    def head(self, count: int) -> "FolderSource":
+        return FolderSource(self.samples[:count], self.problems, self.left_out, self.instance_prompt)
+
+
+def walk(folder: Path, skip: Sequence[str] = ()) -> Iterator[Path]:
+    """
+    All files below a folder, and the hidden folders, which are not entered. Linked folders are followed, each of them
+    once, but not where they lead to what is listed anyway.
+
+    Args:
+        skip (`Sequence[str]`): Folders right inside `folder` to leave out.
+
+    Raises:
+        `ValueError`: if a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+    root, seen = PurePath(os.path.realpath(folder)), set()
+    for place, names, files in os.walk(folder, followlinks=True, onerror=fail):
+        real = PurePath(os.path.realpath(place))
+        listed, around = real in seen, False
+        if os.path.islink(place) and Path(place) != folder:
+            inside = real.relative_to(root).parts if real.is_relative_to(root) else (".",)
+            listed = listed or not any(part.startswith(".") for part in inside)
+            around = root.is_relative_to(real)
+        if listed or around:
             names.clear()
+            yield from () if listed else (Path(place),)
             continue
         seen.add(real)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (Path(place, name) for name in files)
+        hidden = [name for name in names if name.startswith(".")]
+        yield from (Path(place, name) for name in (*files, *hidden))
+        left = {*hidden, *skip} if Path(place) == folder else set(hidden)
+        names[:] = sorted(set(names) - left)
 
 
-def read_text(path: Path) -> str:
+def picture_columns(options: DataOptions) -> list[str]:
+    """The columns of the three views, or the one column of whole triptychs."""
+    if options.visible_column and options.target_column and options.semantic_column:
+        return [options.visible_column, options.target_column, options.semantic_column]
+    return [options.image_column]
+
+
+def list_folder(
+    folder: Path, options: DataOptions, pairs: bool = False, option: str = "--train_data_dir"
+) -> FolderSource:
     """
-    The content of a text file, with or without a byte order mark.
-
-    Raises:
-        `ValueError`: if it is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeError as error:
-        raise ValueError(f"{path} is not encoded as UTF-8: {error}") from error
-
-
-def read_captions(path: Path, lines: bool) -> list[str]:
-    """The captions of a text file beside a picture: its whole text, or with `lines` each line that is not empty."""
-    text = read_text(path)
-    return [line.strip() for line in text.splitlines() if line.strip()] if lines else [text.strip()]
-
-
-def read_metadata(path: Path) -> list[dict]:
-    """
-    The rows of a metadata file.
-
-    Raises:
-        `ValueError`: if the file is damaged. The message names the line.
-    """
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    text = read_text(path)
-    if path.suffix == ".csv":
-        # A cell that is empty is no value. Every word is one, `NA` and `null` too.
-        return [{k: v or None for k, v in row.items()} for row in csv.DictReader(io.StringIO(text))]
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"{path}, line {number}: has to be a JSON object")
-    return rows
-
-
-def list_folder(folder: Path, options: DataOptions, pairs: bool = False) -> FolderSource:
-    """
-    The samples of a folder: three folders of views with equal names, or triptychs.
+    The samples of a folder in the order of their paths: three folders of views with equal names, or triptychs.
 
     Args:
         pairs (`bool`): Whether a semantic view may be missing.
+        option (`str`): The option that names the folder.
 
     Raises:
-        `ValueError`: if there is no such folder, or it holds several splits or no pictures.
+        `ValueError`: if there is no such folder, or it holds several splits, views without others or no pictures.
     """
     if not folder.is_dir():
-        raise ValueError(f"--train_data_dir {folder} has to be a folder of pictures, but there is no such folder.")
-    splits = [name for name in SPLITS if (folder / name).is_dir()]
-    if "train" in splits and len(splits) > 1:
-        paths = " or ".join(str(folder / name) for name in splits)
-        raise ValueError(f"--train_data_dir {folder} holds several splits side by side. Pass one of them: {paths}.")
+        raise ValueError(f"{option} {folder} has to be a folder of pictures, but there is no such folder.")
     views = [name for name in PANELS if (folder / name).is_dir()]
-    if set(views) >= ({"visible", "target"} if pairs else set(PANELS)):
-        source = _list_views(folder, views, options)
+    source = FolderSource(instance_prompt=options.instance_prompt)
+    if len(views) < 2 or options.visible_column:
+        _list_triptychs(folder, options, source, option)
     else:
-        source = _list_triptychs(folder, options)
+        missing = [name for name in (PANELS[:2] if pairs else PANELS) if name not in views]
+        if missing:
+            hint = "" if pairs else " All three are needed, or two with --semantic_mode none."
+            raise ValueError(
+                f"{option} {folder} holds {'/ and '.join(views)}/ but no {'/ and no '.join(missing)}/.{hint}"
+            )
+        _list_views(folder, views, options, source, option)
     if not source.samples and not source.problems:
-        raise ValueError(f"--train_data_dir {folder} has to hold pictures but holds none.")
+        tables = any(name.endswith((".parquet", ".tar")) for name in source.left_out)
+        hint = " Pass tables as --dataset_name." if tables else ""
+        raise ValueError(f"{option} {folder} has to hold pictures but holds none.{hint}")
     return source
 
 
-def _sort_files(folder: Path, source: FolderSource) -> tuple[dict[str, Path], dict[str, Path], list[Path]]:
-    """Pictures, text files and metadata files below a folder, the first two by their path inside it."""
+def _sort_files(
+    folder: Path, root: Path, source: FolderSource, option: str, skip: Sequence[str] = ()
+) -> tuple[dict[str, Path], dict[str, Path], list[Path]]:
+    """Pictures and text files below a folder by their path inside it, and metadata files. Messages name paths from root."""
     pictures, texts, metadata = {}, {}, []
-    for path in walk(folder):
-        name = path.relative_to(folder).as_posix()
-        if path.name in METADATA:
+    for path in walk(folder, skip):
+        name, ending = path.relative_to(folder).as_posix(), path.suffix.lower()
+        if path.name in IGNORED_NAMES:
+            continue
+        wanted = path.name in METADATA or ending == ".txt" or ending in PICTURE_ENDINGS
+        if not wanted or path.name.startswith("."):
+            source.left_out.append(path.relative_to(root).as_posix())
+        # Reading a pipe would never end, nor would reading some devices.
+        elif not path.is_file():
+            source.problems.append(f"{path.relative_to(root).as_posix()}: is no regular file")
+        elif path.name in METADATA:
             metadata.append(path)
-        elif path.suffix.lower() == ".txt":
-            texts[name] = path
-        elif path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith("."):
-            pictures[name] = path
-        elif path.name not in IGNORED_NAMES:
-            source.left_out.append(name)
-    return dict(sorted(pictures.items())), texts, sorted(metadata)
+        else:
+            (texts if ending == ".txt" else pictures)[name] = path
+    source.left_out.sort()
+    folders = {PurePosixPath(name).parent for name in pictures}
+    splits: dict[PurePosixPath, set[str]] = {}
+    for inner in {outer for inner in folders for outer in (inner, *inner.parents)}:
+        if inner.name.lower() in SPLITS:
+            splits.setdefault(inner.parent, set()).add(str(folder / inner))
+    for found in splits.values():
+        if len(found) > 1:
+            raise ValueError(
+                f"{option} {root} holds several splits side by side. Choose one of them: {' or '.join(sorted(found))}."
+            )
+    return pictures, dict(sorted(texts.items())), sorted(metadata)
 
 
 def _stem(name: str) -> str:
     return PurePosixPath(name).with_suffix("").as_posix()
 
 
-def _sidecars(texts: dict[str, Path], stems: set[str], lines: bool, source: FolderSource) -> dict[str, list[str]]:
-    """Captions by the stem of their picture. A text without a picture is a problem."""
+def _read_sidecars(texts: dict[str, Path], options: DataOptions, source: FolderSource) -> dict[str, list[str]]:
+    """Captions by the stem of their text file."""
     captions = {}
-    for name, path in sorted(texts.items()):
-        if _stem(name) not in stems:
-            source.problems.append(f"{name}: is a caption without a picture")
-            continue
+    for name, path in texts.items():
         try:
-            captions[_stem(name)] = read_captions(path, lines)
-        except ValueError as error:
+            captions[_stem(name)] = read_captions(path, options.caption_lines)
+        except (ValueError, OSError) as error:
             source.problems.append(f"{name}: {error}")
     return captions
 
 
-def _read_all_metadata(folder: Path, files: Iterable[Path]) -> list[tuple[Path, dict]]:
-    """All metadata rows, each with the folder that its names are relative to."""
-    return [(path.parent, row) for path in files for row in read_metadata(path)]
+def _metadata_rows(
+    folder: Path, files: Iterable[Path], options: DataOptions, source: FolderSource
+) -> Iterator[tuple[tuple[str, ...], Sequence[Any]]]:
+    """For each metadata row the paths from the folder that it names, and its captions."""
+    columns = picture_columns(options) if options.visible_column else []
+    for path in files:
+        for row in read_metadata(path):
+            cells = [row.get(f"{column}_file_name", row.get(column)) for column in columns]
+            cells = cells or [row.get("file_name")]
+            shown = path.relative_to(folder).as_posix()
+            if not all(isinstance(cell, str) for cell in cells):
+                source.problems.append(f"{shown}: a row names no picture: {str(row)[:200]}")
+                continue
+            if options.caption_column and options.caption_column not in row:
+                source.problems.append(f"{cells[0]}: has no `{options.caption_column}` in {shown}, but {list(row)}")
+            names = (PurePath(os.path.relpath(path.parent / cell, folder)).as_posix() for cell in cells)
+            yield tuple(names), as_captions(row.get(options.caption_column or "text"))
 
 
-def as_captions(value: Any) -> Sequence[Any]:
-    """The captions in a cell, which holds one, a list or nothing."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _merge(
+    name: str, first: Sequence[Any] | None, second: Sequence[Any] | None, source: FolderSource
+) -> Sequence[Any]:
+    """The captions of a sample that may have some in two places."""
+    if first and second and list(first) != list(second):
+        source.problems.append(f"{name}: has different captions in two places, {str([*first, *second])[:200]}")
+    return first or second or []
 
 
-def _list_triptychs(folder: Path, options: DataOptions) -> FolderSource:
-    source = FolderSource()
-    pictures, texts, metadata = _sort_files(folder, source)
-    rows = _read_all_metadata(folder, metadata)
-    caption_column = options.caption_column or "text"
-    columns = [options.visible_column, options.target_column, options.semantic_column]
-    named: dict[str, Sequence[Any]] = {}
-    for place, row in rows:
-        if all(columns):
-            names: list[Any] = [row.get(f"{column}_file_name", row.get(column)) for column in columns]
-        else:
-            names = [row.get("file_name")]
-        if not all(isinstance(name, str) for name in names):
-            source.problems.append(f"{place.relative_to(folder)}: a metadata row names no picture: {str(row)[:200]}")
-            continue
-        paths = [Path(os.path.normpath(place / name)) for name in names]
-        missing = [str(n) for n, p in zip(names, paths) if not p.is_file() or not p.is_relative_to(folder)]
-        if missing:
-            source.problems.append(f"{', '.join(missing)}: is named by the metadata but is no file in the folder")
-            continue
-        if options.caption_column and options.caption_column not in row:
-            source.problems.append(
-                f"{names[0]}: has no `{options.caption_column}` in the metadata, which has {list(row)}"
-            )
-        captions = as_captions(row.get(caption_column))
-        if all(columns):
-            source.samples.append((names[0], paths, captions))
-            continue
-        name = paths[0].relative_to(folder).as_posix()
-        if name in named:
-            source.problems.append(f"{name}: is named twice by the metadata")
-        pictures.setdefault(name, paths[0])
-        named[name] = captions
-    if all(columns):
-        if not rows:
-            raise ValueError(f"--visible_column needs a metadata file in --train_data_dir {folder}, which has none.")
-        return source
-    sidecars = _sidecars(texts, {_stem(name) for name in pictures}, options.caption_lines, source)
+def _list_triptychs(folder: Path, options: DataOptions, source: FolderSource, option: str) -> None:
+    """Samples of one picture each, or with --visible_column of the pictures that a metadata row names."""
+    pictures, texts, metadata = _sort_files(folder, folder, source, option)
+    if options.visible_column and not metadata:
+        raise ValueError(f"--visible_column needs a metadata file in {option} {folder}, which has none.")
+    named: dict[tuple[str, ...], Sequence[Any]] = {}
+    for names, captions in _metadata_rows(folder, metadata, options, source):
+        if names in named:
+            source.problems.append(f"{names[0]}: is named twice by the metadata")
+        # The metadata may name pictures with other endings.
+        lacking = [n for n in names if n not in pictures and (n.startswith("../") or not (folder / n).is_file())]
+        source.problems.extend(f"{name}: is named by the metadata but is no file in the folder" for name in lacking)
+        if not lacking:
+            named[names] = captions
+            pictures.update({name: folder / name for name in names})
+    used = {name for names in named for name in names}
+    samples = sorted(named) if options.visible_column else sorted((name,) for name in pictures)
     stems: dict[str, str] = {}
-    for name, path in sorted(pictures.items()):
-        if (twin := stems.setdefault(_stem(name), name)) != name and _stem(name) in sidecars:
-            source.problems.append(f"{name}: differs from {twin} in its ending only, so their caption is ambiguous")
-        captions = named.get(name) or sidecars.get(_stem(name), [])
-        if rows and name not in named and not captions and options.instance_prompt is None:
+    sidecars = _read_sidecars(texts, options, source)
+    for names in samples:
+        name, captions = names[0], named.get(names)
+        stem = _stem(name)
+        if stems.setdefault(stem, name) != name and stem in sidecars:
+            source.problems.append(f"{name}: differs from {stems[stem]} in its ending only, and {stem}.txt fits both")
+        if named and captions is None and stem not in sidecars and options.instance_prompt is None:
             source.problems.append(f"{name}: is not named by the metadata and has no caption of its own")
             continue
-        source.samples.append((name, [path], captions))
-    return source
+        captions = _merge(name, captions, sidecars.get(stem), source)
+        source.samples.append((name, [pictures[name] for name in names], captions))
+    source.problems.extend(f"{stem}.txt: is a caption without a picture" for stem in sidecars if stem not in stems)
+    others = pictures.keys() - used if options.visible_column else set()
+    source.left_out[:] = sorted({*source.left_out, *others} - used)
 
 
-def _list_views(folder: Path, views: list[str], options: DataOptions) -> FolderSource:
-    source = FolderSource()
-    texts: dict[str, Path] = {}
+def _list_views(folder: Path, views: list[str], options: DataOptions, source: FolderSource, option: str) -> None:
+    """Samples of a picture in each of the folders `views`, which all have one name, whatever their endings."""
     found: dict[str, dict[str, Path]] = {view: {} for view in views}
-    metadata = [folder / name for name in METADATA if (folder / name).is_file()]
-    texts |= {path.name: path for path in folder.glob("*.txt")}
+    others, texts, metadata = _sort_files(folder, folder, source, option, skip=views)
+    captions: dict[str, Sequence[Any]] = dict(_read_sidecars(texts, options, source))
     for view in views:
-        pictures, more_texts, more_metadata = _sort_files(folder / view, source)
-        texts, metadata = texts | more_texts, metadata + more_metadata
-        for name, path in pictures.items():
+        pictures, texts, more_metadata = _sort_files(folder / view, folder, source, option)
+        for stem, more in _read_sidecars(texts, options, source).items():
+            captions[stem] = _merge(stem, captions.get(stem), more, source)
+        for name, path in sorted(pictures.items()):
             if (twin := found[view].setdefault(_stem(name), path)) != path:
                 source.problems.append(f"{view}/{name}: differs from {twin.name} in its ending only")
+        metadata += more_metadata
     stems = sorted(set().union(*found.values()))
-    captions: dict[str, Sequence[Any]] = dict(_sidecars(texts, set(stems), options.caption_lines, source))
-    for place, row in _read_all_metadata(folder, metadata):
-        stem = _stem(str(row.get("file_name", "")))
-        if stem not in stems:
-            source.problems.append(f"{row.get('file_name')}: is named by the metadata but is no picture")
-        elif options.caption_column and options.caption_column not in row:
-            source.problems.append(f"{stem}: has no `{options.caption_column}` in the metadata, which has {list(row)}")
-        else:
-            captions[stem] = as_captions(row.get(options.caption_column or "text"))
+    for (name,), more in _metadata_rows(folder, metadata, options, source):
+        # The metadata may stand beside the folders or inside one of them.
+        stem = _stem(name.partition("/")[2] if name.partition("/")[0] in views else name)
+        captions[stem] = _merge(stem, captions.get(stem), more, source)
     for stem in stems:
         missing = [view for view in views if stem not in found[view]]
         if missing:
             source.problems.append(f"{stem}: has no {' and no '.join(missing)} picture")
         else:
             source.samples.append((stem, [found[view][stem] for view in views], captions.get(stem, [])))
-    return source
+    lacking = sorted(captions.keys() - set(stems))
+    source.problems.extend(f"{stem}: has a caption or a metadata row, but there is no picture" for stem in lacking)
+    source.left_out[:] = sorted({*source.left_out, *others})

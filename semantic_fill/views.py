@@ -17,6 +17,8 @@ import PIL.ImageColor
 PANELS = ("visible", "target", "semantic")
 # Panels of this much difference in shape count as alike.
 SHAPE_TOLERANCE = 0.02
+# A third of a picture that is narrower than a view of the run by more than this factor is no view, but part of one.
+NARROWEST = 2.2
 # A map with more different values than this holds shades. Where all values are below this, they are label numbers.
 LABEL_LIMIT = 64
 Palette = dict[str, tuple[int, int, int]]
@@ -52,21 +54,26 @@ def count_panels(size: tuple[int, int], shape: float | None, pairs: bool) -> int
         pairs (`bool`): Whether two views are accepted.
 
     Raises:
-        `ValueError`: if the picture is a diptych where three views are needed.
+        `ValueError`: if the picture is one view or two where three are needed, or nothing tells whether it is two or three.
     """
-
     if shape is None:
         return 2 if pairs else 3
-
-    def difference(panels: int) -> float:
-        return abs(math.log(size[0] / panels / size[1] / shape))
-
+    # How much wider than a view of this run each part would be, for so many parts.
+    wider = {panels: math.log(size[0] / panels / size[1] / shape) for panels in (1, 2, 3)}
+    alike = [panels for panels, width in wider.items() if abs(width) <= SHAPE_TOLERANCE]
+    shown = f"is {size[0]}x{size[1]} pixels"
+    hint = "pass the shape of a view with --resolution and --width"
     if pairs:
-        return 2 if difference(2) <= difference(3) else 3
-    if difference(2) <= SHAPE_TOLERANCE < difference(3):
+        # Only one of the numbers may fit the shape, or divide the width.
+        fitting = [n for n in (2, 3) if n in alike] or [n for n in (2, 3) if size[0] % n == 0] or [2]
+        if len(fitting) > 1:
+            raise ValueError(f"{shown}, which can be two views or three: {hint}")
+        return fitting[0]
+    if 3 not in alike and (alike or wider[3] < -math.log(NARROWEST)):
+        number = {1: "is one view", 2: "are two views"}[(alike or [1])[0]]
         raise ValueError(
-            f"is {size[0]}x{size[1]} pixels, which are two panels of this run's shape. Three views are needed, or"
-            " --semantic_mode none. If it does hold three, pass their shape with --resolution and --width"
+            f"{shown}, which by the shape of this run {number} and not three. Three views are needed, or two with"
+            f" --semantic_mode none. If it does hold three, {hint}"
         )
     return 3
 
