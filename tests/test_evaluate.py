@@ -343,7 +343,7 @@ def test_what_does_not_fit_the_data_is_refused_before_painting(base_folder, file
 def test_the_card_over_the_hub(base_folder, files, tmp_path):
     folder = files / "out"
     trained = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    options = ["--pretrained_model_name_or_path", base_folder, "--train_data_dir", files / "test", "--resolution", 32]
+    options = ["--pretrained_model_name_or_path", base_folder, "--train_data_dir", files / "test"]
     options += ["--num_inference_steps", 1, "--metrics", "psnr", "ssim", "--update_model_card"]
     command = [sys.executable, "-m", "semantic_fill.evaluate", *options, "--output_dir", tmp_path / "evaluation"]
     with HubServer(token="hf_planted_secret") as hub:
@@ -354,6 +354,7 @@ def test_the_card_over_the_hub(base_folder, files, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         pushed = hub.files("user/fill")
     report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert "Painting at 32x32 pixels a view, the size that user/fill was trained at." in done.stderr
     assert "| right |" in done.stdout and b"hf_planted_secret" not in b"".join(pushed.values())
     assert pushed["samples/evaluation.png"] == (tmp_path / "evaluation" / "evaluation.png").read_bytes()
     card = ModelCard(pushed["README.md"].decode())

@@ -25,7 +25,7 @@ from pipeline_helpers import (
     write_old_module,
 )
 
-from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, read_trained_settings
 from semantic_attention import SemanticAttentionModel, SemanticProjectionModel
 
 
@@ -272,6 +272,44 @@ def write_metadata(file, **trained_with) -> None:
         metadata = weights.metadata()
     metadata["semantic_fill"] = json.dumps(json.loads(metadata["semantic_fill"]) | trained_with)
     safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata=metadata)
+
+
+def test_weights_say_how_they_were_trained(base, trained, tmp_path):
+    said = {"semantic_mode": "none", "fusion_alpha": 0.5, "max_sequence_length": 16, "height": 48, "width": 64}
+    layers = safetensors.torch.load_file(trained.folder / LORA_FILE)
+    layers = {name.removeprefix("transformer."): weight for name, weight in layers.items()}
+    FluxFillSemanticPipeline.save_lora_weights(tmp_path / "sub", layers, weight_name="own.safetensors", **said)
+    assert read_trained_settings(tmp_path, subfolder="sub", weight_name="own.safetensors") == said
+    pipe = make_pipe(base, own=True)
+    pipe.load_lora_weights(tmp_path, subfolder="sub", weight_name="own.safetensors")
+    assert (pipe.config.semantic_mode, pipe.config.max_sequence_length) == ("none", 16)
+    # Weights of before the size was recorded, and a folder without weights.
+    old = {"semantic_mode": "cross_attention", "fusion_alpha": 0.5, "max_sequence_length": 512}
+    assert read_trained_settings(str(trained.folder)) == old
+    assert read_trained_settings(tmp_path) == {}
+    safetensors.torch.save_file(layers, tmp_path / LORA_FILE)
+    assert read_trained_settings(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "said, named",
+    [
+        ('{"height": "48"}', "`height` has to be a positive whole number but is '48'"),
+        ('{"width": 0}', "`width` has to be a positive whole number but is 0"),
+        ('{"width": true}', "`width` has to be a positive whole number but is True"),
+        ("null", "is no JSON object but None"),
+        ('["none"]', "is no JSON object but"),
+        ("{", "Expecting property name"),
+        ("[" * 100000, "recursion"),
+        ('{"semantic_mode": "mixing"}', "`semantic_mode` has to be one of"),
+    ],
+)
+def test_what_weights_cannot_say_is_refused(base, trained, tmp_path, said, named):
+    layers = safetensors.torch.load_file(trained.folder / LORA_FILE)
+    safetensors.torch.save_file(layers, tmp_path / LORA_FILE, metadata={"semantic_fill": said})
+    for read in (read_trained_settings, make_pipe(base).load_lora_weights):
+        with pytest.raises(ValueError, match=named):
+            read(tmp_path)
 
 
 def test_old_weights_of_a_direct_module_load_as_a_projection(base, tmp_path):

@@ -10,7 +10,7 @@ from diffusers import FluxFillPipeline
 from helpers import LORA_FILE, MODULE_FILE, arguments, run, weights_of
 
 import train_semantic_fill_lora as trainer
-from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, read_trained_settings
 from semantic_fill.encoding import load_encoders
 
 
@@ -40,6 +40,13 @@ def test_weights_to_start_from_are_not_rounded(base_folder, triptych_folder, tmp
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert not all(torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
+
+
+def test_results_and_checkpoints_record_how_they_were_trained(base_folder, triptych_folder, tmp_path):
+    more = "--resolution 48 --width 32 --semantic_mode pixel_fusion --fusion_alpha 0.3 --max_train_steps 1"
+    out = run(base_folder, tmp_path, *more.split(), "--checkpointing_steps", 1, data=triptych_folder)
+    said = {"semantic_mode": "pixel_fusion", "fusion_alpha": 0.3, "max_sequence_length": 16, "height": 48, "width": 32}
+    assert read_trained_settings(out) == read_trained_settings(out / "checkpoint-1") == said
 
 
 def test_a_module_has_its_own_configuration(base_folder, triptych_folder, tmp_path):
