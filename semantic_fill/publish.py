@@ -98,6 +98,7 @@ def save_model_card(path: Path, options: Options, loss: float, samples: list[Pat
         picture = f"Visible view, map, painting and target:\n\n![{sample.stem}](samples/{sample.name})\n\n"
     arguments = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(options).items())
     prompt = json.dumps(options.instance_prompt or "...", ensure_ascii=False)
+    size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
     text = f"""
 # Semantic fill: {repo}
 
@@ -137,7 +138,8 @@ Versions: torch {torch.__version__}, diffusers {diffusers.__version__}, transfor
 ## Limits
 
 The map steers only what it was trained to steer, at sizes near the training resolution of {options.width}x{options.resolution}
-pixels a view. Outputs are subject to the license of the base model.
+pixels a view. Views of other sizes were scaled to {size} and cropped about their center. Outputs are subject to the
+license of the base model.
 """
     data = ModelCardData(
         # The Hub refuses a card that names a folder as its model or data set.
@@ -181,7 +183,7 @@ def add_to_model_card(trained: str, section: str, results: list[EvalResult], pic
 
 def public_config(options: Options) -> dict:
     """The options as trackers and cards may show them. Local paths are shortened to their names."""
-    paths = ("dir", "root", "name_or_path", "weights", "dataset_name", "resume_from_checkpoint")
+    paths = ("dir", "root", "name_or_path", "weights", "dataset_name", "palette", "resume_from_checkpoint")
     return {
         name: Path(value).name if isinstance(value, str) and name.endswith(paths) and not is_hub_id(value) else value
         for name, value in vars(options).items()

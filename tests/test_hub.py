@@ -158,8 +158,10 @@ assert "401" in said and "hf auth login" in said and "Nothing was trained" in sa
 def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, tmp_path):
     code = single_file_pipeline().encode()
     # On the Hub, the base and the data are repositories. On this machine they are folders.
-    plain = arguments(base_folder, tmp_path / "out", "--max_train_steps", 7, data=triptych_folder)
+    paths = ["--palette", tmp_path / "palette.json", "--validation_data_dir", tmp_path / "held_out"]
+    plain = arguments(base_folder, tmp_path / "out", "--max_train_steps", 7, *paths, data=triptych_folder)
     more = ["--hub_model_id", "user/fill", "--instance_prompt", 'a "hot": é', "--dataset_name", "user/data"]
+    more += ["--width", 48]
     named = arguments("black-forest-labs/FLUX.1-Fill-dev", tmp_path / "named", *more, "--max_train_steps", 7)
     for options in (plain, named):
         folder = Path(options.output_dir)
@@ -188,6 +190,9 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
     assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "image-to-image")
     assert data["instance_prompt"] == 'a "hot": é' and "lora" in data["tags"]
     assert "![step-000007](samples/step-000007.png)" in card.text and hashlib.sha256(code).hexdigest() in card.text
+    assert "48x32 pixels a view. Views of other sizes were scaled to this size and cropped" in " ".join(
+        card.text.split()
+    )
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     compile(snippet, "card", "exec")
     for name, value in public_config(named).items():
