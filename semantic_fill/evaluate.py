@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, read_trained_settings
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import TriptychDataset, check_samples
-from semantic_fill.files import is_hub_id
+from semantic_fill.files import is_hub_id, printable
 from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks
 from semantic_fill.options import DataOptions, ModelOptions, option
 from semantic_fill.publish import add_to_model_card
@@ -164,13 +164,13 @@ def choose_metrics(
 def load_data(options: EvaluationOptions, pairs: bool) -> TriptychDataset:
     """The samples, read and checked as for training."""
     source = load_source(options, pairs, options.cache_dir)
+    if options.max_train_samples is not None:
+        source = source.head(options.max_train_samples)
     shape = None if options.aspect_buckets else options.width / options.resolution
-    findings = check_samples(source, shape, pairs)
-    indices = list(range(len(source)))[: options.max_train_samples]
-    dataset = TriptychDataset(source, options, findings, indices)
+    dataset = TriptychDataset(source, options, check_samples(source, shape, pairs))
     logger.info(f"Data: {dataset.summary()}")
     if source.left_out:
-        logger.info(f"Left out: {', '.join(source.left_out[:50])}")
+        logger.info(f"Left out: {', '.join(map(printable, source.left_out[:50]))}")
     return dataset
 
 
