@@ -369,10 +369,11 @@ class Options(
             raise ValueError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} has to be below the {self.max_train_steps} steps of the run."
             )
-        if self.train_data_dir is not None:
-            data, output = Path(self.train_data_dir), Path(self.output_dir)
-            if data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+        output = Path(self.output_dir)
+        for name in ("train_data_dir", "validation_data_dir"):
+            data = getattr(self, name)
+            if data is not None and Path(data).is_dir() and output.resolve().is_relative_to(Path(data).resolve()):
                 raise ValueError(
-                    f"--output_dir {output} cannot lie in --train_data_dir {data}: a later run would take this run's"
-                    " pictures for data."
+                    f"--output_dir {output} cannot lie in --{name} {data}: a later run would take this run's pictures"
+                    " for data."
                 )

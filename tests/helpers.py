@@ -19,7 +19,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_semantic_fill_lora as trainer
 from semantic_fill.checkpoints import checkpoint_damage, checkpoint_step, list_checkpoints
+from semantic_fill.data import TriptychDataset, check_samples
 from semantic_fill.engines import find_engine
+from semantic_fill.options import DataOptions
+from semantic_fill.sources import Source
+from semantic_fill.tables import load_source
 
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +74,13 @@ def png_of_zeros(width: int, height: int, bits: int = 8, color_type: int = 2) ->
     header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def read_dataset(options: DataOptions | None = None, source: Source | None = None, pairs=False, **more):
+    """The checked data of options, or of `more` with views of 32x32 pixels. A `source` takes the place of what they name."""
+    options = DataOptions(**{"resolution": 32} | more) if options is None else options
+    source = load_source(options, pairs) if source is None else source
+    return TriptychDataset(source, options, check_samples(source, options.width / options.resolution, pairs))
 
 
 # -- Runs in this process ---------------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ import pytest
 import safetensors
 import torch
 import torch.nn as nn
-from helpers import LORA_FILE, arguments, assert_same_weights, fresh_state, run, write_triptychs
+from helpers import LORA_FILE, arguments, assert_same_weights, fresh_state, read_dataset, run, write_triptychs
 from transformers import T5Config, T5EncoderModel
 
 from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, FluxFillSemanticPipeline
 from semantic_fill import encoding
-from semantic_fill.data import TriptychDataset, load_rows
-from semantic_fill.encoding import Encoder, load_encoders, longest_prompt, offload_encoders
+from semantic_fill.encoding import Encoder, count_tokens, load_encoders, longest_prompt, offload_encoders
 from semantic_fill.memory import parameter_bytes
 
 
@@ -69,10 +68,10 @@ def fill(large_t5, base_folder, triptych_folder, tmp_path, monkeypatch):
         accelerator = accelerate.Accelerator(cpu=True)
         pipeline = load_encoders(options, torch.float32)
         pipeline.text_encoder_2 = copy.deepcopy(large_t5)
-        dataset = TriptychDataset(load_rows(options), options)
+        dataset = read_dataset(options)
         encoder = Encoder(pipeline, dataset, options.max_sequence_length, tmp_path / str(room))
         encoder.fill_cache(accelerator)
-        return {path.name: path.read_bytes() for path in encoder.folder.iterdir()}, pipeline
+        return {path.name: path.read_bytes() for path in encoder.folder.glob("*.safetensors")}, pipeline
 
     return fill
 
@@ -204,4 +203,32 @@ def test_prompts_as_long_as_the_longest_and_painting_uses_the_same(base_folder, 
 
 def test_longest_prompt(base):
     for captions, expected in ((["a", "b" * 30], 32), (["b" * 31], 48), (["a" * 2000], 512)):
-        assert longest_prompt(base.tokenizer_2, captions) == expected
+        # The tiny tokenizer takes a token for each letter, the mark before them and the end.
+        lengths = count_tokens(base.tokenizer_2, captions)
+        assert lengths == {caption: len(caption) + 2 for caption in captions}
+        assert longest_prompt(lengths.values()) == expected
+
+
+def test_captions_that_are_cut_are_counted_and_the_longest_is_shown(base_folder, tmp_path, caplog):
+    data = write_triptychs(tmp_path / "data", 4)
+    captions = ["short", "a" * 14, "b" * 15, "c" * 20]
+    rows = [{"file_name": f"{index:03d}.png", "text": caption} for index, caption in enumerate(captions)]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level("INFO", "semantic_fill"):
+        run(base_folder, tmp_path / "cut", "--max_train_steps", 1, data=data)
+    said = [record.getMessage() for record in caplog.records if "--max_sequence_length" in record.getMessage()]
+    # Two tokens are no letters, so that 14 letters just fit into 16.
+    assert len(said) == 1 and "2 of 4 captions are longer than the 16 tokens" in said[0]
+    assert f"The longest has 22 tokens: {'c' * 20!r}" in said[0]
+    caplog.clear()
+    with caplog.at_level("INFO", "semantic_fill"):
+        more = ("--max_train_steps", 1, "--max_sequence_length", "auto")
+        run(base_folder, tmp_path / "fitting", *more, data=data)
+    assert "longer than" not in caplog.text and "Prompts are 32 tokens long" in caplog.text
+    # No prompt of FLUX has more than 512, so these two are cut even where the data decides.
+    rows = [{"file_name": f"{index:03d}.png", "text": "xyxy"[index] * 600} for index in range(4)]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    caplog.clear()
+    with caplog.at_level("INFO", "semantic_fill"):
+        run(base_folder, tmp_path / "long", *more, data=data)
+    assert "2 of 2 captions are longer than the 512 tokens" in caplog.text

@@ -19,6 +19,7 @@ from helpers import (
     assert_same_weights,
     first_batch,
     fresh_state,
+    read_dataset,
     run,
     weights_of,
     write_triptychs,
@@ -27,13 +28,17 @@ from transformers import T5TokenizerFast
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
-from semantic_fill.data import SampleSpec, TriptychDataset, load_rows
-from semantic_fill.encoding import Encoder, SampleReader, checksum, is_intact, load_encoders, read_encoding
-from semantic_fill.files import write_atomically
+from semantic_fill.encoding import Encoder, SampleReader, load_encoders
+from semantic_fill.files import checksum, is_intact, read_encoding, write_atomically
+from semantic_fill.sampling import SampleSpec
 
 
 def make_encoder(options, cache_dir=None) -> Encoder:
-    return Encoder(load_encoders(options, torch.float32), TriptychDataset(load_rows(options), options), 16, cache_dir)
+    return Encoder(load_encoders(options, torch.float32), read_dataset(options), 16, cache_dir)
+
+
+def encodings(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 # -- Encodings --------------------------------------------------------------------------------------------------------
@@ -53,7 +58,7 @@ def test_cached_encodings_are_those_that_are_made_when_needed(base_folder, tript
             fresh_state()
             encoder.fill_cache(Accelerator(cpu=True), flips=True, dropped_maps=True)
             # 6 pictures, mirrored too, with and without their map where it lies on the canvas, and 3 prompts.
-            assert len(list(cache_dir.iterdir())) == 12 * (1 + SEMANTIC_MODES[mode].map_on_canvas) + 3
+            assert len(encodings(cache_dir)) == 12 * (1 + SEMANTIC_MODES[mode].map_on_canvas) + 3
         reader = SampleReader(encoder)
         generators = [torch.Generator().manual_seed(spec.position) for spec in specs]
         samples = [reader[spec] for spec in specs]
@@ -86,7 +91,7 @@ def test_a_dropped_map_leaves_no_trace_on_the_canvas(base_folder, triptych_folde
 def test_another_scaling_or_tokenizer_is_another_encoding(base_folder, triptych_folder, tmp_path):
     """The weights, the picture and the prompt are the same."""
     options = arguments(base_folder, tmp_path, data=triptych_folder)
-    dataset = TriptychDataset(load_rows(options), options)
+    dataset = read_dataset(options)
     pipeline = load_encoders(options, torch.float32)
     views = {name: view[None] for name, view in dataset.views(0).items()}
 
@@ -115,7 +120,7 @@ def test_another_weight_mode_or_size_is_another_encoding(base_folder, triptych_f
         "in_context": ["--semantic_mode", "in_context"],
         "fusion": ["--semantic_mode", "pixel_fusion"],
         "more fusion": ["--semantic_mode", "pixel_fusion", "--fusion_alpha", 0.6],
-        "wider": ["--width", 48],
+        "wider": ["--width", 64],
     }
     encoders = {
         name: make_encoder(arguments(base_folder, tmp_path, *more, data=triptych_folder), tmp_path)
@@ -142,7 +147,7 @@ def test_cache_is_reused_and_mended(base_folder, triptych_folder, tmp_path, capl
     out = tmp_path / "out"
     caplog.set_level(logging.INFO, logger="semantic_fill")
     run(base_folder, out, *more.split(), 1, data=triptych_folder)
-    files = sorted((out / "cache").iterdir())
+    files = encodings(out / "cache")
     # 6 pictures, each mirrored too; 2 captions and the empty one.
     assert len(files) == 15
     files[0].write_bytes(b"no safetensors")
@@ -171,7 +176,7 @@ def test_an_encoding_damaged_under_way_is_named(base_folder, triptych_folder, tm
     build_optimizer, cache = trainer.build_optimizer, tmp_path / "cache"
 
     def damage_and_build(*args):
-        for path in cache.iterdir():
+        for path in encodings(cache):
             content = bytearray(path.read_bytes())
             content[{"head": 0, "content": -1, "gone": 0}[damage]] ^= 1
             path.write_bytes(content)
@@ -196,15 +201,20 @@ def test_leftovers_of_killed_runs_go_after_a_day(base_folder, triptych_folder, t
         patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
         write_atomically(cache / "a.safetensors", lambda path: path.write_bytes(b"half"))
-    (left,) = cache.iterdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        write_atomically(cache / "checked.json", lambda path: path.write_bytes(b"half"))
+    left = list(cache.iterdir())
+    assert len(left) == 2
     others = [cache / "b.safetensors", cache / ".hidden", cache / f".b.safetensors.{'0' * 32}"]
     for path in others:
         path.write_bytes(b"of others")
     long_ago = time.time() - 25 * 60 * 60
-    for path in (left, *others[:2]):
+    for path in (*left, *others[:2]):
         os.utime(path, (long_ago, long_ago))
     run(base_folder, tmp_path / "out", "--cache_root", cache, "--max_train_steps", 1, data=triptych_folder)
-    assert not left.exists() and all(path.exists() for path in others)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
 
 
 def test_a_flipped_bit_in_an_encoding_is_seen(tmp_path, caplog):
@@ -233,10 +243,12 @@ def test_tokens_know_their_panel(base_folder, tmp_path, mode):
     more = ["--width", 48, "--semantic_mode", mode]
     encoder = make_encoder(arguments(base_folder, tmp_path, *more, data=data))
     panels = 3 if mode == "in_context" else 2
+    (layout,) = encoder.used_layouts()
     # Two rows of three columns in each panel.
-    assert encoder.image_tokens == 6 * panels
-    one_row = [panel for panel in range(panels) for _ in range(3)]
-    assert encoder.token_panels().tolist() == one_row * 2
+    assert encoder.image_tokens == layout.image_tokens == 6 * panels
+    for panel in range(panels):
+        first_row = [3 * panel, 3 * panel + 1, 3 * panel + 2]
+        assert layout.tokens_of(panel).tolist() == first_row + [3 * panels + token for token in first_row]
     views = {name: view[None] for name, view in encoder.dataset.views(0).items()}
     latents = encoder.encode_views(views)["moments"]
     assert latents.shape[-2] * latents.shape[-1] // 4 == encoder.image_tokens

@@ -233,7 +233,10 @@ def test_two_runs_share_one_cache_at_once(runs, base_folder, triptych_folder, tm
         process.join(120)
         assert process.exitcode == 0, said(out)
         assert_same_weights(out, undisturbed)
-    assert all(is_intact(path) for path in cache.iterdir()) and len(list(cache.iterdir())) == 15
+    encodings = list(cache.glob("*.safetensors"))
+    assert all(is_intact(path) for path in encodings) and len(encodings) == 15
+    # Beside them is what later starts need not check again.
+    assert {path.name for path in cache.iterdir()} - {path.name for path in encodings} == {"checked.json", "intact.json"}
 
 
 # -- In this process --------------------------------------------------------------------------------------------------

@@ -204,9 +204,9 @@ RULES = [
         "--lr_scheduler linear --max_train_steps 6 --lr_warmup_steps 5",
     ),
     (
-        "--train_data_dir . --output_dir ./out/x --validation_steps 1",
-        "--output_dir out/x cannot lie in --train_data_dir .",
         "--train_data_dir . --output_dir ./out/x",
+        "--output_dir out/x cannot lie in --train_data_dir .",
+        "--train_data_dir configs --output_dir ./out/x",
     ),
 ]
 
@@ -218,12 +218,19 @@ def test_every_rule_takes_two(options, message, accepted, capsys):
     parse(accepted)
 
 
-def test_a_folder_with_a_list_of_its_pictures_may_hold_the_output(tmp_path):
-    inside = {"train_data_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), "validation_steps": 1}
-    with pytest.raises(ValueError, match="cannot lie in --train_data_dir"):
-        Options(**REQUIRED | inside)
-    (tmp_path / "metadata.jsonl").touch()
-    Options(**REQUIRED | inside)
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", ["train_data_dir", "validation_data_dir"])
+def test_no_folder_of_pictures_may_hold_the_output(tmp_path, name, listed):
+    """A list of its pictures does not help: a picture that it does not name is a problem."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "link").symlink_to(data)
+    if listed:
+        (data / "metadata.jsonl").touch()
+    for inside in (data, data / "a" / "b", tmp_path / "link" / "out"):
+        with pytest.raises(ValueError, match=f"--output_dir .* cannot lie in --{name}"):
+            Options(**REQUIRED | {name: str(data), "output_dir": str(inside)})
+    Options(**REQUIRED | {name: str(data), "output_dir": str(tmp_path / "data-out")})
 
 
 @pytest.mark.parametrize(

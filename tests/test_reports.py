@@ -5,7 +5,7 @@ import logging
 import re
 
 import pytest
-from helpers import arguments, assemble, run
+from helpers import arguments, assemble, run, write_triptychs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
@@ -69,11 +69,11 @@ hidden_states: (2, 12, 384)
 
 
 @pytest.mark.parametrize("mode", ["cross_attention", "projection", "in_context"])
-def test_shapes_of_the_first_two_steps(base_folder, triptych_folder, tmp_path, caplog, mode):
+def test_shapes_of_the_first_two_steps(base_folder, tmp_path, caplog, mode):
     more = ["--log_level", "debug", "--width", 48, "--max_train_steps", 3, "--semantic_mode", mode]
     for name in LOGGERS:
         caplog.set_level(logging.DEBUG, logger=name)
-    run(base_folder, tmp_path, *more, data=triptych_folder)
+    run(base_folder, tmp_path / "out", *more, data=write_triptychs(tmp_path / "data", 6, 32, 48))
     # Only debug messages, so that nothing of this is said without being asked for.
     records = [r for r in caplog.records if r.name == "semantic_fill.reports" and r.levelno == logging.DEBUG]
     said = [record.getMessage().removeprefix("[RANK 0] ") for record in records]

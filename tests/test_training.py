@@ -192,11 +192,12 @@ def test_timestep_shift_is_that_of_the_scheduler(base, settings):
     assert shift * 0.25 / (1 + (shift - 1) * 0.25) == pytest.approx(scheduler.sigmas[0].item(), rel=1e-6)
 
 
-def test_timesteps_follow_their_distribution_and_are_shifted():
+def test_timesteps_follow_their_distribution_and_are_shifted(base):
     def draw(shift: float, **options):
-        options = Options(pretrained_model_name_or_path="unused", train_data_dir="unused", **options)
+        options |= {"pretrained_model_name_or_path": "unused", "train_data_dir": "unused", "timestep_shift": shift}
         generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
-        _, t, _ = trainer.add_noise(torch.zeros(2000, 1, 1), generators, trainer.Objective(options, shift, True))
+        objective = trainer.Objective(Options(**options), base.scheduler, guidance_embeds=True)
+        _, t, _ = trainer.add_noise(torch.zeros(2000, 1, 1), generators, objective)
         assert ((t > 0) & (t < 1)).all()
         return t
 
