@@ -6,20 +6,24 @@ Three folders of pictures, matched by their names without the ending:
     python examples/make_triptychs.py --visible_dir photos --target_dir thermal --semantic_dir maps \\
         --prompt "a thermal image" --output_dir triptychs
 
-A semantic map may be a picture, which keeps its own colors (a palette PNG those of its palette). Or it holds label
-numbers, whose colors --palette gives: a JSON object `{"0": "#000000", "1": [255, 0, 0]}` or a list. Panoptic
-segmentations in the COCO format need --panoptic_json. Their categories take the colors of --palette, else the `color`
-that the file gives them, else the color map of PASCAL VOC.
+The trainer also reads three folders of the names `visible`, `target` and `semantic` as they are. This script is for what
+it does not take: views of different sizes, folders with gaps, captions in other files, and maps in other forms.
 
-Every view is cropped about its center to the panel's shape and resized, the semantic one without mixing colors. What does
-not match is left out, counted by reason and listed in `skipped.jsonl`.
+A semantic map may be a picture, which keeps its own colors (a palette PNG those of its palette). Or it holds label
+numbers, whose colors --palette gives: a JSON object `{"0": "#000000", "1": [255, 0, 0]}` or a list. With --palette, the
+labels of a palette PNG are the numbers of its colors, and label numbers may have 16 bits. Panoptic segmentations in the
+COCO format need --panoptic_json. Their categories take the colors of --palette, else the `color` that the file gives
+them, else the color map of PASCAL VOC.
+
+Pictures are read, cropped and colored as the trainer does it. What does not match is left out, counted by reason and
+listed in `skipped.jsonl`.
 """
 
 import argparse
-import csv
 import json
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +32,11 @@ import PIL.ImageOps
 from tqdm import tqdm
 
 from pipeline_flux_fill_semantic import read_picture
-from semantic_fill.views import read_palette
-
-
-ENDINGS = {".png", ".jpg", ".jpeg", ".mpo", ".webp", ".bmp", ".tif", ".tiff"}
-Palette = dict[int, tuple[int, int, int]]
+from semantic_fill.captions import as_captions, read_metadata, read_text
+from semantic_fill.captions import read_captions as read_sidecar
+from semantic_fill.files import printable
+from semantic_fill.sources import PICTURE_ENDINGS, walk
+from semantic_fill.views import Palette, are_labels, color_labels, find_labels, read_palette
 
 
 class Skip(Exception):
@@ -49,8 +53,8 @@ class Skip(Exception):
 def list_pictures(folder: Path) -> dict[str, list[Path]]:
     """The pictures below a folder by name, which is the path inside the folder without the ending."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in ENDINGS and path.is_file():
+    for path in sorted(walk(folder)):
+        if path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file():
             found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
     return found
 
@@ -72,16 +76,18 @@ def read_view(path: Path, view: str) -> PIL.Image.Image:
 
 def read_labels(path: Path) -> np.ndarray:
     """
-    The label numbers [height, width] of a map in the mode P, L, 1, I or I;16. They are the picture's own values, which
-    `read_picture` would turn into colors.
+    The label numbers [height, width] of a map. Those of a picture with a palette or with 16 bits are its own values,
+    which `read_picture` would turn into colors or refuse.
     """
     try:
         with PIL.Image.open(path) as picture:
-            if picture.mode not in ("P", "L", "1", "I", "I;16"):
-                raise ValueError(f"has the mode {picture.mode}, which holds colors and no labels")
-            if getattr(picture, "n_frames", 1) > 1:
-                raise ValueError(f"is animated ({picture.n_frames} frames)")
-            return np.asarray(PIL.ImageOps.exif_transpose(picture)).astype(np.int64)
+            mode, frames = picture.mode, getattr(picture, "n_frames", 1)
+            if mode in ("P", "I", "I;16") and frames == 1:
+                return np.asarray(PIL.ImageOps.exif_transpose(picture)).astype(np.int64)
+        pixels = np.asarray(read_picture(path))
+        if (pixels != pixels[..., :1]).any():
+            raise ValueError(f"has the mode {mode}, which holds colors and no labels")
+        return pixels[..., 0]
     # Pillow raises what its decoders raise: OSError, SyntaxError, struct.error, DecompressionBombError and others.
     except Exception as error:
         raise Skip("semantic picture cannot be used", f"{path.name} {error}") from error
@@ -102,49 +108,60 @@ def read_label_colors(path: Path) -> Palette:
     palette = read_palette(path)
     if not all(name.isdecimal() for name in palette):
         raise ValueError(f"--palette {path} has to name label numbers but names {', '.join(palette)}")
-    return {int(name): color for name, color in palette.items()}
+    return palette
 
 
-def read_captions(path: Path) -> dict[str, str]:
+def read_captions(path: Path, lines: bool = False) -> dict[str, list[str]]:
     """
-    Name -> caption from a folder of .txt files, a .json object, or a .csv or .jsonl of `file_name` and `text`.
+    Name -> captions from a folder of .txt files, a .json object, or a .csv or .jsonl of `file_name` and `text`.
+
+    Args:
+        lines (`bool`): Whether each line of a .txt file is a caption of its own.
 
     Raises:
-        ValueError: If the file has another form.
+        ValueError: If the file has another form, or names a picture twice. The message names all text files that cannot
+            be read.
     """
     if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        pairs = [(file.relative_to(path).as_posix(), file.read_text(encoding="utf-8")) for file in files]
+        pairs, problems = [], []
+        for file in sorted(file for file in walk(path) if file.suffix.lower() == ".txt" and file.is_file()):
+            try:
+                pairs.append((file.relative_to(path).as_posix(), read_sidecar(file, lines)))
+            except ValueError as error:
+                problems.append(printable(str(error)))
+        if problems:
+            raise ValueError("\n".join(problems))
     elif path.suffix.lower() == ".json":
         data = read_json(path)
-        if not isinstance(data, dict) or not all(isinstance(text, str) for text in data.values()):
+        if not isinstance(data, dict):
             raise ValueError(f"{path} has to hold a JSON object of names and captions")
-        pairs = list(data.items())
+        pairs = [(name, as_captions(value)) for name, value in data.items()]
     elif path.suffix.lower() in (".csv", ".jsonl"):
-        is_csv = path.suffix.lower() == ".csv"
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                lines = csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file))
-                rows = [dict(line) for line in lines]
-        except (ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        if not all(isinstance(row.get(column), str) for row in rows for column in ("file_name", "text")):
+        rows = read_metadata(path)
+        if not all(isinstance(row.get("file_name"), str) and "text" in row for row in rows):
             raise ValueError(f"{path} has to have the columns `file_name` and `text` in every row")
-        pairs = [(row["file_name"], row["text"]) for row in rows]
+        pairs = [(row["file_name"], as_captions(row["text"])) for row in rows]
     else:
         raise ValueError(f"{path} has to be a folder of .txt files or a .json, .jsonl or .csv file")
-    endings = ENDINGS | {".txt"}
-    named = ((Path(name), text.strip()) for name, text in pairs)
-    # A caption may name a picture with or without its ending.
-    return {
-        (name.with_suffix("") if name.suffix.lower() in endings else name).as_posix(): text for name, text in named
-    }
+    captions: dict[str, list[str]] = {}
+    for file_name, texts in pairs:
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path} has to hold texts as captions, but that of {file_name} is {str(texts)[:100]}")
+        # A caption may name a picture with or without its ending.
+        name = Path(file_name)
+        name = name.with_suffix("") if name.suffix.lower() in PICTURE_ENDINGS | {".txt"} else name
+        if (
+            captions.setdefault(name.as_posix(), stripped := [text.strip() for text in texts if text.strip()])
+            is not stripped
+        ):
+            raise ValueError(f"{path} has to name each picture once but names {name.as_posix()} twice")
+    return captions
 
 
 def read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 
@@ -162,14 +179,25 @@ def voc_color(label: int) -> tuple[int, int, int]:
     return tuple(channels)
 
 
-def color_labels(labels: np.ndarray, palette: Palette) -> PIL.Image.Image:
-    """The RGB picture of label numbers [height, width]."""
-    present, inverse = np.unique(labels, return_inverse=True)
-    missing = [int(label) for label in present if int(label) not in palette]
-    if missing:
-        raise Skip("labels without a color", ", ".join(map(str, missing[:10])))
-    colors = np.array([palette[int(label)] for label in present], dtype=np.uint8)
-    return PIL.Image.fromarray(colors[inverse.reshape(labels.shape)])
+def color(labels: np.ndarray, palette: Palette) -> PIL.Image.Image:
+    """The picture of label numbers [height, width] in the colors of a palette."""
+    try:
+        return color_labels(labels, palette)
+    except ValueError as error:
+        raise Skip("labels without a color", str(error)) from error
+
+
+def hold_labels(names: Iterable[str], read_semantic: Callable[[str], PIL.Image.Image]) -> bool:
+    """Whether all maps that can be read hold label numbers, as the trainer tells it. The first that does not ends it."""
+    some = False
+    for name in names:
+        try:
+            if not are_labels([find_labels(read_semantic(name))]):
+                return False
+            some = True
+        except Skip:
+            continue
+    return some
 
 
 def panoptic_reader(annotations: Path, folder: Path, palette: Palette | None) -> Callable[[str], PIL.Image.Image]:
@@ -196,25 +224,28 @@ def panoptic_reader(annotations: Path, folder: Path, palette: Palette | None) ->
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{annotations} has to be a COCO panoptic annotation file; {error!r}") from error
     if palette is None:
-        palette = {label: tuple(category.get("color") or voc_color(label)) for label, category in categories.items()}
+        palette = {str(i): tuple(category.get("color") or voc_color(i)) for i, category in categories.items()}
 
     def read(name: str) -> PIL.Image.Image:
         if name not in segments:
             raise Skip("no annotation")
         file_name, categories_of = segments[name]
         path = folder / file_name
+        # The annotations may come from anyone, and must not choose which of this machine's files are read.
+        if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
+            raise Skip("semantic picture outside of its folder", file_name)
         if not path.is_file():
             raise Skip("no semantic picture", file_name)
         ids = read_panoptic_ids(path)
         unknown = sorted(set(np.unique(ids).tolist()) - set(categories_of) - {0})
         if unknown:
             raise Skip("segments without an annotation", ", ".join(map(str, unknown[:10])))
-        missing = sorted(set(categories_of.values()) - set(palette))
+        missing = sorted(set(map(str, categories_of.values())) - set(palette))
         if missing:
-            raise Skip("labels without a color", ", ".join(map(str, missing[:10])))
+            raise Skip("labels without a color", ", ".join(missing[:10]))
         # The id 0 marks places that nobody labeled.
-        colors = {0: (0, 0, 0)} | {segment: palette[category] for segment, category in categories_of.items()}
-        return color_labels(ids, colors)
+        colors = {"0": (0, 0, 0)} | {str(segment): palette[str(i)] for segment, i in categories_of.items()}
+        return color(ids, colors)
 
     return read
 
@@ -245,7 +276,7 @@ def make_triptychs(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         ValueError: If the palette, the captions or the annotations have the wrong form.
     """
     palette = read_label_colors(args.palette) if args.palette else None
-    captions = read_captions(args.captions) if args.captions else {}
+    captions = read_captions(args.captions, args.caption_lines) if args.captions else {}
     visible, target = list_pictures(args.visible_dir), list_pictures(args.target_dir)
     if args.panoptic_json:
         read_semantic = panoptic_reader(args.panoptic_json, args.semantic_dir, palette)
@@ -256,13 +287,23 @@ def make_triptychs(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
         def read_semantic(name: str) -> PIL.Image.Image:
             path = find_picture(name, semantic, "semantic")
-            return read_view(path, "semantic") if palette is None else color_labels(read_labels(path), palette)
+            return read_view(path, "semantic") if palette is None else color(read_labels(path), palette)
 
-    rows, skipped = [], []
+        if palette is None and hold_labels(sorted(names), read_semantic):
+            raise ValueError(
+                f"All maps in --semantic_dir {args.semantic_dir} have one channel and small values: they hold label"
+                " numbers, which are nearly black as colors. Pass their colors with --palette."
+            )
+
+    skipped = [
+        {"name": name, "reason": "caption without a picture", "detail": "caption without a picture"}
+        for name in sorted(captions.keys() - names)
+    ]
+    rows = []
     for name in tqdm(sorted(names), desc="Triptychs", disable=None):
         try:
-            text = captions.get(name) or args.prompt
-            if text is None:
+            texts = captions.get(name) or ([args.prompt] if args.prompt else [])
+            if not texts:
                 raise Skip("no caption")
             views = {
                 "visible": read_view(find_picture(name, visible, "visible"), "visible"),
@@ -276,11 +317,12 @@ def make_triptychs(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         path = args.output_dir / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         triptych.save(path)
-        rows.append({"file_name": f"{name}.png", "text": text})
+        rows.append({"file_name": f"{name}.png", "text": texts if len(texts) > 1 else texts[0]})
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for file_name, lines in (("metadata.jsonl", rows), ("skipped.jsonl", skipped)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (args.output_dir / file_name).write_text(text, encoding="utf-8")
+        # Names may hold bytes that are no text. Written like this, they are escapes of JSON.
+        (args.output_dir / file_name).write_text(text, encoding="utf-8", errors="backslashreplace")
     return rows, skipped
 
 
@@ -293,6 +335,7 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.ArgumentPa
     add("--palette", type=Path, help="JSON file with the color of each label number or category id.")
     add("--panoptic_json", type=Path, help="COCO panoptic annotations of the PNGs in --semantic_dir.")
     add("--captions", type=Path, help="Folder of .txt files, or a .json, .jsonl or .csv file of names and captions.")
+    add("--caption_lines", action="store_true", help="Each line of a .txt file is a caption of its own.")
     add("--prompt", help="Caption of every triptych that has none in --captions.")
     add("--resolution", type=int, default=512, help="Height of a panel in pixels, and its width unless --width.")
     add("--width", type=int, help="Width of a panel in pixels. Default: the resolution.")

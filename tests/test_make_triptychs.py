@@ -14,6 +14,8 @@ import pytest
 from datasets import load_dataset
 from helpers import ROOT, environment, png_of_zeros
 
+from semantic_fill.views import color_labels
+
 
 RED, BLUE = (200, 30, 30), (20, 40, 220)
 
@@ -34,7 +36,7 @@ def data(tmp_path):
         for folder, picture, ending in (
             ("visible", noise(index), "jpg"),
             ("target", noise(index + 10), "png"),
-            ("semantic", make_triptychs.color_labels(labels(), {3: RED, 7: BLUE}), "png"),
+            ("semantic", color_labels(labels(), {"3": RED, "7": BLUE}), "png"),
         ):
             path = tmp_path / folder / f"{name}.{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,12 +139,14 @@ def test_coco_panoptic(data, colors):
     assert (semantic[:, 31] == 0).all()
 
 
+# Files of some editors start with a byte order mark.
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("form", ["txt", "json", "jsonl", "csv"])
-def test_captions(data, form):
+def test_captions(data, form, encoding):
     if form == "txt":
         path = data / "captions"
         (path / "sub").mkdir(parents=True)
-        (path / "a.txt").write_text("first, “quoted”\n", encoding="utf-8")
+        (path / "a.txt").write_text("first, “quoted”\n", encoding=encoding)
         (path / "sub" / "b.txt").write_text("second\n")
     else:
         path = data / f"captions.{form}"
@@ -151,10 +155,31 @@ def test_captions(data, form):
             "jsonl": '{"file_name": "a.jpg", "text": "first, “quoted”"}\n\n{"file_name": "sub/b", "text": "second"}',
             "csv": 'file_name,text\na.jpg,"first, “quoted”"\nsub/b.jpg,second\n',
         }[form]
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding=encoding)
     assert run(data, f"--captions={path}") == 0
     rows = read_lines(data / "out" / "metadata.jsonl")
     assert [row["text"] for row in rows] == ["first, “quoted”", "second"]
+
+
+def test_several_captions_of_a_picture(data):
+    (data / "captions.json").write_text('{"a": ["one", " two ", ""], "sub/b": ["three"]}')
+    assert run(data, f"--captions={data / 'captions.json'}") == 0
+    assert [row["text"] for row in read_lines(data / "out" / "metadata.jsonl")] == [["one", "two"], "three"]
+
+
+def test_lines_of_a_text_are_captions(data):
+    for name in ("visible/a", "visible/sub/b"):
+        (data / f"{name}.txt").write_text("one\n\n  two\n")
+    assert run(data, f"--captions={data / 'visible'}", "--caption_lines") == 0
+    assert [row["text"] for row in read_lines(data / "out" / "metadata.jsonl")] == [["one", "two"]] * 2
+
+
+def test_captions_without_pictures_are_named(data, capsys):
+    (data / "captions.json").write_text('{"a": "x", "sub/b": "y", "sub/c": "z"}')
+    assert run(data, f"--captions={data / 'captions.json'}") == 0
+    (row,) = read_lines(data / "out" / "skipped.jsonl")
+    assert (row["name"], row["reason"]) == ("sub/c", "caption without a picture")
+    assert "  1 caption without a picture" in capsys.readouterr().out
 
 
 def test_prompt_stands_in_for_a_missing_caption(data):
@@ -204,11 +229,14 @@ def damage(data: Path, case: str) -> list[str]:
             frames = [PIL.Image.fromarray(labels() + i) for i in range(2)]
             frames[0].save(semantic.with_suffix(".tif"), save_all=True, append_images=frames[1:])
         return ["--prompt=x", f"--palette={data / 'palette.json'}"]
-    elif case in ("no annotation", "segments without an annotation"):
+    elif case in ("no annotation", "segments without an annotation", "semantic picture outside of its folder"):
         path = write_panoptic(data)
         content = json.loads(path.read_text())
         if case == "no annotation":
             del content["annotations"][0]
+        elif case == "semantic picture outside of its folder":
+            (data / "semantic" / "0000.png").rename(data / "0000.png")
+            content["annotations"][0]["file_name"] = "../0000.png"
         else:
             content["annotations"][0]["segments_info"].pop()
         path.write_text(json.dumps(content))
@@ -231,11 +259,12 @@ def damage(data: Path, case: str) -> list[str]:
         "smaller than the panel",
         "no caption",
         "semantic picture cannot be used: a.png has the mode RGB, which holds colors and no labels",
-        "semantic picture cannot be used: a.png image file is truncated",
+        "semantic picture cannot be used: a.png cannot be read as a picture (OSError: image file is truncated",
         "semantic picture cannot be used: a.tif is animated (2 frames)",
         "labels without a color",
         "no annotation",
         "segments without an annotation",
+        "semantic picture outside of its folder",
     ],
 )
 def test_what_does_not_match_is_left_out_and_named(data, case, capsys):
@@ -295,9 +324,12 @@ def test_nothing_left_is_a_failure(data, capsys):
         (["--prompt=x", "--output_dir={data}/visible"], "--output_dir has to be empty or new"),
         (["--captions=none"], "--captions"),
         (["--captions={data}/visible/a.jpg"], "a.jpg has to be a folder of .txt files"),
-        (["--captions={data}/wrong.json"], "wrong.json has to hold a JSON object of names and captions"),
+        (["--captions={data}/wrong.json"], "wrong.json has to hold texts as captions, but that of a is [1, 2]"),
+        (["--captions={data}/list.json"], "list.json has to hold a JSON object of names and captions"),
+        (["--captions={data}/twice.json"], "twice.json has to name each picture once but names a twice"),
+        (["--captions={data}/texts"], "a.txt is not encoded as UTF-8"),
         (["--captions={data}/wrong.csv"], "wrong.csv has to have the columns"),
-        (["--captions={data}/wrong.jsonl"], "wrong.jsonl cannot be read"),
+        (["--captions={data}/wrong.jsonl"], "wrong.jsonl, line 1: Expecting property name"),
         (
             ["--prompt=x", "--palette={data}/wrong.json"],
             "wrong.json: the color of a has to be [red, green, blue] but is (1, 2)",
@@ -310,6 +342,10 @@ def test_nothing_left_is_a_failure(data, capsys):
 def test_wrong_arguments_are_refused(data, arguments, message, capsys):
     (data / "wrong.json").write_text('{"a": [1, 2]}')
     (data / "names.json").write_text('{"sky": "blue"}')
+    (data / "list.json").write_text('["a"]')
+    (data / "twice.json").write_text('{"a.png": "x", "a.jpg": "y"}')
+    (data / "texts").mkdir()
+    (data / "texts" / "a.txt").write_bytes("Zürich".encode("cp1252"))
     (data / "wrong.csv").write_text("name,caption\na,b\n")
     (data / "wrong.jsonl").write_text("{file_name")
     with pytest.raises(SystemExit, match="2"):
