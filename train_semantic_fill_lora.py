@@ -42,21 +42,17 @@ from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_attention import SemanticModel
+from semantic_fill import reports
 from semantic_fill.checkpoints import Checkpointer, StopSignals, TrainingState, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import load_datasets
 from semantic_fill.encoding import Encoder, SampleReader, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
 from semantic_fill.lora import add_lora, compiler_options
-from semantic_fill.memory import (
-    CHECKPOINTING,
-    Plan,
-    choose_plan,
-)
+from semantic_fill.memory import CHECKPOINTING, Plan, choose_plan
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, public_config, push_checkpoint, push_to_hub, save_result
-from semantic_fill.reports import announce, explain_out_of_memory, explain_skipped_step, log_shapes, log_step, workload
 from semantic_fill.sampling import ResumableBatchSampler, prefetch, seed_of, steps_per_epoch
 from semantic_fill.sources import Source
 from semantic_fill.validation import paint_samples
@@ -387,11 +383,11 @@ def assemble(
         options = replace(options, **vars(plan_fast(options, encoder, device, dtype)))
 
     set_seed(options.seed)
-    with explain_out_of_memory(options, encoder):
+    with reports.explain_out_of_memory(options, encoder):
         model = build_model(load_transformer(options, engine.load_device, dtype), options)
     if checkpoint is not None:
         load_weights(checkpoint, model)
-    announce(model, options)
+    reports.announce(model, options)
     guidance_embeds = model.transformer.config["guidance_embeds"]
     engine.shard(model)
     optimizer = build_optimizer(model, options)
@@ -426,7 +422,7 @@ def assemble(
 def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
     """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
     fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
-    choice = choose_plan(workload(options, encoder), fixed, device, dtype)
+    choice = choose_plan(reports.workload(options, encoder), fixed, device, dtype)
     plan, reason = broadcast_object_list(list(choice))
     logger.info(f"--fast chose {plan}: {reason}")
     return plan
@@ -456,7 +452,7 @@ def train(run: Run) -> None:
                 # Dropout is a function of the place in the run too, so a resumed run repeats it.
                 torch.manual_seed(seed_of(options.seed, "dropout", step, micro_step, accelerator.process_index))
                 batch, last = next(batches), micro_step == options.gradient_accumulation_steps - 1
-                shapes = log_shapes(run, batch) if step < first_step + 2 else contextlib.nullcontext()
+                shapes = reports.log_shapes(run, batch) if step < first_step + 2 else contextlib.nullcontext()
                 with engine.accumulate(run.model, last), shapes:
                     loss = compare(run.model(batch), batch, run.objective)
                     engine.backward(run.model, loss)
@@ -475,8 +471,8 @@ def train(run: Run) -> None:
                 # The largest scale of fp16's gradients that does not overflow is found by trying.
                 overflowed = engine.update_grad_scale(lower=math.isfinite(state.loss))
                 bad_steps += not overflowed
-                explain_skipped_step(state, norm, overflowed, sampler)
-            log_step(run, bar, norm, skipped)
+                reports.explain_skipped_step(state, norm, overflowed, sampler)
+            reports.log_step(run, bar, norm, skipped)
 
             given_up = bad_steps >= options.max_bad_steps
             # A skipped step changed nothing, so the weights after it are good too.
@@ -588,17 +584,8 @@ def main(options: Options) -> None:
                 k: v if isinstance(v, int | float | str) else str(v) for k, v in public_config(run.options).items()
             }
             accelerator.init_trackers("semantic-fill", config=config)
-        tokens = run.encoder.image_tokens
-        logger.info(
-            f"{len(run.encoder.dataset)} samples, {samples_per_step(run.options, accelerator)} a step,"
-            f" {run.options.max_train_steps} steps, timestep shift"
-            f" {run.objective.shift(tokens):.3f}, {tokens} image tokens"
-        )
-        if run.options.compile and run.options.aspect_buckets:
-            # Blocks see tokens in a row, so shapes of as many tokens share a graph.
-            lengths = {layout.image_tokens for layout in run.encoder.used_layouts()}
-            logger.info(f"The blocks are compiled for {len(lengths)} numbers of image tokens")
-        with explain_out_of_memory(run.options, run.encoder):
+        reports.announce_run(run, samples_per_step(run.options, accelerator))
+        with reports.explain_out_of_memory(run.options, run.encoder):
             train(run)
         finish(run, repo_id)
 

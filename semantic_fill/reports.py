@@ -37,6 +37,19 @@ def announce(model, options: Options) -> None:
         )
 
 
+def announce_run(run, samples_per_step: int) -> None:
+    """Logs how long a `Run` is, and what its steps are like."""
+    options, encoder, tokens = run.options, run.encoder, run.encoder.image_tokens
+    logger.info(
+        f"{len(encoder.dataset)} samples, {samples_per_step} a step, {options.max_train_steps} steps, timestep shift"
+        f" {run.objective.shift(tokens):.3f}, {tokens} image tokens"
+    )
+    if options.compile and options.aspect_buckets:
+        # Blocks see tokens in a row, so shapes of as many tokens share a graph.
+        lengths = {layout.image_tokens for layout in encoder.used_layouts()}
+        logger.info(f"The blocks are compiled for {len(lengths)} numbers of image tokens")
+
+
 def log_scales(scales: list[float], level: int, digits: int) -> None:
     for layer, scale in enumerate(scales):
         logger.log(level, f"Layer {layer} scale: {scale:.{digits}f}")

@@ -16,8 +16,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train_semantic_fill_lora as trainer
-from semantic_fill import memory
+from semantic_fill import memory, reports
 from semantic_fill.memory import CHECKPOINTING, Plan, Workload, choose_plan, estimate_peak, memory_advice
 from semantic_fill.reports import announce
 
@@ -190,7 +189,7 @@ def choose(flux_folder, monkeypatch):
         more = ("--rank", 16, "--fast", "--train_batch_size", batch, *more)
         options = arguments(flux_folder, "out", *more, data="d")
         fixed = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
-        workload = trainer.workload(options, FLUX_TOKENS)
+        workload = reports.workload(options, FLUX_TOKENS)
         return choose_plan(workload, fixed, torch.device("cuda", 0), torch.bfloat16)
 
     return choose
@@ -288,7 +287,7 @@ def test_the_documented_table_of_cards_is_the_estimate(flux_folder):
         more = ("--rank", 16, "--mixed_precision", "bf16", "--train_batch_size", batch, *flags.split())
         options = arguments(flux_folder, "out", *more, data="d")
         plan = Plan(options.base_precision, options.checkpointing, options.compile)
-        estimate = estimate_peak(plan, trainer.workload(options, FLUX_TOKENS)) / 2**30
+        estimate = estimate_peak(plan, reports.workload(options, FLUX_TOKENS)) / 2**30
         assert f"{estimate:.1f}" == gibibytes and estimate < int(card), flags
 
 
