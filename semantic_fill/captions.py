@@ -48,13 +48,14 @@ def read_metadata(path: Path) -> list[dict]:
             raise ValueError(f"{path} cannot be read: {error}") from error
     text, rows = read_text(path), []
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text), strict=True)
+        reader = csv.reader(io.StringIO(text), strict=True)
         try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError("has another number of cells than the first line")
+            columns = next(reader, [])
+            for cells in filter(None, reader):
+                if len(cells) != len(columns):
+                    raise ValueError(f"has {len(cells)} cells, but the first line has {len(columns)}")
                 # A cell that is empty is no value. Every word is one, `NA` and `null` too.
-                rows.append({column: cell or None for column, cell in row.items()})
+                rows.append({column: cell or None for column, cell in zip(columns, cells)})
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
         return rows

@@ -56,6 +56,19 @@ def write_triptychs(folder: Path, count: int = 6, height: int = 32, width: int =
     return folder
 
 
+def write_files(folder: Path, files: dict) -> Path:
+    """Files by their path inside a folder: texts, bytes, or numbers for triptychs of their own in the file's format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, int):
+            draw_triptych(content).save(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
 def encode_picture(picture: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
     """A picture file."""
     buffer = io.BytesIO()

@@ -83,6 +83,10 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     assert ranks[0]["norms"] == pytest.approx(norms, rel=1e-3, nan_ok=True) and len(norms) == 7
     assert (two / "samples" / "step-000007.png").is_file()
     check_what_each_did(ranks, two, tmp_path / "cache")
+    # One process lists the folder. Each of them checks some of the pictures, and none is checked twice.
+    names = [Path(path).name for rank in ranks for path in rank["checked"]]
+    assert sorted(names) == [*(f"{index:03d}.png" for index in range(6)), "metadata.jsonl"]
+    assert all(any(path.endswith(".png") for path in rank["checked"]) for rank in ranks)
     # Both skip the step that went wrong in one of them, and the next step is that of a single process again.
     assert done.stderr.count("Step 6 skipped: loss nan") == 1
     assert_same_weights(two / "checkpoint-5", two / "checkpoint-6")
@@ -96,6 +100,8 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     more = (resume, one / "checkpoint-2", "--max_train_steps", 1000, "--checkpointing", "offload")
     onward, done, ranks = watch("onward", [[1, 5, kind]], *more)
     assert ", 0 to make" in done.stderr and "at step 2" in done.stderr and done.returncode != 0
+    # A later run with the same cache opens no picture.
+    assert [[Path(path).name for path in rank["read"]] for rank in ranks] == [["metadata.jsonl"], []]
     (step,) = re.findall(
         rf"Stopped by {number} at step (\d+). Continue with --resume_from_checkpoint latest", done.stderr
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The trainer as one of several processes, which notes what it draws, encodes, exchanges, logs and writes.
+"""The trainer as one of several processes, which notes what it reads, draws, encodes, exchanges, logs and writes.
 
     accelerate launch ... tests/watched_run.py FOLDER FAULTS OPTIONS...
 
@@ -25,12 +25,14 @@ from semantic_fill import checkpoints, engines
 from semantic_fill.encoding import Encoder
 
 
-NOTES = ("noise", "rows", "losses", "encoded", "reductions", "logged", "norms", "written", "times")
+NOTES = ("noise", "rows", "losses", "encoded", "reductions", "logged", "norms", "written", "times", "read", "checked")
 seen = {name: [] for name in NOTES}
 reductions = 0
 
 
-def note_writes(event, arguments):
+def note_files(event, arguments):
+    if event == "open":
+        seen["read"].append(str(arguments[0]))
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         seen["written"].append(str(arguments[0]))
     elif event in ("os.mkdir", "os.rename"):
@@ -121,6 +123,7 @@ def main() -> None:
     # This comes once in a micro-step, before everything else in it.
     watch(Encoder, "encode_batch", lambda *args: note_time("step"))
     watch(trainer, "make_batch", note_rows)
+    watch(trainer, "load_datasets", lambda *args: seen["checked"].extend(seen["read"]))
     rank = int(os.environ["RANK"])
     watch(Encoder, "_encode_sample", note_encoding, slowly=rank == 1)
     watch(Encoder, "encode_prompts", note_prompts)
@@ -129,7 +132,7 @@ def main() -> None:
     watch(Accelerator, "log", note_log)
     trainer.compare = with_faults(trainer.compare, {call: kind for at, call, kind in json.loads(faults) if at == rank})
     watch(trainer, "compare", lambda loss, *args: seen["losses"].append(loss.item()))
-    sys.addaudithook(note_writes)
+    sys.addaudithook(note_files)
     options = trainer.parse_args(arguments)
     # A launcher ends all processes when the first one ends, which would cost the notes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -138,6 +141,8 @@ def main() -> None:
     finally:
         note_time("end")
         inside = (str(Path(options.output_dir)), str(Path(options.cache_root)))
+        for name in ("read", "checked"):
+            seen[name] = sorted(path for path in seen[name] if path.startswith(str(Path(options.train_data_dir))))
         seen["written"] = sorted({path for path in seen["written"] if path.startswith(inside)})
         Path(folder, f"rank{rank}.json").write_text(json.dumps(seen))
 
