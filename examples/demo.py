@@ -240,6 +240,11 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start = time.monotonic()
     args.output_dir = args.output_dir.resolve()
+    modes = ("none", args.semantic_mode)
+    is_demo = (args.output_dir / "train" / "metadata.jsonl").is_file()
+    for name in modes:
+        if (args.output_dir / name).exists() and not is_demo:
+            raise ValueError(f"{args.output_dir / name} is not of an earlier demo. Choose another --output_dir.")
     for split, count in (("train", args.num_train), ("test", args.num_test)):
         earth.write_split(args.output_dir / split, split, count, args.resolution, args.seed)
     base = args.base or (TRAINED_BASE if TRAINED_BASE.is_dir() else args.output_dir / "base")
@@ -247,7 +252,6 @@ def main(args: argparse.Namespace) -> None:
         logger.info("No trained base: painting will be noise, made with random weights")
         build_pipeline("demo", args.seed).save_pretrained(base)
 
-    modes = ("none", args.semantic_mode)
     for mode in modes:
         # Checkpoints of an earlier demo may have been trained with other options.
         shutil.rmtree(args.output_dir / mode, ignore_errors=True)
@@ -300,7 +304,7 @@ def main(args: argparse.Namespace) -> None:
         count=len(views),
         commands=html.escape("\n\n".join(shlex.join(training_command(mode, str(base), args)) for mode in modes)),
     )
-    (args.output_dir / "index.html").write_text(page)
+    (args.output_dir / "index.html").write_text(page, encoding="utf-8")
     minutes = (time.monotonic() - start) / 60
     (args.output_dir / "metrics.json").write_text(json.dumps({"figures": metrics, "minutes": minutes}, indent=2))
     for name, row in metrics.items():

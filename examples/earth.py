@@ -10,6 +10,7 @@ import argparse
 import gzip
 import json
 import logging
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -119,16 +120,42 @@ def cut_triptych(box: tuple[int, int, int, int], size: int) -> PIL.Image.Image:
     return triptych
 
 
+def clear_split(folder: Path) -> None:
+    """
+    Removes the triptychs that an earlier call of `write_split` left, because training uses every picture of a folder.
+
+    Raises:
+        `ValueError`: if the folder holds anything else. Nothing is removed then.
+    """
+    metadata, names = folder / "metadata.jsonl", set()
+    if metadata.is_file():
+        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
+        # Rows of other data have no box.
+        names = {row["file_name"] for row in rows if "box" in row and re.fullmatch(r"\d+\.png", row["file_name"])}
+        names |= {metadata.name} if len(names) == len(rows) else set()
+    foreign = sorted({path.name for path in folder.iterdir()} - names)
+    if foreign:
+        raise ValueError(f"{folder} holds files of others, such as {foreign[0]}. Choose another folder.")
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> Path:
-    """Writes an image folder of triptychs with captions, as `--train_data_dir` reads it."""
+    """
+    Writes a folder of triptychs with captions, as `--train_data_dir` reads it, in place of what an earlier call wrote.
+
+    Raises:
+        `ValueError`: if the size is no multiple of 16, or the folder holds files of others.
+    """
     if size % 16:
         raise ValueError(f"`size` has to be a multiple of 16 but is {size}.")
     folder.mkdir(parents=True, exist_ok=True)
+    clear_split(folder)
     rows = []
     for index, box in enumerate(draw_boxes(split, count, seed, size)):
         cut_triptych(box, size).save(folder / f"{index:05d}.png")
         rows.append({"file_name": f"{index:05d}.png", "text": PROMPT, "box": box})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     logger.info(f"Wrote {count} triptychs to {folder}")
     return folder
 

