@@ -4,6 +4,7 @@
 Only here names decide: which files belong to a split follows from the card's `data_files`, or else from their names.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -105,15 +106,22 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
-    name, split, left_out = options.dataset_name or "", options.train_split, []
+    name, left_out, local = options.dataset_name or "", [], {}
+    if os.path.isdir(name):
+        try:
+            builder, files, left_out = find_tables(Path(name), options.train_split, options.dataset_config_name)
+        except ValueError as error:
+            raise ValueError(f"--dataset_name {name} cannot be loaded: {error}") from error
+        files = plain_paths(files, Path(cache_dir or datasets.config.HF_DATASETS_CACHE))
+        # The library has its own rules for the names of splits.
+        local = {
+            "path": builder,
+            "data_files": {"train": [glob.escape(str(path)) for path in files]},
+            "split": "train",
+        }
+    wanted = local or {"path": name, "name": options.dataset_config_name, "split": options.train_split}
     try:
-        if os.path.isdir(name):
-            builder, files, left_out = find_tables(Path(name), split, options.dataset_config_name)
-            # The library reads paths as patterns, and has its own rules for the names of splits.
-            files = {"train": [glob.escape(os.path.abspath(path)) for path in files]}
-            rows: Any = datasets.load_dataset(builder, data_files=files, split="train", cache_dir=cache_dir)
-        else:
-            rows = datasets.load_dataset(name, options.dataset_config_name, split=split, cache_dir=cache_dir)
+        rows: Any = datasets.load_dataset(**wanted, cache_dir=cache_dir)
     # The library raises errors of many kinds.
     except Exception as error:
         raise ValueError(f"--dataset_name {name} cannot be loaded: {error.__cause__ or error}") from error
@@ -133,6 +141,24 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
     # Pictures in other columns would be decoded with each row.
     used = {*picture_columns(options), options.caption_column or "text"}
     return TableSource(rows.select_columns([name for name in rows.column_names if name in used]), options, left_out)
+
+
+def plain_paths(files: list[Path], cache_dir: Path) -> list[Path]:
+    """
+    The same files by paths in which `datasets` finds nothing to interpret. It reads others as patterns, variables or
+    chains of addresses, so that such paths become links in its cache.
+    """
+    files = [Path(os.path.abspath(path)) for path in files]
+    if all(re.fullmatch(r"[^*?\[\]{}$~%]*", str(path)) and "::" not in str(path) for path in files):
+        return files
+    links = []
+    for path in files:
+        link = cache_dir / "links" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}{path.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(path)
+        links.append(link)
+    return links
 
 
 def group_tables(folder: Path, config: str | None = None) -> tuple[dict[str, list[Path]], list[str]]:
