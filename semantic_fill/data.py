@@ -105,12 +105,18 @@ def check_samples(
     """
     memory = FileMemory(memory_file, f"{READER_VERSION} {shape} {pairs} {[field.name for field in fields(Finding)]}")
 
-    def check(index: int) -> tuple[int, str | None, Finding | str]:
+    own = range(rank, len(source), world_size)
+    # Stamps are taken first, so that a file that changes while it is read is read again by the next run.
+    stamps = {index: source.stamp(index) for index in own}
+    known = {index: memory.get(source.key(index), stamp) for index, stamp in stamps.items()}
+
+    def check(index: int) -> Finding | str:
         problems, finding = [], None
-        stamp = source.stamp(index)
         try:
-            known = memory.get(source.key(index), stamp)
-            finding = inspect(source.pictures(index), shape, pairs) if known is None else Finding(**known)
+            if known[index] is None:
+                finding = inspect(source.pictures(index), shape, pairs)
+            else:
+                finding = Finding(**known[index])
         # Reading files and decoding them raises errors of many kinds.
         except Exception as error:
             problems.append(str(error))
@@ -118,16 +124,18 @@ def check_samples(
             source.captions(index)
         except ValueError as error:
             problems.append(str(error))
-        return index, stamp, finding if finding and not problems else f"{source.name(index)}: {'; '.join(problems)}"
+        return finding if finding and not problems else f"{source.name(index)}: {'; '.join(problems)}"
 
-    own = range(rank, len(source), world_size)
-    bar = {"total": len(own), "desc": "Checking samples", "disable": True if rank else None, "leave": False}
+    unread = [index for index in own if known[index] is None]
+    bar = {"total": len(unread), "desc": "Checking samples", "disable": True if rank else None, "leave": False}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(check, own), **bar))
+        found = list(zip(unread, map(stamps.get, unread), tqdm(pool.map(check, unread), **bar)))
+    # Handing a known sample to a thread takes longer than its check. It has no stamp here, because it is no news.
+    found += [(index, None, check(index)) for index in own if known[index] is not None]
     findings: list[Any] = [None] * len(source)
     for index, stamp, finding in gather_object(found) if world_size > 1 else found:
         findings[index] = finding
-        if isinstance(finding, Finding):
+        if stamp is not None and isinstance(finding, Finding):
             memory.put(source.key(index), stamp, vars(finding))
     if rank == 0:
         memory.save()
@@ -174,14 +182,15 @@ def choose_label_colors(
     return palette
 
 
-def read_triptychs(folder: Path, palette: Palette | None = None) -> list[dict[str, PIL.Image.Image]]:
+def read_triptychs(folder: Path, palette: Palette | None = None, option: str = "--train_data_dir") -> list[dict]:
     """
-    The views of all samples of a folder, in a form of --train_data_dir, for those who need neither size nor text.
+    The views of all samples of a folder, in a form of --train_data_dir, for those who need neither size nor text. Maps of
+    label numbers take the colors of the palette, and messages call the folder by the option.
 
     Raises:
         `ValueError`: if samples cannot be used, or maps hold label numbers that have no colors.
     """
-    source = list_folder(folder, DataOptions(train_data_dir=str(folder), instance_prompt=""))
+    source = list_folder(folder, DataOptions(train_data_dir=str(folder), instance_prompt=""), option=option)
     findings = check_samples(source, None, pairs=False)
     palette = choose_label_colors(source, findings, palette)
     samples = [cut_triptych([read_picture(data) for data in source.pictures(i)]) for i in range(len(source))]
@@ -357,7 +366,7 @@ def load_datasets(
             f"{len(names)} samples are not trained on, because the held-out data shows the same visible view:"
             f" {', '.join(map(printable, names[:50]))}"
         )
-    if options.palette is not None and dataset.palette is None:
+    if options.palette is not None and dataset.palette is None and not pairs:
         logger.warning(f"--palette {options.palette} is not used, because the maps hold colors and no label numbers")
     if accelerator.is_main_process:
         _write_left_out(Path(options.output_dir, "left_out.txt"), [dataset, *([held_out] if held_out else [])])

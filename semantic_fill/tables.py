@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import re
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -106,7 +107,7 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
-    name, left_out, local = options.dataset_name or "", [], {}
+    name, files, left_out, local = options.dataset_name or "", [], [], {}
     if os.path.isdir(name):
         try:
             builder, files, left_out = find_tables(Path(name), options.train_split, options.dataset_config_name)
@@ -124,7 +125,10 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
         rows: Any = datasets.load_dataset(**wanted, cache_dir=cache_dir)
     # The library raises errors of many kinds.
     except Exception as error:
-        raise ValueError(f"--dataset_name {name} cannot be loaded: {error.__cause__ or error}") from error
+        reason = error.__cause__ or error
+        if isinstance(reason, UnicodeError) and local:
+            reason = f"{_find_undecodable(files)} is not encoded as UTF-8: {reason}"
+        raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}") from error
     if len(rows) == 0:
         raise ValueError(f"--dataset_name {name} has no rows.")
     for column in filter(None, (*picture_columns(options), options.caption_column)):
@@ -141,6 +145,19 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
     # Pictures in other columns would be decoded with each row.
     used = {*picture_columns(options), options.caption_column or "text"}
     return TableSource(rows.select_columns([name for name in rows.column_names if name in used]), options, left_out)
+
+
+def _find_undecodable(files: list[Path]) -> str:
+    """The text in an archive that is not UTF-8, which the library does not name."""
+    for path in files:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.name.endswith((".txt", ".json")) else None
+                try:
+                    (content.read() if content else b"").decode()
+                except UnicodeError:
+                    return f"{member.name} in {path}"
+    return "a text"
 
 
 def plain_paths(files: list[Path], cache_dir: Path) -> list[Path]:
