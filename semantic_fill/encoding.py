@@ -115,7 +115,8 @@ def release_encoders(pipeline: FluxFillSemanticPipeline) -> None:
 def count_tokens(tokenizer: transformers.PreTrainedTokenizerBase, captions: Iterable[str]) -> dict[str, int]:
     """T5 tokens of each caption."""
     captions = sorted(captions)
-    return {caption: len(ids) for caption, ids in zip(captions, tokenizer(captions, verbose=False).input_ids)}
+    found = tokenizer(captions, return_attention_mask=False, verbose=False).input_ids
+    return {caption: len(ids) for caption, ids in zip(captions, found)}
 
 
 def longest_prompt(lengths: Iterable[int]) -> int:
@@ -306,8 +307,11 @@ class Encoder:
         memory = FileMemory(self.folder / "intact.json", "1")
         rank, processes = accelerator.process_index, accelerator.num_processes
         own = list(jobs)[rank::processes]
-        damaged = [p for p in own if not memory.get(p.name, file_stamp([p])) and not is_intact(p)]
-        damaged = set(gather_object(damaged) if processes > 1 else damaged)
+        unread = [path for path in own if not memory.get(path.name, file_stamp([path]))]
+        damaged = [path for path in unread if not is_intact(path)]
+        if processes > 1:
+            unread, damaged = gather_object(unread), gather_object(damaged)
+        damaged = set(damaged)
         missing = [path for path in jobs if path in damaged]
         logger.info(f"Encodings: {len(jobs) - len(missing)} found in {self.folder}, {len(missing)} to make")
         with explain_write_errors("--cache_root"):
@@ -324,7 +328,7 @@ class Encoder:
                 write_atomically(path, save)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            for path in jobs:
+            for path in unread:
                 memory.put(path.name, file_stamp([path]), True)
             memory.save()
 

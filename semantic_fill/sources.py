@@ -6,6 +6,7 @@ and drops what it does not understand. Here every picture of a folder is used or
 """
 
 import os
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -233,7 +234,7 @@ def _sort_files(
 
 
 def _stem(name: str) -> str:
-    return PurePosixPath(name).with_suffix("").as_posix()
+    return posixpath.splitext(name)[0]
 
 
 def _read_sidecars(texts: dict[str, Path], options: DataOptions, source: FolderSource) -> dict[str, list[str]]:
@@ -253,6 +254,15 @@ def _metadata_rows(
     """For each metadata row the paths from the folder that it names, and its captions."""
     columns = picture_columns(options) if options.visible_column else []
     for path in files:
+        place = path.parent.relative_to(folder)
+
+        def find(cell: str, path: Path = path, place: Path = place) -> str:
+            name = os.path.normpath(os.path.join(place, cell))
+            if os.path.isabs(name) or name.startswith(".."):
+                # This always tells right, but takes longer.
+                name = os.path.relpath(path.parent / cell, folder)
+            return name.replace(os.sep, "/")
+
         for row in read_metadata(path):
             cells = [row.get(f"{column}_file_name", row.get(column)) for column in columns]
             cells = cells or [row.get("file_name")]
@@ -262,8 +272,7 @@ def _metadata_rows(
                 continue
             if options.caption_column and options.caption_column not in row:
                 source.problems.append(f"{cells[0]}: has no `{options.caption_column}` in {shown}, but {list(row)}")
-            names = (PurePath(os.path.relpath(path.parent / cell, folder)).as_posix() for cell in cells)
-            yield tuple(names), as_captions(row.get(options.caption_column or "text"))
+            yield tuple(map(find, cells)), as_captions(row.get(options.caption_column or "text"))
 
 
 def _merge(
