@@ -164,7 +164,8 @@ def choose_label_colors(
     """
     found = [finding.labels for finding in (*findings, *others)]
     if palette is None:
-        if are_labels(found):
+        # Maps that are all black hold nothing that colors would tell.
+        if are_labels(found) and any(labels != [0] for labels in found):
             raise ValueError(
                 f"All semantic maps have one channel and values below {LABEL_LIMIT}: they hold label numbers, which are"
                 " nearly black as colors. Pass their colors with --palette."
@@ -331,16 +332,14 @@ def load_datasets(
         source = _load(accelerator, lambda: load_source(options, pairs, options.cache_dir))
     if options.max_train_samples and not options.validation_data_dir and not options.validation_fraction:
         source = source.head(options.max_train_samples)
-    memory_file, processes = (
-        Path(options.cache_root, "checked.json"),
-        (accelerator.process_index, accelerator.num_processes),
-    )
-    shape = None if options.aspect_buckets else options.width / options.resolution
-    findings = check_samples(source, shape, pairs, memory_file, *processes)
+    shape, memory_file = options.width / options.resolution, Path(options.cache_root, "checked.json")
+    process = (accelerator.process_index, accelerator.num_processes)
+    how = (None if options.aspect_buckets else shape, pairs, memory_file, *process)
+    findings = check_samples(source, *how)
     held_out, contents = None, set()
     if options.validation_data_dir is not None:
         other = _load(accelerator, lambda: load_held_out(options, pairs))
-        other_findings = check_samples(other, shape, pairs, memory_file, *processes)
+        other_findings = check_samples(other, *how)
         held_out = TriptychDataset(other, options, other_findings, others=findings)
         contents = {finding.content for finding in other_findings}
     elif options.validation_fraction:

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_semantic_fill_lora as trainer
 from semantic_fill.checkpoints import checkpoint_damage, checkpoint_step, list_checkpoints
-from semantic_fill.data import TriptychDataset, check_samples
+from semantic_fill.data import TriptychDataset, check_samples, load_datasets
 from semantic_fill.engines import find_engine
 from semantic_fill.options import DataOptions
 from semantic_fill.sources import Source
@@ -163,6 +163,22 @@ def spoil(monkeypatch, spoiled: dict) -> None:
         return spoiled.get(next(count), lambda loss: loss)(compare(*args))
 
     monkeypatch.setattr(trainer, "compare", spoiled_compare)
+
+
+def load_data(tmp_path, data, *more, resolution=32):
+    """The data sets of a run's start in `tmp_path / "out"`: what is trained on, and what is held out."""
+    fresh_state()
+    options = arguments("unused", tmp_path / "out", *more, data=data, resolution=resolution)
+    return load_datasets(options, Accelerator(cpu=True))
+
+
+def sample_names(dataset: TriptychDataset) -> list[str]:
+    return [dataset.source.name(index) for index in dataset.indices]
+
+
+def pixels_of(view: torch.Tensor) -> np.ndarray:
+    """A view `(3, height, width)` in [0, 1] as a picture's values."""
+    return (view * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 # -- Runs in processes of their own -----------------------------------------------------------------------------------

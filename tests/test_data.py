@@ -1,39 +1,35 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Triptychs: the sources of rows, what a row becomes, which rows are refused, and the order of samples."""
+"""What a sample becomes, what the check finds, and what a run says about its data."""
 
 import contextlib
-import io
-import itertools
 import json
-import tarfile
-import threading
-import types
+import sys
+from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
-from helpers import draw_triptych, encode_picture, run, write_triptychs
+from helpers import (
+    arguments,
+    assemble,
+    draw_triptych,
+    encode_picture,
+    load_data,
+    pixels_of,
+    read_dataset,
+    run,
+    sample_names,
+    write_files,
+    write_triptychs,
+)
 
 import train_semantic_fill_lora as trainer
-from semantic_fill.data import (
-    PANELS,
-    ResumableBatchSampler,
-    TriptychDataset,
-    cut_triptych,
-    load_rows,
-    prefetch,
-    read_palette,
-    seed_of,
-)
+from semantic_fill import data as data_module
+from semantic_fill.data import check_samples
 from semantic_fill.options import DataOptions
-
-
-def read(**options) -> TriptychDataset:
-    """A data set with views of 32 x 32 pixels."""
-    options = DataOptions(**{"resolution": 32} | options)
-    return TriptychDataset(load_rows(options), options)
+from semantic_fill.sources import list_folder
 
 
 def rewrite(folder, change) -> None:
@@ -44,182 +40,262 @@ def rewrite(folder, change) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-# -- Sources ----------------------------------------------------------------------------------------------------------
+# -- Views ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["folder", "columns", "parquet", "webdataset", "listed"])
-def test_data_layouts_give_the_same_views(tmp_path, layout):
-    triptychs = [draw_triptych(seed) for seed in range(3)]
-    expected = [torch.tensor(list(t.tobytes())).view(32, 96, 3).permute(2, 0, 1) / 255 for t in triptychs]
-    folder, captions = tmp_path / "data", [f"caption {index % 2}" for index in range(3)]
-    options = {"dataset_name": str(folder)}
-    if layout in ("folder", "listed"):
-        write_triptychs(folder, 3)
-        options = {"train_data_dir": str(folder)} if layout == "folder" else options
-    elif layout == "webdataset":
-        folder.mkdir()
-        with tarfile.open(folder / "data.tar", "w") as tar:
-            for index, (triptych, caption) in enumerate(zip(triptychs, captions)):
-                for suffix, content in (("png", encode_picture(triptych)), ("txt", caption.encode())):
-                    info = tarfile.TarInfo(f"{index}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        options |= {"image_column": "png", "caption_column": "txt"}
+SHAPES = [(48, 32), (30, 48), (96, 32), (24, 40), (40, 40), (100, 37), (33, 32)]
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("form", ["triptych", "folders"])
+def test_views_of_another_shape_are_cropped_alike(tmp_path, size, form):
+    """Nothing is squashed: the views are what plain Pillow crops about the center of each."""
+    triptych = PIL.Image.effect_noise((3 * size[0], size[1]), 90).convert("RGB")
+    views = [triptych.crop((i * size[0], 0, (i + 1) * size[0], size[1])) for i in range(3)]
+    names = ("visible", "target", "semantic")
+    if form == "triptych":
+        write_files(tmp_path / "data", {"1.png": encode_picture(triptych)})
     else:
-        folder.mkdir()
-        cut = [[t.crop((i * 32, 0, i * 32 + 32, 32)) for t in triptychs] for i in range(3)]
-        columns = {"image": triptychs} if layout == "parquet" else dict(zip(("photo", "thermal", "map"), cut))
-        rows = datasets.Dataset.from_dict(columns | {"text": captions})
-        for name in columns:
-            rows = rows.cast_column(name, datasets.Image())
-        rows.to_parquet(folder / "train.parquet")
-        if layout == "columns":
-            options |= {"visible_column": "photo", "target_column": "thermal", "semantic_column": "map"}
-    dataset = read(**options)
-    assert len(dataset) == 3
+        write_files(tmp_path / "data", {f"{name}/1.png": encode_picture(view) for name, view in zip(names, views)})
+    dataset = read_dataset(train_data_dir=str(tmp_path / "data"), instance_prompt="a", resolution=32)
+    for name, view in zip(names, views):
+        # The largest part of the run's shape about the center, then the size of the run.
+        scale = min(size)
+        left, top = (size[0] - scale) / 2, (size[1] - scale) / 2
+        resample = PIL.Image.Resampling.NEAREST if name == "semantic" else PIL.Image.Resampling.LANCZOS
+        expected = view.resize((32, 32), resample, box=(left, top, left + scale, top + scale))
+        assert np.array_equal(pixels_of(dataset.views(0)[name]), np.asarray(expected)), name
+        flipped = dataset.views(0, flip=True)[name]
+        assert np.array_equal(pixels_of(flipped), np.asarray(PIL.ImageOps.mirror(expected))), name
+
+
+def test_a_map_keeps_its_colors_and_a_circle_stays_round(tmp_path):
+    draw = PIL.Image.new("L", (120, 40))
+    circle = PIL.Image.radial_gradient("L").resize((40, 40)).point(lambda value: 255 * (value < 140))
+    draw.paste(circle, (40, 0))
+    triptych = PIL.Image.new("L", (360, 40))
     for index in range(3):
-        views = dataset.views(index)
-        torch.testing.assert_close(torch.cat([views[name] for name in PANELS], 2), expected[index])
-        assert dataset.caption(index) == captions[index]
-        flipped = dataset.views(index, flip=True)
-        assert all(torch.equal(flipped[name], views[name].flip(2)) for name in PANELS)
+        triptych.paste(draw, (120 * index, 0))
+    write_files(tmp_path / "data", {"1.png": encode_picture(triptych)})
+    views = read_dataset(train_data_dir=str(tmp_path / "data"), instance_prompt="a").views(0)
+    assert set(views["semantic"].unique().tolist()) == {0.0, 1.0}
+    assert len(views["target"].unique()) > 2
+    inside = views["semantic"][0] > 0
+    assert inside.any(0).sum() == inside.any(1).sum() and torch.equal(inside, inside.T)
 
 
-def test_only_the_first_rows_where_so_many_are_asked_for(triptych_folder):
-    assert [len(read(train_data_dir=triptych_folder, max_train_samples=n)) for n in (2, 6, 100)] == [2, 6, 6]
-
-
-def test_rows_can_be_a_list():
-    pictures = [encode_picture(draw_triptych(seed)) for seed in range(2)]
-    rows = [{"image": {"bytes": picture, "path": None}, "text": "a"} for picture in pictures]
-    dataset = TriptychDataset(rows, DataOptions(train_data_dir="unused", resolution=32))
-    assert len(dataset) == 2 and not torch.equal(dataset.views(0)["target"], dataset.views(1)["target"])
-
-
-PICTURE = {"bytes": encode_picture(draw_triptych(0)), "path": None}
+def test_what_is_cropped_and_enlarged_is_counted(tmp_path):
+    sizes = {
+        "1": (64, 64),
+        "2": (128, 64),
+        "3": (48, 96),
+        "4": (32, 32),
+        "5": (640, 640),
+        "6": (128, 64),
+        "7": (64, 63),
+    }
+    for seed, (name, (width, height)) in enumerate(sizes.items()):
+        noise = PIL.Image.effect_noise((3 * width, height), 90).convert("RGB")
+        write_files(tmp_path / "data", {f"{name}.png": encode_picture(noise)})
+    summary = read_dataset(train_data_dir=str(tmp_path / "data"), resolution=64, instance_prompt="a hill").summary()
+    assert summary == (
+        "7 samples, 1 captions (7 samples have --instance_prompt), views of 6 sizes (2 of 128x64, 1 of 64x64, 1 of 48x96,"
+        " 1 of 32x32) brought to 64x64: 4 cropped (by up to 50.0%), 3 enlarged. 0 other files left out"
+    )
 
 
 @pytest.mark.parametrize(
-    "columns, options, named",
+    "size, resolution, said",
     [
-        ({"image": [1, 2], "text": ["a", "b"]}, {}, "Column `image` has to hold pictures but holds"),
-        ({"image": ["no such file"] * 2, "text": ["a", "b"]}, {}, "row 0: FileNotFoundError"),
-        ({"picture": [1, 2], "text": ["a", "b"]}, {}, "Column `image` is not in the data set, which has ['picture', "),
-        ({"image": [None, None], "caption": ["a", "b"]}, {}, "Pass --caption_column (one of ['image', 'caption'])"),
-        ({"image": [None] * 2, "text": ["a", "b"]}, {"caption_column": "c"}, "Column `c` is not in the data set"),
-        ({"image": [None, None], "text": ["a", "b"]}, {}, "row 1: ValueError: has no picture"),
-        ({"image": [PICTURE] * 2, "text": [["a"], ["b"]]}, {}, "row 1: ValueError: has no caption in `text` (found"),
-        ({"image": [PICTURE, PICTURE], "text": [1, 2]}, {}, "row 1: ValueError: has no caption in `text` (found 2)"),
-        ({"image": [], "text": []}, {}, "has to hold *.parquet, *.tar (webdataset) or metadata.jsonl, but"),
+        ((192, 96), 64, "is 192x96 pixels, which by the shape of this run are two views and not three"),
+        ((96, 96), 32, "is 96x96 pixels, which by the shape of this run is one view and not three"),
+        ((96, 72), 32, "is 96x72 pixels, which by the shape of this run is one view and not three"),
+        ((97, 32), 32, "is 97 pixels wide, which cannot be divided into three equal panels"),
     ],
 )
-def test_columns_that_are_missing_or_of_another_type(tmp_path, columns, options, named):
-    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+def test_what_is_no_triptych_is_refused(tmp_path, size, resolution, said):
+    write_files(tmp_path / "data", {"1.png": encode_picture(PIL.Image.effect_noise(size, 90).convert("RGB"))})
     with pytest.raises(ValueError) as error:
-        options = DataOptions(dataset_name=str(tmp_path), **options)
-        TriptychDataset(load_rows(options, cache_dir=str(tmp_path / "hf")), options)
-    assert named in str(error.value)
+        read_dataset(train_data_dir=str(tmp_path / "data"), resolution=resolution, instance_prompt="a")
+    assert f"  1.png: {said}" in str(error.value)
 
 
-@pytest.mark.parametrize("fault", ["missing", "empty", "no metadata", "no picture", "no JSON"])
-def test_folders_that_hold_no_triptychs(tmp_path, fault):
-    data = tmp_path / "data"
-    if fault != "missing":
-        data.mkdir()
-    if fault not in ("missing", "empty"):
-        write_triptychs(data, 2)
-    if fault == "no metadata":
-        (data / "metadata.jsonl").unlink()
-    if fault == "no picture":
-        (data / "001.png").unlink()
-    if fault == "no JSON":
-        (data / "metadata.jsonl").write_text("{")
-    options = DataOptions(train_data_dir=str(data), resolution=32)
-    with pytest.raises(ValueError, match="--train_data_dir|--caption_column|row 1: FileNotFoundError"):
-        TriptychDataset(load_rows(options, cache_dir=str(tmp_path / "hf")), options)
+def test_a_triptych_of_a_shape_that_is_passed_is_none_of_another(tmp_path):
+    """192x96 pixels are two views of 96x96, but with --width three of 64x96."""
+    write_files(tmp_path / "data", {"1.png": encode_picture(PIL.Image.effect_noise((192, 96), 90).convert("RGB"))})
+    options = {"train_data_dir": str(tmp_path / "data"), "resolution": 96, "width": 64, "instance_prompt": "a"}
+    assert read_dataset(**options).views(0)["target"].shape == (3, 96, 64)
 
 
-def test_a_data_set_that_cannot_be_had_is_named(tmp_path):
-    with pytest.raises(ValueError, match="--dataset_name user/none has to be a data set that can be loaded, but: "):
-        load_rows(DataOptions(dataset_name="user/none"), cache_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=rf"--dataset_name {tmp_path} has to hold .* files but holds none"):
-        load_rows(DataOptions(dataset_name=str(tmp_path)))
+@pytest.mark.parametrize(
+    "size, views",
+    [((64, 32), 2), ((96, 32), 3), ((128, 32), 2), ((192, 64), 3), ((99, 64), 3), ((63, 32), 2), ((192, 32), None)],
+)
+def test_two_views_or_three_are_told_and_not_guessed(tmp_path, size, views):
+    write_files(tmp_path / "data", {"1.png": encode_picture(PIL.Image.effect_noise(size, 90).convert("RGB"))})
+    options = {"train_data_dir": str(tmp_path / "data"), "instance_prompt": "a", "pairs": True}
+    if size == (63, 32):
+        # It nearly has the shape of two views, but cannot be cut into equal ones.
+        with pytest.raises(ValueError, match="is 63 pixels wide, which cannot be divided into two equal panels"):
+            read_dataset(**options)
+    elif views is None:
+        with pytest.raises(
+            ValueError, match="1.png: is 192x32 pixels, which can be two views or three: pass the shape"
+        ):
+            read_dataset(**options)
+    else:
+        dataset = read_dataset(**options)
+        assert len(dataset.views(0)) == views
+        assert dataset.summary().startswith("1 samples (1 without a map)" if views == 2 else "1 samples, ")
 
 
-# -- Rows -------------------------------------------------------------------------------------------------------------
+# -- Captions ---------------------------------------------------------------------------------------------------------
 
 
-def test_bad_rows_are_listed(tmp_path):
-    data = write_triptychs(tmp_path / "data", 6)
+def test_one_of_several_captions_is_drawn_for_each_visit(base_folder, tmp_path):
+    """What is drawn follows from the seed and the place in the run, so from no number of processes."""
+    data = write_triptychs(tmp_path / "data", 4)
+    captions = [["a", "b", "c"], ["d"], ["e", "f"], ["g", "h", "i", "j"]]
+    rewrite(data, lambda rows: [row.update(text=texts) for row, texts in zip(rows, captions)])
+
+    def drawn(processes: int, start: int = 0, seed: int = 0) -> list[str]:
+        options = arguments(base_folder, tmp_path / "out", "--seed", seed, "--no-cache_latents", data=data)
+        assembled = assemble(options)
+        parts = []
+        for rank in range(processes):
+            sampler, _ = trainer.read_samples(assembled)
+            sampler.process_index, sampler.num_processes = rank, processes
+            sampler.start, sampler.batch_size = start, 4 // processes
+            batches = iter(sampler)
+            parts.append([next(batches) for _ in range(12)])
+        specs = [spec for step in zip(*parts) for part in step for spec in part]
+        return [assembled.encoder.read(spec)["prompt"] for spec in specs]
+
+    single = drawn(1)
+    assert single == drawn(2) == drawn(4) and single[8:] == drawn(1, start=8)[: len(single) - 8]
+    assert set(single) == {caption for texts in captions for caption in texts} and single != drawn(1, seed=1)
+
+
+def test_all_captions_are_encoded_and_trained_with(base_folder, tmp_path):
+    data = write_triptychs(tmp_path / "data", 2)
+    rewrite(data, lambda rows: rows[0].update(text=["one", "two", "three"]))
+    (data / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().splitlines()[0])
+    (data / "001.txt").write_text("four\nfive\n")
+    out = run(base_folder, tmp_path / "out", "--max_train_steps", 3, "--caption_lines", data=data)
+    # Two pictures, five captions and the empty one.
+    assert len(list((out / "cache").glob("*.safetensors"))) == 8
+
+
+# -- The check --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_samples_are_listed(tmp_path):
+    data = write_triptychs(tmp_path / "data", 7)
     content = (data / "000.png").read_bytes()
     (data / "001.png").write_bytes(content[: len(content) // 2])
     PIL.Image.new("RGB", (97, 32)).save(data / "002.png")
     PIL.Image.new("I;16", (96, 32)).save(data / "003.png")
-    rewrite(data, lambda rows: rows[4].update(text=""))
+    (data / "005.png").write_bytes(b"")
+    rewrite(data, lambda rows: (rows[4].update(text=""), rows[5].update(text=None)))
     with pytest.raises(ValueError) as error:
-        read(train_data_dir=str(data))
-    message = str(error.value)
-    assert message.startswith("4 of 6 rows cannot be used")
-    for part in ("row 1: ", "row 2: ValueError: is 97 pixels wide", "row 3: ", "row 4: ValueError: has no caption"):
-        assert part in message
-    assert "row 0" not in message and "row 5" not in message
+        read_dataset(train_data_dir=str(data))
+    first, *lines = str(error.value).splitlines()
+    assert first == "5 samples cannot be used:"
+    assert [line.split(": ")[0] for line in lines] == [f"  00{number}.png" for number in range(1, 6)]
+    for line, part in zip(
+        lines, ("cannot be read", "is 97 pixels wide", "mode I;16", "has an empty caption", "read as")
+    ):
+        assert part in line
+    assert "; has no caption. Name their column with --caption_column" in lines[-1]
 
 
-def test_a_prompt_for_samples_without_a_caption(tmp_path):
+def test_fifty_problems_and_their_number(tmp_path):
+    data = tmp_path / "data"
+    write_files(data, {f"{number:03d}.png": "" for number in range(60)} | {f"{number}.txt": "" for number in range(3)})
+    write_files(data, {"100\n\x1b[31m.png": ""})
+    with pytest.raises(ValueError) as error:
+        read_dataset(train_data_dir=str(data), instance_prompt="a")
+    lines = str(error.value).splitlines()
+    assert lines[0] == "64 samples cannot be used:" and lines[-1] == "  ... and 14 more" and len(lines) == 52
+    # No name of a file breaks the list, or reaches the terminal as a command.
+    (data / "0.txt").rename(data / "0\n\x1b[31m.txt")
+    with pytest.raises(ValueError) as error:
+        read_dataset(train_data_dir=str(data), instance_prompt="a")
+    assert r"  0\n\x1b[31m.txt: is a caption without a picture" in str(error.value).splitlines()
+
+
+def test_bad_data_stops_a_run_before_a_model_is_loaded(tmp_path, monkeypatch):
     data = write_triptychs(tmp_path / "data", 3)
-    rewrite(data, lambda rows: rows[1].update(text=None))
-    with pytest.raises(ValueError, match="row 1: ValueError: has no caption in `text`"):
-        read(train_data_dir=str(data))
-    dataset = read(train_data_dir=str(data), instance_prompt="a hill")
-    assert [dataset.caption(index) for index in range(3)] == ["caption 0", "a hill", "caption 0"]
-    # Without any column of captions it serves all, and it may be empty.
-    rewrite(data, lambda rows: [row.pop("text") for row in rows])
-    assert {read(train_data_dir=str(data), instance_prompt="").caption(index) for index in range(3)} == {""}
+    (data / "001.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="1 samples cannot be used:\n  001.png: cannot be read as a picture"):
+        run("no such base", tmp_path / "out", data=data)
 
 
-def test_views_of_other_sizes_are_resized_and_colors_of_the_map_are_kept(tmp_path):
-    data = write_triptychs(tmp_path / "data", 1, height=48, width=80)
-    views = read(train_data_dir=str(data), resolution=32, width=64).views(0)
-    assert {view.shape for view in views.values()} == {(3, 32, 64)}
-    assert set(views["semantic"].unique().tolist()) == {0.0, 1.0}
-    original = read(train_data_dir=str(data), resolution=48, width=80).views(0)["target"]
-    assert not set(views["target"].unique().tolist()) <= set(original.unique().tolist())
+def test_a_second_start_opens_no_picture_and_a_changed_one_is_checked_again(tmp_path):
+    data = write_triptychs(tmp_path / "data", 5)
+    opened = []
+    watching = True
+
+    def note(event, values):
+        if watching and event == "open" and str(values[0]).startswith(str(data)):
+            opened.append(Path(values[0]).name)
+
+    sys.addaudithook(note)
+
+    def start(*more) -> list[str]:
+        opened.clear()
+        load_data(tmp_path, data, *more)
+        return sorted(set(opened) - {"metadata.jsonl"})
+
+    pictures = [f"{index:03d}.png" for index in range(5)]
+    try:
+        assert start() == pictures and len(opened) == 6
+        assert start() == [] and start("--max_train_samples", 3) == []
+        draw_triptych(9).save(data / "001.png")
+        (data / "003.png").touch()
+        assert start() == ["001.png", "003.png"] and start() == []
+        # What was found out holds for this shape of views.
+        assert start("--width", 64) == pictures
+        # Damage to what is remembered costs time and nothing else.
+        for damage in ("", "[]", "{}", '{"version": 1}', "\udcff"):
+            (tmp_path / "out" / "cache" / "checked.json").write_bytes(damage.encode(errors="surrogateescape"))
+            assert start() == pictures and start() == []
+        # A picture that goes bad later is found.
+        (data / "002.png").write_bytes(b"no picture")
+        with pytest.raises(ValueError, match="002.png: cannot be read"):
+            start()
+    finally:
+        watching = False
 
 
-def test_a_triptych_is_cut_from_left_to_right():
-    triptych = draw_triptych(0)
-    views = cut_triptych([triptych])
-    assert tuple(views) == PANELS == ("visible", "target", "semantic")
-    assert np.array_equal(np.concatenate([np.asarray(view) for view in views.values()], 1), np.asarray(triptych))
-    assert cut_triptych(list(views.values())) == views
-    with pytest.raises(ValueError, match="is 97 pixels wide, which cannot be divided into three equal panels"):
-        cut_triptych([PIL.Image.new("RGB", (97, 32))])
-    with pytest.raises(ValueError, match=r"views of different sizes \(visible 4x4, target 4x5, semantic 4x4\)"):
-        cut_triptych([PIL.Image.new("RGB", size) for size in ((4, 4), (4, 5), (4, 4))])
+def test_what_cannot_be_remembered_is_no_problem(tmp_path):
+    data = write_triptychs(tmp_path / "data", 2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cache").write_text("a file, so that no folder of this name can be made")
+    assert len(load_data(tmp_path, data)[0]) == 2
 
 
-@pytest.mark.parametrize(
-    "content, palette",
-    [
-        ('{"road": [255, 0, 0], "sky": "#0000ff", "car": "lime"}', {"road": (255, 0, 0), "sky": (0, 0, 255)}),
-        ('["red", [0, 0, 255]]', {"0": (255, 0, 0), "1": (0, 0, 255)}),
-        ("\ufeff[[1, 2, 3]]", {"0": (1, 2, 3)}),
-    ],
-)
-def test_palettes(tmp_path, content, palette):
-    (tmp_path / "palette.json").write_text(content)
-    read = read_palette(tmp_path / "palette.json")
-    assert palette.items() <= read.items() and read.get("car", (0, 255, 0)) == (0, 255, 0)
+def test_each_of_several_processes_checks_a_share_and_knows_all(tmp_path, monkeypatch):
+    """What one process has found out before is no matter for the shares of the others."""
+    data = write_triptychs(tmp_path / "data", 7)
+    source = list_folder(data, DataOptions(train_data_dir=str(data)))
+    expected = check_samples(source, 1.0, False)
+    found, memory = [], tmp_path / "checked.json"
+    for remembered in (False, True):
+        shares = []
+        for rank in range(3):
+            monkeypatch.setattr(data_module, "gather_object", lambda share: shares.append(share) or share)
+            # The first process may not know yet what the others do.
+            check_samples(source, 1.0, False, memory if rank or remembered else None, rank, 3)
+        assert sorted(index for share in shares for index, *_ in share) == list(range(7))
+        found = [item for share in shares for item in share]
+        for rank in range(3):
+            monkeypatch.setattr(data_module, "gather_object", lambda share: found)
+            together = check_samples(source, 1.0, False, memory, rank, 3)
+            assert [finding.content for finding in together] == [finding.content for finding in expected]
 
 
-@pytest.mark.parametrize("content", ["", "3", "{}", "[]", '["no color"]', "[[1, 2]]", "[[1, 2, 256]]", '{"a": 3}'])
-def test_what_is_no_palette_is_refused(tmp_path, content):
-    (tmp_path / "palette.json").write_text(content)
-    with pytest.raises(ValueError, match=f"--palette {tmp_path}"):
-        read_palette(tmp_path / "palette.json")
-
-
-def test_no_process_waits_while_another_checks_the_rows(base_folder, triptych_folder, tmp_path, monkeypatch):
+def test_no_process_waits_while_another_checks(base_folder, triptych_folder, tmp_path, monkeypatch):
     waiting, during = [], []
 
     @contextlib.contextmanager
@@ -228,142 +304,102 @@ def test_no_process_waits_while_another_checks_the_rows(base_folder, triptych_fo
         yield
         waiting.clear()
 
-    check = TriptychDataset.check
+    check = data_module.check_samples
     monkeypatch.setattr(trainer.Accelerator, "main_process_first", main_process_first)
-    monkeypatch.setattr(TriptychDataset, "check", lambda self: during.append(bool(waiting)) or check(self))
+    monkeypatch.setattr(data_module, "check_samples", lambda *args: during.append(bool(waiting)) or check(*args))
     run(base_folder, tmp_path, "--max_train_steps", 1, data=triptych_folder)
     assert during == [False]
 
 
-# -- Order ------------------------------------------------------------------------------------------------------------
+# -- Label numbers ------------------------------------------------------------------------------------------------------
 
 
-CHANCES = {"flip": 0.5, "drop_caption": 0.3, "drop_map": 0.2}
+def write_labels(folder: Path, maps: list[np.ndarray], mode="L") -> Path:
+    for index, numbers in enumerate(maps):
+        view = draw_triptych(index).crop((0, 0, 32, 32))
+        files = {
+            "visible": view,
+            "target": view,
+            "semantic": PIL.Image.fromarray(numbers.astype(np.uint8)).convert(mode),
+        }
+        write_files(folder, {f"{name}/{index}.png": encode_picture(picture) for name, picture in files.items()})
+    return folder
 
 
-def samples(number: int, batch_size: int = 2, **kwargs) -> list:
-    """The first samples of one process."""
-    sampler = ResumableBatchSampler(10, batch_size, seed=3, **CHANCES | kwargs)
-    return list(itertools.islice(itertools.chain.from_iterable(sampler), number))
+def test_label_numbers_are_refused_or_colored(tmp_path, caplog):
+    maps = [np.kron(np.array([[0, 1], [7, number]]), np.ones((16, 16))) for number in (7, 3)]
+    data = write_labels(tmp_path / "data", maps)
+    with pytest.raises(ValueError, match="All semantic maps have one channel and values below 64.* --palette"):
+        load_data(tmp_path, data, "--instance_prompt", "a")
+    palette = tmp_path / "classes.json"
+    palette.write_text('{"0": "black", "1": [255, 0, 0], "7": "#0000ff"}')
+    with pytest.raises(ValueError, match="1 samples have labels without a color in --palette:\n  1: 3$"):
+        load_data(tmp_path, data, "--instance_prompt", "a", "--palette", palette)
+    palette.write_text('["black", [255, 0, 0], "lime", "lime", "lime", "lime", "lime", "#0000ff"]')
+    dataset, _ = load_data(tmp_path, data, "--instance_prompt", "a", "--palette", palette)
+    colors = pixels_of(dataset.views(1)["semantic"])
+    corners = [tuple(colors[place].tolist()) for place in ((0, 0), (0, 31), (31, 0), (31, 31))]
+    assert corners == [(0, 0, 0), (255, 0, 0), (0, 0, 255), (0, 255, 0)]
+    assert "maps colored by --palette" in dataset.summary()
 
 
-def test_every_sample_once_an_epoch_and_the_same_for_any_number_of_processes():
-    single = samples(40)
-    assert [sample.position for sample in single] == list(range(40))
-    epochs = [[sample.index for sample in single[start : start + 10]] for start in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({*map(tuple, epochs)}) == 4
-    for processes, batch_size in ((2, 2), (4, 1), (2, 5), (5, 4)):
-        parts = [
-            samples(40 // processes, batch_size, process_index=rank, num_processes=processes)
-            for rank in range(processes)
-        ]
-        # In each forward pass the processes take neighboring samples of the run.
-        together = [
-            sample
-            for start in range(0, len(parts[0]), batch_size)
-            for part in parts
-            for sample in part[start : start + batch_size]
-        ]
-        assert together == single, processes
+def test_maps_are_judged_together(tmp_path, caplog):
+    """One dark map is dark by chance. Held-out maps belong to the run's maps as well."""
+    black = write_labels(tmp_path / "black", [np.zeros((32, 32))] * 2)
+    assert load_data(tmp_path, black, "--instance_prompt", "a")[0].palette is None
+    dark, bright = np.full((32, 32), 5), np.tile(np.arange(32) * 8, (32, 1))
+    data = write_labels(tmp_path / "data", [dark, bright])
+    assert load_data(tmp_path, data, "--instance_prompt", "a")[0].palette is None
+    held_out = write_labels(tmp_path / "held out", [np.full((32, 32), 6)])
+    more = ["--instance_prompt", "a", "--validation_data_dir", held_out]
+    assert [part.palette for part in load_data(tmp_path, data, *more)] == [None, None]
+    colored = write_labels(tmp_path / "colored", [dark], mode="RGB")
+    for index, name in enumerate(("semantic", "target", "visible")):
+        draw_triptych(7).crop((0, 0, 32, 32)).save(colored / name / "9.png")
+    (tmp_path / "classes.json").write_text('["red"]')
+    write_files(colored, {"semantic/9.png": encode_picture(draw_triptych(7).crop((32, 0, 64, 32)))})
+    load_data(tmp_path, colored, "--instance_prompt", "a", "--palette", tmp_path / "classes.json")
+    assert "classes.json is not used, because the maps hold colors and no label numbers" in caplog.text
 
 
-@pytest.mark.parametrize("start", [1, 7, 10, 23])
-def test_a_restart_goes_on_with_the_same_samples(start):
-    assert samples(40 - start, 1, start=start) == samples(40)[start:]
+def test_a_palette_colors_the_encodings_too(base_folder, tmp_path):
+    data = write_labels(tmp_path / "data", [np.kron(np.eye(2), np.ones((16, 16)))])
+    keys = set()
+    for colors in ('["red", "lime"]', '["red", "blue"]'):
+        (tmp_path / "classes.json").write_text(colors)
+        more = ["--instance_prompt", "a", "--palette", tmp_path / "classes.json", "--max_train_steps", 1]
+        run(base_folder, tmp_path / str(len(keys)), *more, "--cache_root", tmp_path / "cache", data=data)
+        keys |= {path.name for path in (tmp_path / "cache").glob("*.safetensors")}
+    # One picture in two colorings, the prompt and the empty one.
+    assert len(keys) == 4
 
 
-def test_chances_are_those_that_are_passed():
-    single = samples(2000)
-    for name, chance in CHANCES.items():
-        assert sum(getattr(sample, name) for sample in single) / 2000 == pytest.approx(chance, abs=0.04)
-    never = samples(200, **dict.fromkeys(CHANCES, 0))
-    assert not any(sample.flip or sample.drop_caption or sample.drop_map for sample in never)
-    assert all(sample.flip for sample in samples(200, flip=1))
+# -- What is said -------------------------------------------------------------------------------------------------------
 
 
-def test_the_rows_of_a_step_are_those_of_all_processes():
-    sampler = ResumableBatchSampler(10, 2, seed=3, process_index=1, num_processes=2, accumulation_steps=3)
-    assert sampler.rows_before(24) == [sample.index for sample in samples(24)[12:]]
+def test_a_run_says_what_its_data_are_and_lists_what_it_leaves_out(tmp_path, caplog):
+    data = write_triptychs(tmp_path / "data", 4)
+    write_files(data, {"photo.heic": "", "é\n.pdf": "", "x\udcff.doc": ""})
+    with caplog.at_level("INFO", "semantic_fill"):
+        load_data(tmp_path, data)
+    said = [record.getMessage() for record in caplog.records]
+    summary = "4 samples, 2 captions, views of 1 sizes (4 of 32x32) brought to 32x32: 0 cropped, 0 enlarged."
+    assert f"Data: {summary} 3 other files left out" in [line.removeprefix("[RANK 0] ") for line in said]
+    left_out = tmp_path / "out" / "left_out.txt"
+    assert any(f"{left_out} lists the 3 files that were left out" in line for line in said)
+    assert left_out.read_text(encoding="utf-8").splitlines() == ["photo.heic", r"x\udcff.doc", r"é\n.pdf"]
+    # The list of an earlier start does not stay.
+    for path in [path for path in data.iterdir() if path.suffix in (".heic", ".pdf", ".doc")]:
+        path.unlink()
+    load_data(tmp_path, data)
+    assert not left_out.exists()
 
 
-def test_seeds_differ_for_all_different_parts():
-    parts = [("a", 1), ("a", 2), ("a", 1, 0), ("a1",), (1, "a"), (0,), (), (0.0,)]
-    seeds = {seed_of(*part) for part in parts}
-    assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
-    # A resumed run of a later version has to draw what an earlier one drew.
-    assert seed_of(0, "step", 5) == 3707774027182759260
-
-
-# -- Batches ahead ----------------------------------------------------------------------------------------------------
-
-
-def test_on_a_cpu_a_batch_is_made_when_it_is_needed():
-    made = []
-
-    def prepare(number):
-        made.append((number, threading.current_thread()))
-        return f"batch {number}"
-
-    batches = prefetch(prepare, itertools.count(), torch.device("cpu"))
-    assert [next(batches), next(batches)] == ["batch 0", "batch 1"]
-    assert made == [(0, threading.main_thread()), (1, threading.main_thread())]
-
-
-class Recorded(torch.Tensor):
-    """A tensor that notes which stream uses it."""
-
-    def record_stream(self, stream):
-        self.stream = stream
-
-
-class Stream:
-    """A stream of a GPU that is not there. It notes what it waits for."""
-
-    def __init__(self, *args):
-        self.waits, self.events = [], itertools.count()
-
-    def wait_stream(self, stream):
-        self.waits.append(stream)
-
-    def wait_event(self, event):
-        self.waits.append(event)
-
-    def record_event(self):
-        return self, next(self.events)
-
-
-def test_on_a_gpu_batches_are_made_ahead_in_a_thread(monkeypatch):
-    main, side, current = Stream(), Stream(), []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
-
-    @contextlib.contextmanager
-    def stream(used):
-        current.append(used)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    made, second_is_made = [], threading.Event()
-
-    def prepare(number):
-        assert current == [side]
-        made.append((number, threading.current_thread()))
-        if number == 1:
-            second_is_made.set()
-        if number == 3:
-            raise ValueError("row 3")
-        return types.SimpleNamespace(number=number, x_0=torch.zeros(1).as_subclass(Recorded), guidance=None)
-
-    with contextlib.closing(prefetch(prepare, itertools.count(), torch.device("cuda"))) as batches:
-        first = next(batches)
-        # It is made although nobody has asked for it.
-        assert second_is_made.wait(10)
-        assert side.waits == [main] and main.waits == [(side, 0)] and first.x_0.stream is main
-        assert [first.number, next(batches).number, next(batches).number] == [0, 1, 2]
-        assert main.waits == [(side, 0), (side, 1), (side, 2)]
-        with pytest.raises(ValueError, match="row 3"):
-            next(batches)
-    assert [number for number, _ in made][:4] == [0, 1, 2, 3]
-    threads = {thread for _, thread in made}
-    assert len(threads) == 1 and threading.main_thread() not in threads and not threads.pop().is_alive()
+def test_only_the_first_samples_where_so_many_are_asked_for(tmp_path, triptych_folder):
+    for count, expected in ((2, 2), (6, 6), (100, 6)):
+        train, _ = load_data(tmp_path, triptych_folder, "--max_train_samples", count)
+        assert sample_names(train) == [f"{index:03d}.png" for index in range(expected)]
+    # Those behind them are not even looked at.
+    data = write_triptychs(tmp_path / "data", 3)
+    (data / "002.png").write_bytes(b"no picture")
+    assert len(load_data(tmp_path, data, "--max_train_samples", 2)[0]) == 2

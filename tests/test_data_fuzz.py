@@ -4,12 +4,12 @@
 import datasets
 import PIL.Image
 import pytest
-from helpers import draw_triptych, encode_picture, png_of_zeros
+from helpers import draw_triptych, encode_picture, png_of_zeros, read_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from semantic_fill.data import TriptychDataset
 from semantic_fill.options import DataOptions
+from semantic_fill.tables import TableSource
 
 
 def fuzz(examples: int):
@@ -92,15 +92,15 @@ def check_rows(columns: dict[str, list], bad: set[int], **options: str) -> None:
     features = datasets.Features(
         dict.fromkeys(names, datasets.Image(decode=False)) | {"text": datasets.Value("string")}
     )
-    table = datasets.Dataset.from_dict(cells | {"text": texts}, features=features)
+    source = TableSource(datasets.Dataset.from_dict(cells | {"text": texts}, features=features), options)
     if bad:
         with pytest.raises(ValueError) as error:
-            TriptychDataset(table, options)
+            read_dataset(options, source)
         lines = str(error.value).splitlines()
-        assert lines[0] == f"{len(bad)} of {len(texts)} rows cannot be used:"
-        assert {int(line.split(":")[0].removeprefix("  row ")) for line in lines if line.startswith("  row ")} == bad
+        assert lines[0] == f"{len(bad)} samples cannot be used:" and len(lines) == len(bad) + 1
+        assert {int(line.split(":")[0].removeprefix("  row ")) for line in lines[1:]} == bad
     else:
-        dataset = TriptychDataset(table, options)
+        dataset = read_dataset(options, source)
         for index in range(len(texts)):
             views = dataset.views(index)
             assert all(view.shape == (3, 32, 32) and 0 <= view.min() <= view.max() <= 1 for view in views.values())
