@@ -2,7 +2,7 @@
 """How long a run takes before its first step, by the number of samples, with made files.
 
     python benchmarks/startup.py --rows 2000
-    python benchmarks/startup.py --rows 100000 --small
+    python benchmarks/startup.py --rows 100000 --small --form metadata
 
 The first command makes triptychs of 1536x512 pixels, whose decoding takes the time of a first check. The second one makes
 tiny triptychs, but really as many as it says, so that a second start over all of them is measured and not extrapolated.
@@ -12,7 +12,8 @@ are made beforehand: how long a VAE takes is no question of start-up. A start is
 it builds the model: it lists, checks, counts the tokens of all captions, and looks after the cache of encodings. The first
 one also reads each encoding once. Imports and the loading of the base are left out. They do not depend on the data.
 
-The files were just written, so they come from the system's memory and not from a disk.
+The files were just written, so they come from the system's memory and not from a disk. Seconds of the processor are listed
+beside those of the clock, because only they are the same on a machine that does something else meanwhile.
 """
 
 import argparse
@@ -23,12 +24,14 @@ import struct
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow
+import pyarrow.parquet
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -39,7 +42,7 @@ import train_semantic_fill_lora as trainer
 from semantic_fill.data import TriptychDataset, check_samples, load_datasets
 from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.files import checksum
-from semantic_fill.sources import list_folder
+from semantic_fill.tables import load_source
 
 
 SCENES = 8
@@ -51,10 +54,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2000, help="Triptychs to make, half of them PNG, half JPEG.")
     parser.add_argument("--small", action="store_true", help="Triptychs of 48x16 pixels, all of them PNG.")
     parser.add_argument(
-        "--captions", choices=("metadata", "txt"), default="metadata", help="One metadata.jsonl, or a .txt for each."
+        "--form",
+        choices=("metadata", "txt", "parquet"),
+        default="metadata",
+        help="A folder with one metadata.jsonl or with a .txt for each picture, or parquet files.",
     )
     parser.add_argument(
-        "--cores", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), help="Cores of each first check."
+        "--cores",
+        type=int,
+        nargs="+",
+        default=sorted({1, os.cpu_count() or 1}),
+        help="Cores of each check. Starts have the most of them.",
     )
     parser.add_argument("--folder", type=Path, help="Where the files go and stay. Default: a temporary folder.")
     parser.add_argument("--output", type=Path, default=Path("startup.json"))
@@ -92,26 +102,32 @@ def add_number(data: bytes, number: int) -> bytes:
     return data[:2] + b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment + data[2:]
 
 
-def make_triptychs(folder: Path, rows: int, small: bool, captions: str) -> int:
-    """Makes the files. Returns the mean size of a picture in bytes."""
+def make_triptychs(folder: Path, rows: int, small: bool, form: str) -> int:
+    """Makes a data set in a form of `--form`. Returns the mean size of a picture in bytes."""
     scenes = [draw_scene(seed, 16 if small else 512) for seed in range(SCENES)]
     forms = ("PNG", "PNG") if small else ("PNG", "JPEG")
     pictures = [(form, encode(scene, form)) for scene in scenes for form in forms]
-    lines, total = [], 0
-    for number in range(rows):
-        place = folder / f"{number // FILES_PER_FOLDER:04d}"
-        place.mkdir(parents=True, exist_ok=True)
-        form, data = pictures[number % len(pictures)]
-        path, caption = place / f"{number:06d}.{form.lower()}", f"a street with number {number} at night"
-        data = add_number(data, number)
-        path.write_bytes(data)
-        total += len(data)
-        if captions == "txt":
-            path.with_suffix(".txt").write_text(caption)
-        else:
-            lines.append(json.dumps({"file_name": path.relative_to(folder).as_posix(), "text": caption}))
-    if lines:
-        (folder / "metadata.jsonl").write_text("\n".join(lines))
+    metadata, total = [], 0
+    for first in range(0, rows, FILES_PER_FOLDER):
+        place, cells = folder / f"{first // FILES_PER_FOLDER:04d}", []
+        place.mkdir(parents=True)
+        for number in range(first, min(first + FILES_PER_FOLDER, rows)):
+            ending, data = pictures[number % len(pictures)]
+            data, caption = add_number(data, number), f"a street with number {number} at night"
+            total += len(data)
+            path = place / f"{number:06d}.{ending.lower()}"
+            if form == "parquet":
+                cells.append({"image": {"bytes": data, "path": path.name}, "text": caption})
+                continue
+            path.write_bytes(data)
+            if form == "txt":
+                path.with_suffix(".txt").write_text(caption)
+            else:
+                metadata.append(json.dumps({"file_name": path.relative_to(folder).as_posix(), "text": caption}))
+        if cells:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cells), place / "0.parquet", row_group_size=100)
+    if metadata:
+        (folder / "metadata.jsonl").write_text("\n".join(metadata))
     return total // rows
 
 
@@ -148,30 +164,30 @@ def limited_to(cores: int) -> Iterator[None]:
 
 
 def start(options: trainer.Options) -> dict[str, float]:
-    """The seconds that the trainer takes from its options to its encoder, step by step."""
+    """The seconds that the trainer takes from its options to its encoder."""
     # Each start is a new process with a new state.
     fresh_state()
     accelerator = Accelerator(cpu=True)
     pipeline = build_encoders("test", torch.device("cpu"), torch.float32)
     times = [time.perf_counter()]
-    source = list_folder(Path(options.train_data_dir or ""), options)
+    source = load_source(options, cache_dir=options.cache_dir)
     times.append(time.perf_counter())
     dataset, _ = load_datasets(options, accelerator, source=source)
     times.append(time.perf_counter())
     encode_datasets(options, accelerator, torch.float32, dataset, pipeline=pipeline)
     times.append(time.perf_counter())
-    names = ("list, s", "check, s", "encodings, s")
-    return {name: after - before for name, before, after in zip(names, times, times[1:])}
+    return {name: after - before for name, before, after in zip(("list", "check", "encodings"), times, times[1:])}
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Report:
     began = time.perf_counter()
-    size = make_triptychs(folder / "data", args.rows, args.small, args.captions)
+    size = make_triptychs(folder / "data", args.rows, args.small, args.form)
     options = trainer.parse_args(
         [
             "--pretrained_model_name_or_path=unused",
-            f"--train_data_dir={folder / 'data'}",
+            f"--{'dataset_name' if args.form == 'parquet' else 'train_data_dir'}={folder / 'data'}",
             f"--output_dir={folder / 'out'}",
+            f"--cache_dir={folder / 'downloads'}",
             f"--resolution={16 if args.small else 512}",
             "--report_to=none",
             "--log_level=error",
@@ -180,21 +196,29 @@ def measure(folder: Path, args: argparse.Namespace) -> Report:
     about = describe(torch.device("cpu")) | {"cores": os.cpu_count(), "bytes of a picture": size}
     report = Report(args.output, about | {"making the files, s": time.perf_counter() - began})
 
-    def add(what: str, cores: int, **seconds: float) -> None:
-        total = sum(seconds.values())
-        more = {"rows/s": args.rows / total, "100,000 rows, min": total / args.rows * 1e5 / 60}
-        report.add(**{"what": what, "rows": args.rows, "cores": cores}, **seconds, **{"all, s": total}, **more)
-
-    source = list_folder(folder / "data", options)
-    findings = []
-    for cores in args.cores:
+    def add(what: str, cores: int, measured: Callable[[], dict[str, float]]) -> None:
         with limited_to(cores):
-            began = time.perf_counter()
-            findings = check_samples(source, shape=1.0, pairs=False)
-        add("check alone", cores, **{"check, s": time.perf_counter() - began})
+            processor = time.process_time()
+            seconds = measured()
+            processor = time.process_time() - processor
+        total = sum(seconds.values())
+        row: dict = {"what": what, "rows": args.rows, "cores": cores}
+        row |= {f"{name}, s": seconds.get(name, "") for name in ("list", "check", "encodings")}
+        row |= {"all, s": total, "processor, s": processor, "rows/s": args.rows / total}
+        report.add(**row, **{"100,000 rows, min": total / args.rows * 1e5 / 60})
+
+    source, findings = load_source(options, cache_dir=options.cache_dir), []
+
+    def check() -> dict[str, float]:
+        began = time.perf_counter()
+        findings[:] = check_samples(source, shape=1.0, pairs=False)
+        return {"check": time.perf_counter() - began}
+
+    for cores in args.cores:
+        add("check alone", cores, check)
     report.note(encodings=make_encodings(options, TriptychDataset(source, options, findings)))
     for what in ("first start", "second start"):
-        add(what, os.cpu_count() or 1, **start(options))
+        add(what, max(args.cores), lambda: start(options))
     return report
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The benchmarks run, at the size of the tests, and lose no row to another's failure."""
 
+import io
 import json
 
 import numpy as np
@@ -228,3 +229,53 @@ def test_steps_that_a_cache_leaves_out(monkeypatch):
         assert paint(0.0) == [1, 1, 1, 1, 1]
         assert paint(1e9) == [1, 0, 0, 0, 0]
         assert paint(1e9, replayed=[1, 0, 1, 1, 0]) == [1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("form, small", [("metadata", ["--small"]), ("txt", ["--small"]), ("parquet", [])])
+def test_starts(monkeypatch, tmp_path, form, small):
+    """The first start checks every picture and reads every encoding, the second one none."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import startup
+
+    from semantic_fill import data, encoding
+
+    done = []
+
+    def record(module, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: done.append(name) or function(*args))
+
+    record(data, "inspect")
+    record(encoding, "is_intact")
+    record(startup, "start")
+    # Nothing is encoded, because every encoding is found.
+    record(encoding.Encoder, "encode_views")
+    record(encoding.Encoder, "encode_prompts")
+    rows = 18 if small else 4
+    options = [f"--rows={rows}", *small, f"--form={form}", "--cores=1", f"--folder={tmp_path / 'files'}"]
+    startup.main(startup.parse_args([*options, f"--output={tmp_path / 'startup.json'}"]))
+    report = json.loads((tmp_path / "startup.json").read_text())
+    assert [row["what"] for row in report["rows"]] == ["check alone", "first start", "second start"]
+    # No two files are equal, so each sample has an encoding of its own, as has each caption and the empty one.
+    assert report["encodings"] == 2 * rows + 1
+    first, second = (index for index, name in enumerate(done) if name == "start")
+    assert done[:first] == ["inspect"] * rows
+    assert done[first + 1 : second] == ["inspect"] * rows + ["is_intact"] * (2 * rows + 1)
+    assert done[second + 1 :] == []
+    for row in report["rows"]:
+        parts = [row[name] for name in ("list, s", "check, s", "encodings, s") if row[name] != ""]
+        assert row["all, s"] == pytest.approx(sum(parts)) and row["rows/s"] == pytest.approx(rows / row["all, s"])
+        assert row["100,000 rows, min"] == pytest.approx(1e5 / row["rows/s"] / 60)
+        assert row["processor, s"] > 0
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_made_files_differ_and_show_the_same(monkeypatch, form):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import startup
+
+    data = startup.encode(startup.draw_scene(0, 16), form)
+    numbered = [startup.add_number(data, number) for number in (0, 1)]
+    assert len({data, *numbered}) == 3
+    shown = [np.asarray(PIL.Image.open(io.BytesIO(file)).convert("RGB")) for file in (data, *numbered)]
+    assert shown[0].shape == (16, 48, 3) and all(np.array_equal(shown[0], picture) for picture in shown[1:])
