@@ -383,7 +383,7 @@ def _load(accelerator: Accelerator, load: Callable[[], Source]) -> Source:
     (shared,) = broadcast_object_list([None if isinstance(own, TableSource) else own])
     if isinstance(shared, Exception):
         raise shared
-    return load() if own is None and shared is None else shared if own is None else own
+    return own or shared or load()
 
 
 def _write_left_out(path: Path, datasets: list[TriptychDataset]) -> None:

@@ -264,7 +264,7 @@ def _metadata_rows(
             return name.replace(os.sep, "/")
 
         for row in read_metadata(path):
-            cells = [row.get(f"{column}_file_name", row.get(column)) for column in columns]
+            cells: list[Any] = [row.get(f"{column}_file_name", row.get(column)) for column in columns]
             cells = cells or [row.get("file_name")]
             shown = path.relative_to(folder).as_posix()
             if not all(isinstance(cell, str) for cell in cells):

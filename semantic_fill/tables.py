@@ -105,6 +105,7 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
     """
     # The import is slow, and folders do not need it.
     import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
     datasets.utils.logging.set_verbosity_error()
     name, files, left_out, local = options.dataset_name or "", [], [], {}
@@ -113,7 +114,7 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
             builder, files, left_out = find_tables(Path(name), options.train_split, options.dataset_config_name)
         except ValueError as error:
             raise ValueError(f"--dataset_name {name} cannot be loaded: {error}") from error
-        files = plain_paths(files, Path(cache_dir or datasets.config.HF_DATASETS_CACHE))
+        files = plain_paths(files, Path(cache_dir or HF_DATASETS_CACHE))
         # The library has its own rules for the names of splits.
         local = {
             "path": builder,
