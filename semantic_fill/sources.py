@@ -268,7 +268,8 @@ def _metadata_rows(
             cells = cells or [row.get("file_name")]
             shown = path.relative_to(folder).as_posix()
             if not all(isinstance(cell, str) for cell in cells):
-                source.problems.append(f"{shown}: a row names no picture: {str(row)[:200]}")
+                wanted = " and ".join(columns) or "file_name"
+                source.problems.append(f"{shown}: a row names no picture in {wanted}: {str(row)[:200]}")
                 continue
             if options.caption_column and options.caption_column not in row:
                 source.problems.append(f"{cells[0]}: has no `{options.caption_column}` in {shown}, but {list(row)}")

@@ -352,8 +352,8 @@ def test_metadata_and_pictures_without_each_other(tmp_path):
         [
             *lost,
             "1.png: is named twice by the metadata",
-            "metadata.jsonl: a row names no picture: {'text': 'a'}",
-            "metadata.jsonl: a row names no picture: {'file_name': 7}",
+            "metadata.jsonl: a row names no picture in file_name: {'text': 'a'}",
+            "metadata.jsonl: a row names no picture in file_name: {'file_name': 7}",
             "sub/2.png: is not named by the metadata and has no caption of its own",
         ]
     )
