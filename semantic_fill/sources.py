@@ -7,6 +7,7 @@ and drops what it does not understand. Here every picture of a folder is used or
 
 import os
 import posixpath
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -82,6 +83,10 @@ class Source:
         for caption in captions:
             if not isinstance(caption, str):
                 raise ValueError(f"has a caption that is no text ({str(caption)[:100]})")
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"has a caption with half a character ({caption[:100]!r})") from error
             if not caption.strip() and self.instance_prompt != "":
                 raise ValueError("has an empty caption")
         return captions
@@ -233,14 +238,21 @@ def _sort_files(
     return pictures, dict(sorted(texts.items())), sorted(metadata)
 
 
+def _composed(name: str) -> str:
+    """A name with each accent in one character with its letter. Systems store the same name in either form."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _stem(name: str) -> str:
-    return posixpath.splitext(name)[0]
+    return _composed(posixpath.splitext(name)[0])
 
 
 def _read_sidecars(texts: dict[str, Path], options: DataOptions, source: FolderSource) -> dict[str, list[str]]:
     """Captions by the stem of their text file."""
-    captions = {}
+    captions: dict[str, list[str]] = {}
     for name, path in texts.items():
+        if _stem(name) in captions:
+            source.problems.append(f"{name}: is one of two text files for the same picture")
         try:
             captions[_stem(name)] = read_captions(path, options.caption_lines)
         except (ValueError, OSError) as error:
@@ -290,8 +302,10 @@ def _list_triptychs(folder: Path, options: DataOptions, source: FolderSource, op
     pictures, texts, metadata = _sort_files(folder, folder, source, option)
     if options.visible_column and not metadata:
         raise ValueError(f"--visible_column needs a metadata file in {option} {folder}, which has none.")
+    stored = {_composed(name): name for name in pictures}
     named: dict[tuple[str, ...], Sequence[Any]] = {}
     for names, captions in _metadata_rows(folder, metadata, options, source):
+        names = tuple(name if name in pictures else stored.get(_composed(name), name) for name in names)
         if names in named:
             source.problems.append(f"{names[0]}: is named twice by the metadata")
         # The metadata may name pictures with other endings.

@@ -98,6 +98,20 @@ def test_the_order_is_that_of_the_paths(tmp_path):
     assert names_of(listed(folder)) == names
 
 
+def test_accents_in_either_form_are_the_same_name(tmp_path):
+    """macOS, archives and network drives turn one form into the other."""
+    one, two = "caf\xe9", "cafe\u0301"
+    rows = [{"file_name": f"a/{two}.png", "text": "metadata"}]
+    files = {f"a/{one}.png": 0, f"b/{two}.png": 1, f"b/{one}.txt": "beside", "metadata.jsonl": lines(*rows)}
+    folder = write_files(tmp_path / "data", files)
+    assert captions_of(listed(folder)) == {f"a/{one}.png": ["metadata"], f"b/{two}.png": ["beside"]}
+    # Where a folder holds both forms, each is its own picture.
+    write_files(folder, {f"a/{two}.png": 2})
+    rows.append({"file_name": f"a/{one}.png", "text": "the other"})
+    (folder / "metadata.jsonl").write_text(lines(*rows))
+    assert captions_of(listed(folder))[f"a/{one}.png"] == ["the other"]
+
+
 def test_all_formats_of_pictures(tmp_path):
     forms = {"avif", "bmp", "gif", "jpg", "jpeg", "jp2", "mpo", "pgm", "png", "ppm", "tga", "tif", "tiff", "webp"}
     assert {f".{form}" for form in forms} <= PICTURE_ENDINGS
@@ -231,6 +245,14 @@ def test_captions_are_taken_as_they_are(tmp_path, caption, bom, form):
     assert captions_of(listed(folder)) == {"1.png": [caption]}
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    """JSON can hold what no encoder of prompts takes."""
+    files = {"1.png": 0, "metadata.jsonl": '{"file_name": "1.png", "text": "a \\ud83c b"}'}
+    with pytest.raises(ValueError) as error:
+        read_dataset(train_data_dir=str(write_files(tmp_path / "data", files)))
+    assert r"1.png: has a caption with half a character ('a \ud83c b')" in str(error.value)
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 @pytest.mark.parametrize("name", ["1.txt", "metadata.jsonl", "metadata.csv"])
 def test_text_that_is_not_utf_8_is_named(tmp_path, encoding, name):
@@ -270,6 +292,10 @@ def test_texts_and_pictures_without_each_other(tmp_path):
     said = str(error.value).splitlines()
     assert said[0].startswith("3 ") and "  2.txt: is a caption without a picture" in said
     assert any(line.startswith("  1.png: has no caption") for line in said)
+    (folder / "1.txt").write_text("one")
+    (folder / "1.TXT").write_text("two")
+    assert "1.txt: is one of two text files for the same picture" in problems_of(folder)
+    (folder / "1.TXT").unlink()
     # Without a caption between them they are two pictures.
     (folder / "3.txt").unlink()
     (folder / "2.txt").unlink()
