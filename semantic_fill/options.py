@@ -292,7 +292,9 @@ class OutputOptions(OptionGroup):
     resume_from_checkpoint: str | None = option(
         None, help="`latest`, the path of a checkpoint, or a Hub repository that one was pushed to."
     )
-    validation_data_dir: str | None = option(None, help="Folder of held-out samples, in a form of --train_data_dir.")
+    validation_data_dir: str | None = option(
+        None, help="Folder of held-out samples: pictures as for --train_data_dir, or tables."
+    )
     validation_fraction: float = option(
         0.0, below=1, help="Share of the samples that is held out, chosen by the content of their pictures."
     )
