@@ -18,6 +18,14 @@ from helpers import write_triptychs  # noqa: E402
 from small_flux_fill import build_pipeline  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Has the compiler forget the shapes that a test has shown it, which would change what later tests compile."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 @pytest.fixture(scope="session")
 def base() -> FluxFillPipeline:
     """A tiny FLUX Fill. All tests share it, so they may change copies only."""
