@@ -406,6 +406,16 @@ def test_a_later_start_decodes_no_row_of_an_unchanged_table(tmp_path, monkeypatc
     assert start("--train_split", "test") == [0, 1, 2, 3] and start() == []
 
 
+def test_rows_of_other_slices_and_columns_are_remembered_apart(tmp_path):
+    """On the Hub a split may be a part, such as `train[2:]`, of a table that is stored as a whole."""
+    write_parquet(tmp_path / "data" / "train.parquet", range(4), other=[draw_triptych(seed) for seed in range(4)])
+    rows = load_table(DataOptions(dataset_name=str(tmp_path / "data"))).rows
+    options = [{"train_split": "train[:2]"}, {"train_split": "train[2:]"}, {"image_column": "text"}]
+    sources = [TableSource(rows, DataOptions(dataset_name="user/data", **more)) for more in options]
+    keys = {source.key(index) for source in sources for index in range(4)}
+    assert len(keys) == 12 and len({source.stamp(0) for source in sources}) == 1
+
+
 def test_only_the_first_rows_where_so_many_are_asked_for(tmp_path):
     from accelerate import Accelerator
 
