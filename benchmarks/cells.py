@@ -25,7 +25,8 @@ from variants import MODULES
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_fill.data import TriptychDataset, check_samples
+from semantic_fill.checks import check_samples
+from semantic_fill.data import TriptychDataset
 from semantic_fill.encoding import Encoder, read_encoding
 from semantic_fill.sources import list_folder
 

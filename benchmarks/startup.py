@@ -39,7 +39,8 @@ from flux_shape import build_encoders
 from measurement import Report, describe, fresh_state
 
 import train_semantic_fill_lora as trainer
-from semantic_fill.data import TriptychDataset, check_samples, load_datasets
+from semantic_fill.checks import check_samples
+from semantic_fill.data import TriptychDataset, load_datasets
 from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.files import checksum
 from semantic_fill.tables import load_source

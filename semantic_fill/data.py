@@ -1,17 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Triptychs: how a sample becomes views of one size and a caption, and the check of all samples before a run.
+"""Triptychs: how a sample becomes views of one size and a caption, and which samples a run trains on and holds out."""
 
-The check decodes every picture once, in threads, and is shared among the processes of a run. It remembers what it found
-while the files stay unchanged, so that a second start over a large data set takes seconds.
-"""
-
-import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +14,11 @@ import PIL.ImageOps
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
+from accelerate.utils import broadcast_object_list
 
 from pipeline_flux_fill_semantic import read_picture
-from semantic_fill.files import FileMemory, printable
+from semantic_fill.checks import READER_VERSION, Finding, check_samples, refuse
+from semantic_fill.files import printable
 from semantic_fill.options import DataOptions, Options
 from semantic_fill.sources import Source, list_folder
 from semantic_fill.tables import TableSource, load_held_out, load_source
@@ -36,121 +28,12 @@ from semantic_fill.views import (
     are_labels,
     bucket_sizes,
     color_labels,
-    count_panels,
     cut_triptych,
-    find_labels,
     read_palette,
 )
 
 
 logger = get_logger(__name__)
-
-# Findings and encodings of pictures that were read by other rules are made anew.
-READER_VERSION = "3"
-
-
-# -- The check --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the check found out about a sample: size of a view, number of views, labels, and hashes."""
-
-    width: int
-    height: int
-    panels: int
-    # The different values of a semantic view that may hold label numbers, see `find_labels`.
-    labels: list[int] | None
-    # SHA-256 of each picture as it is stored.
-    digests: tuple[str, ...]
-    # SHA-256 of the visible view's pixels.
-    content: str
-
-
-def inspect(pictures: list[bytes], shape: float | None, pairs: bool) -> Finding:
-    """
-    Decodes a sample.
-
-    Raises:
-        `ValueError`: with a reason that reads after the name of the sample.
-    """
-    decoded = [read_picture(data) for data in pictures]
-    panels = count_panels(decoded[0].size, shape, pairs) if len(decoded) == 1 else len(decoded)
-    views = cut_triptych(decoded, panels)
-    labels = find_labels(views["semantic"]) if "semantic" in views and not pairs else None
-    visible = views["visible"]
-    content = hashlib.sha256(repr(visible.size).encode() + visible.tobytes()).hexdigest()
-    digests = tuple(hashlib.sha256(data).hexdigest() for data in pictures)
-    return Finding(*visible.size, panels, labels, digests, content)
-
-
-def check_samples(
-    source: Source,
-    shape: float | None,
-    pairs: bool,
-    memory_file: Path | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[Finding]:
-    """
-    Decodes every sample of a source. With several processes each decodes a share, and all of them have to call this.
-
-    Args:
-        shape, pairs: As in [`count_panels`].
-        memory_file (`Path`, *optional*): File that keeps the findings about unchanged files for later runs.
-        rank, world_size (`int`): This process among all.
-
-    Raises:
-        `ValueError`: if samples cannot be used. The message names up to 50 of them with the reasons.
-    """
-    memory = FileMemory(memory_file, f"{READER_VERSION} {shape} {pairs} {[field.name for field in fields(Finding)]}")
-
-    own = range(rank, len(source), world_size)
-    # Stamps are taken first, so that a file that changes while it is read is read again by the next run.
-    stamps = {index: source.stamp(index) for index in own}
-    known = {index: memory.get(source.key(index), stamp) for index, stamp in stamps.items()}
-
-    def check(index: int) -> Finding | str:
-        problems, finding = [], None
-        try:
-            if known[index] is None:
-                finding = inspect(source.pictures(index), shape, pairs)
-            else:
-                finding = Finding(**known[index])
-        # Reading files and decoding them raises errors of many kinds.
-        except Exception as error:
-            problems.append(str(error))
-        try:
-            source.captions(index)
-        except ValueError as error:
-            problems.append(str(error))
-        return finding if finding and not problems else f"{source.name(index)}: {'; '.join(problems)}"
-
-    unread = [index for index in own if known[index] is None]
-    bar = {"total": len(unread), "desc": "Checking samples", "disable": True if rank else None, "leave": False}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(zip(unread, map(stamps.get, unread), tqdm(pool.map(check, unread), **bar)))
-    # Handing a known sample to a thread takes longer than its check. It has no stamp here, because it is no news.
-    found += [(index, None, check(index)) for index in own if known[index] is not None]
-    findings: list[Any] = [None] * len(source)
-    for index, stamp, finding in gather_object(found) if world_size > 1 else found:
-        findings[index] = finding
-        if stamp is not None and isinstance(finding, Finding):
-            memory.put(source.key(index), stamp, vars(finding))
-    if rank == 0:
-        memory.save()
-    refuse(
-        [*source.problems, *(finding for finding in findings if isinstance(finding, str))], "samples cannot be used"
-    )
-    return findings
-
-
-def refuse(problems: list[str], what: str) -> None:
-    """Raises a `ValueError` that names up to 50 problems, if there are any."""
-    if problems:
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-        listed = "\n  ".join(map(printable, problems[:50]))
-        raise ValueError(f"{len(problems)} {what}:\n  {listed}{more}")
 
 
 def choose_label_colors(
@@ -322,7 +205,8 @@ def load_datasets(
     The data to train on, and the held-out data if there is any. Every process has to call it.
 
     Which samples `--validation_fraction` holds out follows from the pixels of their visible views alone. So new rows and
-    other file names move none across, and equal pictures never stand on both sides.
+    other file names move none across. Samples with a held-out visible or target view are not trained on, so equal pictures
+    never stand on both sides.
 
     Args:
         pairs (`bool`): Whether samples without a semantic view are accepted.
@@ -336,22 +220,22 @@ def load_datasets(
     process = (accelerator.process_index, accelerator.num_processes)
     how = (None if options.aspect_buckets else shape, pairs, memory_file, *process)
     findings = check_samples(source, *how)
-    held_out, contents = None, set()
+    held_out, chosen, shown = None, set(), []
     if options.validation_data_dir is not None:
         other = _load(accelerator, lambda: load_held_out(options, pairs))
-        other_findings = check_samples(other, *how)
-        held_out = TriptychDataset(other, options, other_findings, others=findings)
-        contents = {finding.content for finding in other_findings}
+        shown = check_samples(other, *how)
+        held_out = TriptychDataset(other, options, shown, others=findings)
     elif options.validation_fraction:
         limit = options.validation_fraction * 16**16
-        chosen = [index for index, finding in enumerate(findings) if int(finding.content[:16], 16) < limit]
+        chosen = {index for index, finding in enumerate(findings) if int(finding.visible[:16], 16) < limit}
         if not chosen:
             raise ValueError(
                 f"--validation_fraction {options.validation_fraction} holds out none of {len(source)} samples."
             )
-        held_out = TriptychDataset(source, options, findings, chosen)
-        contents = {findings[index].content for index in chosen}
-    train = [index for index, finding in enumerate(findings) if finding.content not in contents]
+        shown = [findings[index] for index in sorted(chosen)]
+        held_out = TriptychDataset(source, options, findings, sorted(chosen))
+    pictures = {picture for finding in shown for picture in (finding.visible, finding.target) if picture}
+    train = [index for index, f in enumerate(findings) if f.visible not in pictures and f.target not in pictures]
     if not train:
         raise ValueError("All samples are held out, so none is left to train on.")
     others = held_out.findings if held_out is not None else []
@@ -359,11 +243,11 @@ def load_datasets(
     logger.info(f"Data: {dataset.summary()}")
     if held_out is not None:
         logger.info(f"Held out: {held_out.summary()}")
-    if options.validation_data_dir is not None and len(train) < len(source):
-        names = [source.name(index) for index, finding in enumerate(findings) if finding.content in contents]
+    twins = [source.name(index) for index in sorted(set(range(len(source))) - chosen - set(train))]
+    if twins:
         logger.warning(
-            f"{len(names)} samples are not trained on, because the held-out data shows the same visible view:"
-            f" {', '.join(map(printable, names[:50]))}"
+            f"{len(twins)} samples are not trained on, because the held-out data shows the same visible or target view:"
+            f" {', '.join(map(printable, twins[:50]))}"
         )
     if options.palette is not None and dataset.palette is None and not pairs:
         logger.warning(f"--palette {options.palette} is not used, because the maps hold colors and no label numbers")

@@ -33,8 +33,9 @@ from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, read_trained_settings
+from semantic_fill.checks import check_samples
 from semantic_fill.command_line import parse_options
-from semantic_fill.data import TriptychDataset, check_samples
+from semantic_fill.data import TriptychDataset
 from semantic_fill.files import is_hub_id, printable
 from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks
 from semantic_fill.options import DataOptions, ModelOptions, option

@@ -86,7 +86,8 @@ class FileMemory:
     """
 
     def __init__(self, path: Path | None, version: str):
-        self.path, self.version, self.entries, self.changed = path, version, {}, False
+        self.path, self.version, self.entries = path, version, {}
+        self.changed, self.saved = False, time.monotonic()
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
             self.entries = dict(found["entries"]) if found.get("version") == version else {}
@@ -98,17 +99,28 @@ class FileMemory:
             return value if stamp is not None and known == stamp else None
 
     def put(self, key: str, stamp: str | None, value: Any) -> None:
-        """Remembers a value that can be written as JSON."""
+        """
+        Remembers a value that can be written as JSON. The key is the path of a file, relative to the memory's folder or
+        absolute, and after a null character what else tells it from other keys.
+        """
         if stamp is not None and self.get(key, stamp) != value:
             self.entries[key], self.changed = (stamp, value), True
 
-    def save(self) -> None:
-        """Writes what is new. That it cannot be written costs only time at the next start."""
-        if self.path is not None and self.changed:
-            text = json.dumps({"version": self.version, "entries": self.entries})
-            with contextlib.suppress(OSError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+    def save(self, wait: float = 0.0) -> None:
+        """
+        Writes what is new, if the last time is `wait` seconds ago, and forgets files that are gone. That it cannot be
+        written costs only time at the next start.
+        """
+        if self.path is None or not self.changed or time.monotonic() - self.saved < wait:
+            return
+        files = {key: key.partition("\0")[0] for key in self.entries}
+        gone = {file for file in set(files.values()) if not os.path.exists(self.path.parent / file)}
+        self.entries = {key: entry for key, entry in self.entries.items() if files[key] not in gone}
+        text = json.dumps({"version": self.version, "entries": self.entries})
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+        self.changed, self.saved = False, time.monotonic()
 
 
 def printable(text: str) -> str:

@@ -371,6 +371,10 @@ class Options(
             raise ValueError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} has to be below the {self.max_train_steps} steps of the run."
             )
+        if self.validation_data_dir is not None and self.validation_fraction:
+            raise ValueError(
+                "--validation_data_dir and --validation_fraction cannot go together: each says what is held out."
+            )
         output = Path(self.output_dir)
         for name in ("train_data_dir", "validation_data_dir"):
             data = getattr(self, name)

@@ -57,7 +57,7 @@ class Source:
         raise NotImplementedError
 
     def key(self, index: int) -> str:
-        """A name of a sample that no other sample has, in this source or another."""
+        """The path of a file of a sample, and after a null character what tells the sample from all others."""
         raise NotImplementedError
 
     def stamp(self, index: int) -> str | None:

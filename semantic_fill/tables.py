@@ -58,8 +58,9 @@ class TableSource(Source):
         self.cells = None if column is None else list(rows[column] if is_table else (row[column] for row in rows))
         files = [Path(file["filename"]) for file in rows.cache_files] if is_table else []
         self.stamps = file_stamp(files) or None
-        about = (self.columns, options.train_split, [os.path.abspath(path) for path in files])
-        self.digest = hashlib.sha256(repr(about).encode()).hexdigest()
+        paths = [os.path.abspath(path) for path in files]
+        about = hashlib.sha256(repr((self.columns, options.train_split, paths)).encode()).hexdigest()
+        self.prefix = "\0".join((*paths[:1], about))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,7 +86,7 @@ class TableSource(Source):
         return [caption.removeprefix("\ufeff") if isinstance(caption, str) else caption for caption in captions]
 
     def key(self, index: int) -> str:
-        return f"{self.digest} {index}"
+        return f"{self.prefix} {index}"
 
     def stamp(self, index: int) -> str | None:
         return self.stamps

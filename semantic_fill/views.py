@@ -62,7 +62,7 @@ def count_panels(size: tuple[int, int], shape: float | None, pairs: bool) -> int
     wider = {panels: math.log(size[0] / panels / size[1] / shape) for panels in (1, 2, 3)}
     alike = [panels for panels, width in wider.items() if abs(width) <= SHAPE_TOLERANCE]
     shown = f"is {size[0]}x{size[1]} pixels"
-    hint = "pass the shape of a view with --resolution and --width"
+    hint = "pass the shape of a view with --resolution and --width, or the views in three folders"
     if pairs:
         # Only one of the numbers may fit the shape, or divide the width.
         fitting = [n for n in (2, 3) if n in alike] or [n for n in (2, 3) if size[0] % n == 0] or [2]

@@ -19,7 +19,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_semantic_fill_lora as trainer
 from semantic_fill.checkpoints import checkpoint_damage, checkpoint_step, list_checkpoints
-from semantic_fill.data import TriptychDataset, check_samples, load_datasets
+from semantic_fill.checks import check_samples
+from semantic_fill.data import TriptychDataset, load_datasets
 from semantic_fill.engines import find_engine
 from semantic_fill.options import DataOptions
 from semantic_fill.sources import Source
@@ -169,7 +170,7 @@ def load_data(tmp_path, data, *more, resolution=32):
     """The data sets of a run's start in `tmp_path / "out"`: what is trained on, and what is held out."""
     fresh_state()
     options = arguments("unused", tmp_path / "out", *more, data=data, resolution=resolution)
-    return load_datasets(options, Accelerator(cpu=True))
+    return load_datasets(options, Accelerator(cpu=True), pairs=options.semantic_mode == "none")
 
 
 def sample_names(dataset: TriptychDataset) -> list[str]:

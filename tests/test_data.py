@@ -26,8 +26,10 @@ from helpers import (
 )
 
 import train_semantic_fill_lora as trainer
+from semantic_fill import checks
 from semantic_fill import data as data_module
-from semantic_fill.data import check_samples
+from semantic_fill.checks import check_samples
+from semantic_fill.files import FileMemory
 from semantic_fill.options import DataOptions
 from semantic_fill.sources import list_folder
 
@@ -254,18 +256,73 @@ def test_a_second_start_opens_no_picture_and_a_changed_one_is_checked_again(tmp_
         draw_triptych(9).save(data / "001.png")
         (data / "003.png").touch()
         assert start() == ["001.png", "003.png"] and start() == []
-        # What was found out holds for this shape of views.
-        assert start("--width", 64) == pictures
+        # What was found out serves runs of other shapes and modes.
+        assert start("--width", 64) == start("--semantic_mode", "none") == start("--aspect_buckets") == []
+        with pytest.raises(ValueError, match="000.png: is 96x32 pixels, which by the shape of this run are two views"):
+            start("--width", 48)
+        # Where the pictures are cut into other views, they are read again.
+        assert opened == ["metadata.jsonl"]
+        assert start("--width", 48, "--semantic_mode", "none") == pictures and start() == pictures
         # Damage to what is remembered costs time and nothing else.
         for damage in ("", "[]", "{}", '{"version": 1}', "\udcff"):
             (tmp_path / "out" / "cache" / "checked.json").write_bytes(damage.encode(errors="surrogateescape"))
             assert start() == pictures and start() == []
+        # Pictures that are gone are forgotten, and the rest of the folder is not.
+        memory = tmp_path / "out" / "cache" / "checked.json"
+        (data / "004.png").rename(data / "005.png")
+        (data / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().replace("004.png", "005.png"))
+        assert start() == ["005.png"] and sorted(json.loads(memory.read_text())["entries"]) == [
+            str(data / name) for name in ("000.png", "001.png", "002.png", "003.png", "005.png")
+        ]
         # A picture that goes bad later is found.
         (data / "002.png").write_bytes(b"no picture")
         with pytest.raises(ValueError, match="002.png: cannot be read"):
             start()
     finally:
         watching = False
+
+
+def test_an_interrupted_check_goes_on_where_it_was(tmp_path, monkeypatch):
+    data = write_triptychs(tmp_path / "data", 9)
+    source, memory = list_folder(data, DataOptions(train_data_dir=str(data))), tmp_path / "checked.json"
+    monkeypatch.setattr(checks, "SAMPLES_BETWEEN_SAVES", 2)
+    # As with a machine of one core, so that samples are read in their order.
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 1)
+    inspect, save, read, stop_at = checks.inspect, FileMemory.save, [], 7
+
+    def interrupted(*args):
+        read.append(args)
+        if len(read) == stop_at:
+            raise KeyboardInterrupt
+        return inspect(*args)
+
+    monkeypatch.setattr(checks, "inspect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_samples(source, 1.0, False, memory)
+    assert len(json.loads(memory.read_text())["entries"]) == 6
+    # A kill leaves what was saved a while ago.
+    memory.unlink()
+    monkeypatch.setattr(checks, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(FileMemory, "save", lambda self, *wait: save(self, *wait) if wait else None)
+    read.clear()
+    with pytest.raises(KeyboardInterrupt):
+        check_samples(source, 1.0, False, memory)
+    read.clear()
+    stop_at = None
+    assert len(check_samples(source, 1.0, False, memory)) == 9 and len(read) == 3
+
+
+def test_processes_on_one_machine_share_its_cores(tmp_path, monkeypatch):
+    data = write_triptychs(tmp_path / "data", 2)
+    source, threads = list_folder(data, DataOptions(train_data_dir=str(data))), []
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 12)
+    pool = checks.ThreadPoolExecutor
+    monkeypatch.setattr(checks, "ThreadPoolExecutor", lambda count: threads.append(count) or pool(count))
+    for processes in (1, 4, 16):
+        # The launcher says so.
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        check_samples(source, 1.0, False)
+    assert threads == [12, 3, 1]
 
 
 def test_what_cannot_be_remembered_is_no_problem(tmp_path):
@@ -284,15 +341,15 @@ def test_each_of_several_processes_checks_a_share_and_knows_all(tmp_path, monkey
     for remembered in (False, True):
         shares = []
         for rank in range(3):
-            monkeypatch.setattr(data_module, "gather_object", lambda share: shares.append(share) or share)
+            monkeypatch.setattr(checks, "gather_object", lambda share: shares.append(share) or share)
             # The first process may not know yet what the others do.
             check_samples(source, 1.0, False, memory if rank or remembered else None, rank, 3)
         assert sorted(index for share in shares for index, *_ in share) == list(range(7))
         found = [item for share in shares for item in share]
         for rank in range(3):
-            monkeypatch.setattr(data_module, "gather_object", lambda share: found)
+            monkeypatch.setattr(checks, "gather_object", lambda share: found)
             together = check_samples(source, 1.0, False, memory, rank, 3)
-            assert [finding.content for finding in together] == [finding.content for finding in expected]
+            assert [finding.visible for finding in together] == [finding.visible for finding in expected]
 
 
 def test_no_process_waits_while_another_checks(base_folder, triptych_folder, tmp_path, monkeypatch):

@@ -58,6 +58,32 @@ def test_a_fraction_that_holds_out_none_or_all_is_refused(tmp_path):
         load_data(tmp_path, data, "--validation_fraction", 0.9999)
 
 
+def test_equal_targets_never_stand_on_both_sides(tmp_path, caplog):
+    """A target that is held out is not trained on either, whatever visible view it stands beside."""
+    data, views = tmp_path / "data", ("visible", "target", "semantic")
+    for index in range(40):
+        pictures = dict(zip(views, (draw_triptych(index).crop((32 * i, 0, 32 * i + 32, 32)) for i in range(3))))
+        # Each second target is one color, which tells nothing, and the others show one of five scenes.
+        target = draw_triptych(index % 10 + 100).crop((32, 0, 64, 32))
+        pictures["target"] = PIL.Image.new("RGB", (32, 32), "black") if index % 2 else target
+        write_files(data, {f"{view}/{index:02d}.png": encode_picture(pictures[view]) for view in views})
+    train, held_out = load_data(tmp_path, data, "--validation_fraction", 0.15, "--instance_prompt", "a")
+
+    def targets(dataset):
+        return {pixels_of(dataset.views(i)["target"]).tobytes() for i in range(len(dataset))} - {bytes(32 * 32 * 3)}
+
+    assert targets(train) and targets(held_out) and not targets(train) & targets(held_out)
+    left_out = 40 - len(train) - len(held_out)
+    assert left_out > 0 and f"{left_out} samples are not trained on, because the held-out data shows" in caplog.text
+    # Samples whose target is black are all used.
+    assert sum(index % 2 for index in (*train.indices, *held_out.indices)) == 20
+    # The same holds for held-out data of its own.
+    write_files(tmp_path / "other", {f"{view}/1.png": (data / view / "00.png").read_bytes() for view in views})
+    draw_triptych(99).crop((0, 0, 32, 32)).save(tmp_path / "other" / "visible" / "1.png")
+    train, _ = load_data(tmp_path, data, "--validation_data_dir", tmp_path / "other", "--instance_prompt", "a")
+    assert train.indices == [index for index in range(40) if index % 10]
+
+
 def test_a_folder_of_its_own_and_none_of_its_pictures_is_trained_on(tmp_path, caplog):
     data = write_triptychs(tmp_path / "data", 6)
     other = tmp_path / "other"
@@ -72,9 +98,8 @@ def test_a_folder_of_its_own_and_none_of_its_pictures_is_trained_on(tmp_path, ca
         "2",
         "90",
     ]
-    assert (
-        "1 samples are not trained on, because the held-out data shows the same visible view: 002.png" in caplog.text
-    )
+    said = "1 samples are not trained on, because the held-out data shows the same visible or target view: 002.png"
+    assert said in caplog.text
     assert (tmp_path / "out" / "left_out.txt").read_text() == "notes.pdf\n"
     with pytest.raises(ValueError, match="--validation_data_dir .*gone has to be a folder of pictures"):
         load_data(tmp_path, data, "--validation_data_dir", tmp_path / "gone")

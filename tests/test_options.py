@@ -204,6 +204,11 @@ RULES = [
         "--lr_scheduler linear --max_train_steps 6 --lr_warmup_steps 5",
     ),
     (
+        "--validation_data_dir v --validation_fraction 0.1",
+        "--validation_data_dir and --validation_fraction cannot go together",
+        "--validation_data_dir v --validation_fraction 0",
+    ),
+    (
         "--train_data_dir . --output_dir ./out/x",
         "--output_dir out/x cannot lie in --train_data_dir .",
         "--train_data_dir configs --output_dir ./out/x",

@@ -11,7 +11,8 @@ import PIL.Image
 import PIL.ImageCms
 import pytest
 
-from semantic_fill.data import TriptychDataset, check_samples, read_triptychs
+from semantic_fill.checks import check_samples
+from semantic_fill.data import TriptychDataset, read_triptychs
 from semantic_fill.options import DataOptions
 from semantic_fill.tables import load_source
 
