@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore Found at run time.
 
 
@@ -47,7 +49,12 @@ if TYPE_CHECKING or __package__:
         SemanticAttentionModel,
         SemanticAttentionOutput,
         SemanticProjectionModel,
+        check_finite,
+        check_manifest,
+        check_number,
         load_semantic_module,
+        parse_json,
+        read_header,
     )
 else:
     import semantic_attention as _semantic_attention
@@ -55,7 +62,12 @@ else:
     SemanticAttentionModel = _semantic_attention.SemanticAttentionModel
     SemanticAttentionOutput = _semantic_attention.SemanticAttentionOutput
     SemanticProjectionModel = _semantic_attention.SemanticProjectionModel
+    check_finite = _semantic_attention.check_finite
+    check_manifest = _semantic_attention.check_manifest
+    check_number = _semantic_attention.check_number
     load_semantic_module = _semantic_attention.load_semantic_module
+    parse_json = _semantic_attention.parse_json
+    read_header = _semantic_attention.read_header
 
 # `save_pretrained` records the component as ["semantic_attention", "SemanticAttentionModel"]. A pipeline loaded
 # through `custom_pipeline=` must be able to import that name where the package is not installed.
@@ -66,6 +78,8 @@ logger = logging.get_logger(__name__)
 SEMANTIC_SUBFOLDER = "semantic_attention"
 # The key in the LoRA file's safetensors metadata that says how the map entered in training.
 SEMANTIC_METADATA_KEY = "semantic_fill"
+# Longest side of a view in pixels that weights may name.
+MAX_SIDE = 16384
 
 
 # -- Modes ------------------------------------------------------------------------------------------------------------
@@ -111,7 +125,7 @@ SEMANTIC_MODES = {
 
 
 def _get_mode(name: str) -> SemanticMode:
-    if name not in SEMANTIC_MODES:
+    if not isinstance(name, str) or name not in SEMANTIC_MODES:
         raise ValueError(f"`semantic_mode` has to be one of {tuple(SEMANTIC_MODES)} but is {name!r}.")
     return SEMANTIC_MODES[name]
 
@@ -905,6 +919,60 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     # -- Load and save ------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        return_alphas: bool = False,
+        **kwargs,
+    ) -> Any:
+        r"""
+        Reads a LoRA as [`~loaders.FluxLoraLoaderMixin.lora_state_dict`] does, and checks it before anything acts on it.
+
+        Raises:
+            `ValueError`: A pickle is asked for, the file is damaged, a weight is not finite, or the configuration of the
+                LoRA has a wrong type or range.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        weight_name = kwargs.get("weight_name") or ""
+        if kwargs.get("use_safetensors") is False or (weight_name and not weight_name.endswith(".safetensors")):
+            raise ValueError(
+                "`weight_name` has to be a safetensors file, because unpickling runs code from the file, but is"
+                f" {weight_name!r} with `use_safetensors={kwargs.get('use_safetensors')}`."
+            )
+        # Otherwise diffusers takes a pickle where there is no other file.
+        kwargs["use_safetensors"] = True
+        returns_metadata = kwargs.pop("return_lora_metadata", False)
+        name = "The state dict" if isinstance(source, dict) else str(source)
+        if not isinstance(source, dict):
+            source = str(source)
+            file = os.path.join(source, kwargs.get("subfolder") or "", weight_name or LORA_WEIGHT_NAME_SAFE)
+            check_manifest(source if os.path.isfile(source) else file)
+        try:
+            state_dict, alphas, metadata = super().lora_state_dict(
+                source, return_alphas=True, return_lora_metadata=True, **kwargs
+            )
+        except OSError:
+            raise
+        # The readers of other layouts raise these for names and shapes that they do not expect.
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} holds no LoRA that can be read ({type(error).__name__}: {error}).") from error
+        metadata = check_lora(state_dict | (alphas or {}), metadata, name)
+        outputs = (state_dict, *([alphas] if return_alphas else []), *([metadata] if returns_metadata else []))
+        return outputs if len(outputs) > 1 else state_dict
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict, network_alphas, transformer, *args, **kwargs) -> None:
+        r"""
+        Loads a LoRA into the transformer as [`~loaders.FluxLoraLoaderMixin.load_lora_into_transformer`] does.
+
+        Raises:
+            `ValueError`: The LoRA matches no layer of the transformer, or a weight does not fit its layer. The
+                transformer is left unchanged.
+        """
+        check_lora_fits(state_dict, transformer)
+        super().load_lora_into_transformer(state_dict, network_alphas, transformer, *args, **kwargs)
+
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor], **kwargs
     ) -> None:
@@ -954,9 +1022,14 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             self._set_semantic_attention(module)
             self._set_semantic_mode(**{name: trained_with[name] for name in before})
             super().load_lora_weights(source, **kwargs)
-        except Exception:
+        except Exception as error:
             self._set_semantic_attention(module_before)
             self._set_semantic_mode(**before)
+            if isinstance(error, (KeyError, AttributeError, IndexError, TypeError)):
+                # diffusers raises these for names of layers that it does not expect.
+                raise ValueError(
+                    f"The LoRA in {source} cannot be loaded ({type(error).__name__}: {error})."
+                ) from error
             raise
 
     def _load_module(
@@ -1150,27 +1223,171 @@ def read_trained_settings(
         tools say nothing.
 
     Raises:
-        `ValueError`: The file is damaged, names an unknown mode, or states a size that is none.
+        `ValueError`: The file is damaged, names an unknown mode, or states a number that cannot be.
     """
     lora_file = _resolve_file(str(source), subfolder, weight_name, hub_kwargs)
     if lora_file is None:
         return {}
     try:
-        with safetensors.safe_open(lora_file, framework="pt") as weights:
-            settings = json.loads((weights.metadata() or {}).get(SEMANTIC_METADATA_KEY, "{}"))
+        settings = parse_json(read_header(lora_file)[1].get(SEMANTIC_METADATA_KEY, "{}"), SEMANTIC_METADATA_KEY)
         if not isinstance(settings, dict):
             raise ValueError(f"its `{SEMANTIC_METADATA_KEY}` is no JSON object but {settings!r}")
         for name in settings.keys() & {"height", "width"}:
-            # `True` counts as a whole number in Python.
-            if type(settings[name]) is not int or settings[name] <= 0:
-                raise ValueError(f"its `{name}` has to be a positive whole number but is {settings[name]!r}")
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+            check_number(name, settings[name], least=1, most=MAX_SIDE, whole=True)
+        if "fusion_alpha" in settings:
+            check_number("fusion_alpha", settings["fusion_alpha"], least=0, most=1)
+        if "max_sequence_length" in settings:
+            check_number("max_sequence_length", settings["max_sequence_length"], least=1, most=512, whole=True)
+        if "semantic_mode" in settings:
+            _get_mode(settings["semantic_mode"])
+    except ValueError as error:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {lora_file}: {error}"
         ) from error
-    if "semantic_mode" in settings:
-        _get_mode(settings["semantic_mode"])
-    return settings
+    known = ("semantic_mode", "fusion_alpha", "max_sequence_length", "height", "width")
+    unknown = sorted(settings.keys() - set(known))
+    if unknown:
+        logger.warning(f"{lora_file} says what this version does not know, and it is ignored: {str(unknown)[:200]}")
+    return {name: settings[name] for name in known if name in settings}
+
+
+# -- What a downloaded LoRA says --------------------------------------------------------------------------------------
+
+# A name of layers. PEFT takes other texts for regular expressions, which can run for years. `^` marks a whole name.
+LITERAL_NAME = re.compile(r"\^?\w[\w.]{0,255}")
+# Fields of PEFT's configuration that say where a LoRA comes from, and that nothing here acts on.
+LORA_ORIGIN = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+LORA_SWITCHES = {"fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"}
+LORA_NAMES = {"target_modules", "exclude_modules"}
+# These start with random weights or zeros. Others compute something from the base model or change it.
+LORA_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def check_lora_config(config: Any, rank: int) -> dict[str, Any]:
+    r"""
+    Checks the configuration that a LoRA file holds, before PEFT acts on it.
+
+    Args:
+        config (`dict`):
+            Fields of a `peft.LoraConfig`.
+        rank (`int`):
+            The largest rank among the file's weights.
+
+    Returns:
+        `dict[str, Any]`: The fields that this version of PEFT knows. Those that it does not know have to be empty.
+
+    Raises:
+        `ValueError`: A field has a wrong type or range, or holds a regular expression instead of a name.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"its LoRA configuration is no JSON object but {config!r:.100}")
+    defaults = LoraConfig().to_dict()
+
+    def check_names(field: str, names: Any) -> None:
+        listed = [] if names is None or names == "all-linear" else names
+        if not isinstance(listed, list) or not all(isinstance(n, str) and LITERAL_NAME.fullmatch(n) for n in listed):
+            raise ValueError(f"`{field}` has to be a list of names but is {names!r:.100}")
+
+    for field, value in config.items():
+        if field in LORA_ORIGIN:
+            continue
+        if field in LORA_SWITCHES:
+            if not isinstance(value, bool):
+                raise ValueError(f"`{field}` has to be true or false but is {value!r:.100}")
+        elif field in LORA_NAMES:
+            check_names(field, value)
+        elif field in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(value or {}, dict):
+                raise ValueError(f"`{field}` has to be a JSON object but is {value!r:.100}")
+            check_names(field, list(value or {}))
+            for number in (value or {}).values():
+                _check_rank_or_alpha(field, number, rank)
+        elif field in ("r", "lora_alpha"):
+            _check_rank_or_alpha(field, value, rank)
+        elif field == "lora_dropout":
+            check_number(field, value, least=0, most=1)
+        elif field == "init_lora_weights" and not any(value is start or value == start for start in LORA_STARTS):
+            raise ValueError(f"`{field}` has to be one of {LORA_STARTS} but is {value!r:.100}")
+        elif field == "bias" and value not in ("none", "all", "lora_only"):
+            raise ValueError(f"`{field}` has to be none, all or lora_only but is {value!r:.100}")
+        elif field not in ("init_lora_weights", "bias") and value and value != defaults.get(field):
+            raise ValueError(f"`{field}` is {value!r:.100}, which is not supported here")
+    return {field: value for field, value in config.items() if field in defaults}
+
+
+def _check_rank_or_alpha(field: str, value: Any, rank: int) -> None:
+    if field in ("r", "rank_pattern"):
+        check_number(field, value, least=1, most=rank, whole=True)
+    else:
+        check_number(field, value)
+
+
+def check_lora(state_dict: dict[str, torch.Tensor], metadata: Any, name: str) -> dict[str, Any] | None:
+    r"""
+    Checks a LoRA that was read, before it touches a model.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            Its weights in diffusers' or another layout.
+        metadata (`dict`, *optional*):
+            What its file says, `{"transformer.r": 16}`.
+        name (`str`):
+            What messages call it.
+
+    Returns:
+        `dict[str, Any]` or `None`: The metadata, without empty fields that this version of PEFT does not know.
+
+    Raises:
+        `ValueError`: A weight is not finite, or the metadata cannot be.
+    """
+    check_finite(state_dict, name)
+    if metadata is None:
+        return None
+    try:
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its metadata is no JSON object but {metadata!r:.100}")
+        rank = max((min(weight.shape) for weight in state_dict.values() if weight.ndim > 1), default=1)
+        components: dict[str, dict] = {}
+        for key, value in metadata.items():
+            component, _, field = key.partition(".")
+            components.setdefault(component, {})[field] = value
+        return {
+            f"{component}.{field}": value
+            for component, config in components.items()
+            for field, value in check_lora_config(config, rank).items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{name} holds a LoRA that cannot be used: {error}.") from error
+
+
+def check_lora_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
+    r"""
+    Compares a LoRA in diffusers' layout with the transformer's layers, before any of them changes.
+
+    Raises:
+        `ValueError`: It matches none of the layers, or a weight has another shape than the layer that it names.
+    """
+    layers, found = dict(transformer.named_modules()), False
+    for key, weight in state_dict.items():
+        name = re.split(r"\.lora|\.lokr", key.removeprefix("transformer."))[0]
+        layer = layers.get(name) if key.startswith("transformer.") else None
+        inputs, outputs = (getattr(layer, side, None) for side in ("in_features", "out_features"))
+        found = found or inputs is not None or key.startswith("text_encoder.")
+        if weight.ndim != 2 or inputs is None:
+            continue
+        down = ".lora_A." in key or ".lora.down." in key
+        up = ".lora_B." in key or ".lora.up." in key
+        side, wanted = (weight.shape[1], inputs) if down else (weight.shape[0], outputs)
+        if (down or up) and side != wanted:
+            raise ValueError(
+                f"The LoRA does not fit this model: {key[:200]!r} has the shape {tuple(weight.shape)}, but the layer has"
+                f" {inputs} inputs and {outputs} outputs."
+            )
+    if not found:
+        raise ValueError(
+            f"The LoRA matches no layer of this model. It was made for another one: its first weights are"
+            f" {[key[:100] for key in state_dict][:3]}."
+        )
 
 
 def _count_pictures(view: PipelineImageInput | None) -> int:

@@ -8,17 +8,25 @@ Both have the same interface (`enhance`, `scales`, `describe`), so the pipeline 
 they hold. Both have gates that start at exactly zero, as ControlNet's zero convolutions do
 (https://huggingface.co/papers/2302.05543): an untrained module leaves the base model unchanged.
 
-This file stands apart from the pipeline so that the trainer can publish the two as one file.
+This file stands apart from the pipeline so that the trainer can publish the two as one file. It also holds the checks of
+downloaded files that pipeline, trainer, evaluation, page and converter share.
 """
 
+import hashlib
+import json
+import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,7 +34,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-from diffusers.utils import BaseOutput
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
+
+# Private, and what diffusers itself finds the file of a model with, on disk and on the Hub.
+from diffusers.utils.hub_utils import _add_variant, _get_model_file
 
 
 SEMANTIC_POSITIONS = ("none", "rope")
@@ -34,6 +45,220 @@ SEMANTIC_POSITIONS = ("none", "rope")
 ROPE_THETA = 100
 # The last commit that can use every module ever saved, for messages about modules that this version cannot use.
 LAST_COMMIT_FOR_OLD_MODULES = "bd5985d"
+# JSON of a download that is larger or nested deeper is refused. The largest that the trainer writes, the description of
+# an optimizer's state for all layers of FLUX, has less than 1 MiB and a depth of 14.
+MAX_JSON_BYTES = 16 * 2**20
+MAX_JSON_DEPTH = 32
+MAX_MODULE_SIZE = 4096
+
+
+# -- What was downloaded ----------------------------------------------------------------------------------------------
+#
+# Weights come with files that say how to use them, and anyone may have written those. Each door that reads them calls
+# these functions before it acts on what they say. All raise a `ValueError` that names the file.
+
+
+def regular_file_size(path: str | os.PathLike) -> int:
+    r"""
+    Returns the size of a file in bytes.
+
+    Raises:
+        `ValueError`: There is no such file, or it is a pipe or a device, which might never end.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no regular file.")
+    return status.st_size
+
+
+def parse_json(text: str | bytes, name: str | os.PathLike) -> Any:
+    r"""
+    Reads JSON that somebody else wrote.
+
+    Args:
+        text (`str` or `bytes`):
+            The JSON, in UTF-8 if it is `bytes`.
+        name (`str` or `os.PathLike`):
+            What messages call it.
+
+    Raises:
+        `ValueError`: It is damaged, larger than 16 MiB or nested deeper than 32 levels.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_JSON_BYTES} bytes.")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no JSON that can be read: {error}") from error
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [entry for entry in level if isinstance(entry, (dict, list))]
+        if not level:
+            return value
+        level = [inner for entry in level for inner in (entry.values() if isinstance(entry, dict) else entry)]
+    raise ValueError(f"{name} is nested deeper than {MAX_JSON_DEPTH} levels.")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    r"""Reads a regular file with `parse_json`."""
+    if regular_file_size(path) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES} bytes.")
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def check_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, whole: bool = False
+) -> int | float:
+    r"""
+    Returns a number that a downloaded file holds.
+
+    Raises:
+        `ValueError`: It is no finite number, no whole one where `whole` is set, or not within [least, most].
+    """
+    # `True` counts as a whole number in Python.
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    positive = whole and least == 1
+    if not is_number or value != value or abs(value) == math.inf or (positive and value < 1):
+        kind = f"{'positive ' if positive else ''}{'whole' if whole else 'finite'} number"
+        raise ValueError(f"`{name}` has to be a {kind} but is {value!r:.100}")
+    if not least <= value <= most:
+        raise ValueError(f"`{name}` has to be within [{least:g}, {most:g}] but is {value!r:.100}")
+    return value
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    r"""
+    Reads the shapes of a safetensors file's tensors, and its metadata.
+
+    Raises:
+        `ValueError`: It is no regular safetensors file.
+    """
+    regular_file_size(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file that can be read: {error}") from error
+
+
+def check_finite(tensors: dict[str, torch.Tensor], name: str | os.PathLike) -> None:
+    r"""
+    Refuses weights with an infinite value or one that is not a number, which would spread to whatever they touch.
+
+    Raises:
+        `ValueError`: There is such a value. The message names the tensor.
+    """
+    for key, tensor in tensors.items():
+        # Not every format of 8 bits knows `isfinite`.
+        tensor = tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds a value that is not finite, in {key[:200]!r}.")
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    r"""Returns the SHA-256 of a file as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_damage(folder: str | os.PathLike, needed: set[str], needed_only: bool = False) -> str | None:
+    r"""
+    Compares files with the `manifest.json` of their folder, `{"path in the folder": [size in bytes, "SHA-256"]}`.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A checkpoint.
+        needed (`set[str]`):
+            Files that the manifest has to name.
+        needed_only (`bool`, defaults to `False`):
+            Whether to compare only these.
+
+    Returns:
+        `str` or `None`: What is wrong, or `None`.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if not isinstance(manifest, dict):
+            return "manifest.json is no JSON object of files"
+        lacking = sorted(needed - manifest.keys())
+        if lacking:
+            return f"manifest.json does not name {', '.join(lacking)}"
+        for name in needed if needed_only else manifest:
+            path, entry = folder / name, manifest[name]
+            if not isinstance(entry, list) or len(entry) != 2:
+                return f"manifest.json does not give size and hash of {name!r:.200}"
+            # A manifest must not choose which other files of this machine are read, or have one read that never ends.
+            inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+            if not inside or not path.resolve().is_relative_to(folder.resolve()):
+                return f"manifest.json names {name!r:.200}, which lies outside of the folder"
+            if regular_file_size(path) != entry[0] or file_hash(path) != entry[1]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def check_manifest(path: str | os.PathLike) -> None:
+    r"""
+    Compares a file of a checkpoint, in its folder or one folder below, with the checkpoint's manifest, if there is one.
+
+    Raises:
+        `ValueError`: The file is not what was written.
+    """
+    path = Path(os.path.abspath(path))
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "manifest.json").is_file():
+            damage = manifest_damage(folder, {path.relative_to(folder).as_posix()}, needed_only=True)
+            if damage is not None:
+                raise ValueError(f"{folder} is damaged: {damage}.")
+            return
+
+
+def check_module_files(model_class: type, config_file: str | os.PathLike, weights_file: str | os.PathLike) -> None:
+    r"""
+    Compares a module's configuration with its weights before either is used. A configuration can ask for more memory
+    than any machine has.
+
+    Args:
+        model_class (`type`):
+            The subclass of [`SemanticModel`] to load with.
+
+    Raises:
+        `ValueError`: A file is damaged, or they do not fit each other. The message names the file.
+    """
+    for file in (config_file, weights_file):
+        check_manifest(file)
+    config = read_json(config_file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} has to hold a JSON object.")
+    shapes, _ = read_header(weights_file)
+    try:
+        for name in config.keys() & {"_class_name", "position", "injection"}:
+            if not isinstance(config[name], str):
+                raise ValueError(f"`{name}` has to be a text but is {config[name]!r:.100}.")
+        for name in config.keys() & {"in_channels", "num_layers", "num_heads", "head_dim"}:
+            check_number(name, config[name], least=1, most=MAX_MODULE_SIZE, whole=True)
+        # Each layer takes time to make, even without memory for its weights.
+        layers = len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
+        if config.get("num_layers", 1) != layers:
+            raise ValueError(f"`num_layers` is {config.get('num_layers', 1)}, but the weights are of {layers} layers.")
+        with torch.device("meta"):
+            wanted = {
+                name: tuple(weight.shape) for name, weight in model_class.from_config(config).state_dict().items()
+            }
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    if wanted != shapes:
+        name = min(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+        raise ValueError(
+            f"{weights_file} does not fit its config.json: {name[:200]!r} has to have the shape {wanted.get(name)} but"
+            f" has {shapes.get(name)}."
+        )
+    check_finite(safetensors.torch.load_file(weights_file), weights_file)
 
 
 # -- Layers -----------------------------------------------------------------------------------------------------------
@@ -236,12 +461,37 @@ class SemanticModel(ModelMixin, ConfigMixin):
             )
         return super(SemanticModel, model_class).from_config(config, return_unused_kwargs, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        r"""
+        Loads a module, as [`~ModelMixin.from_pretrained`] does, once its configuration has been compared with its weights.
+
+        Raises:
+            `ValueError`: A file is damaged, holds values that are not finite, or does not fit the other, or a pickle is
+                asked for.
+            `OSError`: There is no module.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` cannot be False, because unpickling runs code from the file.")
+        kwargs["use_safetensors"] = True
+        source = str(pretrained_model_name_or_path)
+        if os.path.isdir(source):
+            # diffusers would prefer weights beside the subfolder.
+            source = os.path.join(source, kwargs.pop("subfolder", None) or "")
+        names = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+        where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        weights_name = _add_variant(SAFETENSORS_WEIGHTS_NAME, kwargs.get("variant"))
+        config_file, weights_file = (
+            _get_model_file(source, weights_name=name, **where) for name in (cls.config_name, weights_name)
+        )
+        check_module_files(cls, config_file, weights_file)
+        return super().from_pretrained(source, **kwargs)
+
     @staticmethod
     def _check_sizes(**sizes: int) -> None:
         for name, size in sizes.items():
             # The upper bound stops a damaged config before it fills the memory.
-            if not isinstance(size, int) or not 1 <= size <= 4096:
-                raise ValueError(f"`{name}` has to be an integer from 1 to 4096 but is {size!r}.")
+            check_number(name, size, least=1, most=MAX_MODULE_SIZE, whole=True)
 
     def _check_tokens(self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor) -> None:
         channels = self.config["in_channels"]

@@ -93,7 +93,8 @@ class Painter:
         self.num_inference_steps = args.num_inference_steps
         self.palette = read_palette(args.palette) if args.palette else earth.PALETTE
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        self.pipeline = FluxFillSemanticPipeline.from_pretrained(args.base, dtype=dtype).to(device)
+        self.pipeline = FluxFillSemanticPipeline.from_pretrained(args.base, dtype=dtype, use_safetensors=True)
+        self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         # Trained weights set the number of T5 tokens that they were trained with.
         self.max_sequence_length = EMBEDDED_SEQUENCE_LENGTH if embedded and not args.weights else None

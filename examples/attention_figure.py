@@ -104,7 +104,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     base = args.base or (TRAINED_BASE if TRAINED_BASE.is_dir() else args.demo_dir / "base")
-    pipeline = FluxFillSemanticPipeline.from_pretrained(base, dtype=torch.float32)
+    pipeline = FluxFillSemanticPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     pipeline.load_lora_weights(args.weights or args.demo_dir / "cross_attention")
     pipeline.set_progress_bar_config(disable=True)
     views = read_triptychs(args.demo_dir / "test")

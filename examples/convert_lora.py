@@ -14,7 +14,6 @@ The semantic module is no part of a LoRA file and is not converted. Other tools 
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -23,7 +22,9 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+
+from pipeline_flux_fill_semantic import check_lora
+from semantic_attention import parse_json, read_header
 
 
 PREFIX = "transformer."
@@ -191,13 +192,14 @@ def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def convert_file(source: Path, target: Path) -> str:
     """Converts the file `source` into `target` and returns the name of the layout that it wrote."""
-    with safe_open(source, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    _, metadata = read_header(source)
+    state_dict = safetensors.torch.load_file(source)
+    config = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY, "null"), LORA_ADAPTER_METADATA_KEY)
+    # PEFT would run regular expressions in it.
+    config = check_lora(state_dict, config, str(source))
     if any(key.endswith(".lora_down.weight") for key in state_dict):
         safetensors.torch.save_file(to_diffusers(state_dict), target, metadata={"format": "pt"})
         return "diffusers"
-    config = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "null"))
     safetensors.torch.save_file(to_kohya(state_dict, config), target, metadata={"format": "pt"})
     return "kohya"
 

@@ -263,6 +263,7 @@ def main(args: argparse.Namespace) -> None:
         custom_pipeline=str(ROOT / "pipeline_flux_fill_semantic.py"),
         trust_remote_code=True,
         dtype=torch.float32,
+        use_safetensors=True,
     )
     pipeline.set_progress_bar_config(disable=True)
     views = read_triptychs(args.output_dir / "test")

@@ -7,13 +7,12 @@ at all. Nothing is pickled: accelerate's own checkpoints are, and are tied to th
 """
 
 import json
-import math
 import os
 import re
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,22 @@ import safetensors.torch
 import torch
 from accelerate.logging import get_logger
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER
+from semantic_attention import file_hash, manifest_damage, read_json
 from semantic_fill.engines import Engine
 from semantic_fill.files import (
     CHECKPOINTS_REMAIN,
     explain_write_errors,
-    file_hash,
     flush_to_disk,
     is_hub_id,
     list_files,
+    printable,
 )
 from semantic_fill.options import HUB_CHECKPOINT, Options
+from semantic_fill.training_state import TrainingState, check_optimizer_state, read_state, split_tensors
 from semantic_fill.weights import save_weights
 
 
@@ -41,39 +44,8 @@ logger = get_logger(__name__)
 
 # The last commit that can use what this version refuses.
 OLD_COMMIT = "bd5985d"
-
-
-@dataclass
-class TrainingState:
-    """How far a run is, and the loss of its last step."""
-
-    step: int = 0
-    samples_seen: int = 0
-    loss: float = math.nan
-
-
-# -- Training state ---------------------------------------------------------------------------------------------------
-
-
-def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """A nested state as JSON. Its tensors move to `tensors`, and their names stand in their places."""
-    if isinstance(tree, torch.Tensor):
-        tensors[prefix] = tree.detach().cpu().contiguous().clone()
-        return {"__tensor__": prefix}
-    if isinstance(tree, dict):
-        return {"__dict__": [[k, split_tensors(v, f"{prefix}.{k}", tensors)] for k, v in tree.items()]}
-    if isinstance(tree, (list, tuple)):
-        return [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(tree)]
-    return tree
-
-
-def join_tensors(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of `split_tensors`."""
-    if isinstance(tree, dict) and "__tensor__" in tree:
-        return tensors[tree["__tensor__"]]
-    if isinstance(tree, dict):
-        return {k: join_tensors(v, tensors) for k, v in tree["__dict__"]}
-    return [join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
+# Numbers of the optimizer that a continued run may change.
+SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 def fixed_options(model, options: Options) -> dict:
@@ -89,7 +61,7 @@ def fixed_options(model, options: Options) -> dict:
 
 def check_fixed_options(checkpoint: Path, options: Options) -> None:
     """Refuses to continue from a checkpoint with options that its state does not fit."""
-    saved = json.loads((checkpoint / "options.json").read_text())
+    saved = read_options(checkpoint)
     entry = (saved.get("semantic_position", "none"), saved.pop("semantic_injection", "noise"))
     if entry == ("direct", "condition"):
         # Before it was a mode of its own, the projection was a setting of cross_attention.
@@ -105,7 +77,7 @@ def check_fixed_options(checkpoint: Path, options: Options) -> None:
     def spell(name: str, value) -> str:
         if value in (None, False):
             return f"without --{name}"
-        return f"with --{name}" if value is True else f"with --{name} {value}"
+        return f"with --{name}" if value is True else f"with --{name} {printable(str(value)[:100])}"
 
     for name, value in saved.items():
         wanted = getattr(options, name, value)
@@ -115,6 +87,21 @@ def check_fixed_options(checkpoint: Path, options: Options) -> None:
                 f" {spell(name, wanted)} cannot continue from it. It can start from its weights with --lora_weights and"
                 " --semantic_weights."
             )
+
+
+def read_options(checkpoint: Path) -> dict[str, Any]:
+    """
+    The options that a checkpoint was saved with.
+
+    Raises:
+        `ValueError`: if the file holds anything else than names and single values.
+    """
+    saved = read_json(checkpoint / "options.json")
+    if not isinstance(saved, dict) or any(isinstance(value, (dict, list)) for value in saved.values()):
+        raise ValueError(f"{checkpoint / 'options.json'} has to hold a JSON object of single values.")
+    if not isinstance(saved.get("semantic_mode"), str):
+        raise ValueError(f"{checkpoint / 'options.json'} does not name the `semantic_mode`.")
+    return saved
 
 
 class Checkpointer:
@@ -159,23 +146,28 @@ class Checkpointer:
 
     def restore(self, folder: Path) -> TrainingState:
         """Restores optimizer, schedule and scaler. Rates and other settings of the optimizer are those of this run."""
-        tensors = safetensors.torch.load_file(folder / "training_state.safetensors")
-        state = join_tensors(json.loads((folder / "training_state.json").read_text()), tensors)
-        schedule, names = self.lr_scheduler, ("initial_lr", "betas", "eps", "weight_decay")
+        state, progress = read_state(folder, tensors=True)
+        check_optimizer_state(state["optimizer"], self.optimizer, folder)
+        schedule = self.lr_scheduler
         rates = schedule.base_lrs
-        settings = [{name: group[name] for name in names} for group in schedule.optimizer.param_groups]
+        # What changes in training is taken from the checkpoint. Settings are those of this run.
+        settings = [
+            {k: v for k, v in group.items() if k in SETTINGS or v is None or isinstance(v, (bool, str))}
+            for group in schedule.optimizer.param_groups
+        ]
         self.engine.load_optimizer(self.optimizer, state["optimizer"])
-        schedule.load_state_dict(state["lr_scheduler"])
+        schedule.load_state_dict(schedule.state_dict() | state["lr_scheduler"])
         schedule.base_lrs = rates
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
         # Private, but the schedule offers no other way to change its rates.
         schedule._last_lr = [rate * factor for rate, factor in zip(rates, factors)]
         for group, setting, rate in zip(schedule.optimizer.param_groups, settings, schedule.get_last_lr()):
             group |= setting | {"lr": rate}
-        if "scaler" in state and self.engine.accelerator.scaler is not None:
-            self.engine.accelerator.scaler.load_state_dict(state["scaler"])
-        logger.info(f"Resuming from {folder} at step {state['step']}")
-        return TrainingState(**{name: state[name] for name in ("step", "samples_seen", "loss")})
+        scaler = self.engine.accelerator.scaler
+        if "scaler" in state and scaler is not None:
+            scaler.load_state_dict(scaler.state_dict() | state["scaler"])
+        logger.info(f"Resuming from {folder} at step {progress.step}")
+        return progress
 
 
 # -- Folders ----------------------------------------------------------------------------------------------------------
@@ -234,19 +226,17 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or `None`."""
+    needed = {LORA_WEIGHT_NAME_SAFE, "options.json", "training_state.json", "training_state.safetensors"}
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        needed = {LORA_WEIGHT_NAME_SAFE, "options.json", "training_state.json", "training_state.safetensors"}
-        lacking = needed - set(manifest)
-        if lacking:
-            return f"manifest.json does not name {sorted(lacking)}"
-        for name, (size, digest) in manifest.items():
-            if (folder / name).stat().st_size != size or file_hash(folder / name) != digest:
-                return f"{name} is not what was written"
-    # A damaged manifest may be any other JSON.
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        mode = read_options(folder)["semantic_mode"]
+        if mode in SEMANTIC_MODES and SEMANTIC_MODES[mode].module_class is not None:
+            needed |= {f"{SEMANTIC_SUBFOLDER}/{name}" for name in ("config.json", SAFETENSORS_WEIGHTS_NAME)}
+        damage = manifest_damage(folder, needed)
+        if damage is None:
+            read_state(folder)
+        return damage
+    except ValueError as error:
+        return str(error)
 
 
 def find_checkpoint(options: Options) -> Path | None:

@@ -5,7 +5,6 @@ Everything here knows files only, which is why every other module may import it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -60,12 +59,6 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_stamp(files: Sequence[Path]) -> str | None:

@@ -8,15 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline, check_lora_fits
 from semantic_attention import load_semantic_module
 from semantic_fill.options import Options
 
@@ -58,8 +58,11 @@ def load_weights(folder: Path, model) -> None:
     """Loads LoRA and module of a checkpoint into a model that is not sharded yet."""
     load_lora(model.transformer, folder)
     if model.semantic_attention is not None:
-        path = folder / SEMANTIC_SUBFOLDER / SAFETENSORS_WEIGHTS_NAME
-        model.semantic_attention.load_state_dict(safetensors.torch.load_file(path))
+        module = load_module(str(folder), type(model.semantic_attention))
+        try:
+            model.semantic_attention.load_state_dict(module.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"The module in {folder} is not that of this run: {error}") from error
 
 
 def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, cache_dir: str | None = None) -> None:
@@ -77,8 +80,9 @@ def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, ca
             cache_dir=cache_dir,
             return_lora_metadata=True,
         )
+        check_lora_fits(weights, transformer)
     # Safetensors does not name a damaged file.
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{source} holds no trained LoRA: {error}") from error
     config = transformer.peft_config["default"]
     rank = next((weight.shape[0] for name, weight in weights.items() if ".lora_A." in name), None)
@@ -110,9 +114,11 @@ def load_module(source: str, module_class: type, cache_dir: str | None = None) -
     for subfolder in (SEMANTIC_SUBFOLDER, None):
         try:
             module = load_semantic_module(source, subfolder=subfolder, cache_dir=cache_dir, dtype=torch.float32)
-        except (OSError, safetensors.SafetensorError) as error:
+        except OSError as error:
             errors.append(str(error))
             continue
+        except ValueError as error:
+            raise ValueError(f"{source} holds no trained module that can be used: {error}") from error
         if not isinstance(module, module_class):
             raise ValueError(
                 f"--semantic_weights {source} holds a {type(module).__name__}, but --semantic_mode needs a"

@@ -21,16 +21,16 @@ from helpers import (
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_attention import file_hash
 from semantic_fill import checkpoints
 from semantic_fill.checkpoints import (
     TrainingState,
     checkpoint_damage,
     claim_output_dir,
     find_checkpoint,
-    join_tensors,
-    split_tensors,
 )
-from semantic_fill.files import file_hash, list_files
+from semantic_fill.files import list_files
+from semantic_fill.training_state import check_optimizer_state, join_tensors, split_tensors
 
 
 MODULES = {
@@ -168,6 +168,76 @@ def test_every_file_of_a_checkpoint_is_watched(one_step, tmp_path):
             else:
                 (folder / name).write_bytes(content if change == "bit" else (folder / name).read_bytes() + b"\0")
             assert checkpoint_damage(folder) is not None, (name, change)
+
+
+def as_downloaded(folder: Path, name: str, content: bytes) -> None:
+    """Changes a file of a checkpoint, and the manifest with it, as anyone can who publishes one."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / name).write_bytes(content)
+    manifest[name] = [len(content), file_hash(folder / name)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("step", -3),
+        ("step", "1"),
+        ("step", 2**60),
+        ("samples_seen", None),
+        ("loss", "low"),
+        ("optimizer", []),
+        ("optimizer", {"__dict__": [["state", 3]]}),
+        ("lr_scheduler", None),
+        ("lr_scheduler", {"__dict__": [["last_epoch", -1], ["_step_count", 1]]}),
+        ("scaler", {"__dict__": [["scale", "NaN"]]}),
+        ("more", {"__tensor__": "missing"}),
+        ("more", {"__dict__": {"a": 1}}),
+        ("more", {"__dict__": [[[], 1]]}),
+    ],
+)
+def test_a_training_state_of_another_shape_is_damage(one_step, tmp_path, name, change):
+    folder = shutil.copytree(one_step / "checkpoint-1", tmp_path / "checkpoint-1")
+    state = dict(json.loads((folder / "training_state.json").read_text())["__dict__"]) | {name: change}
+    as_downloaded(folder, "training_state.json", json.dumps({"__dict__": list(state.items())}).encode())
+    assert "training_state.json cannot be used: " in checkpoint_damage(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"semantic_mode": ["none"]}', '{"semantic_mode": 1}', "{", "[" * 100_000])
+@pytest.mark.parametrize("name", ["options.json", "training_state.json"])
+def test_json_of_another_shape_is_damage(one_step, tmp_path, name, content):
+    folder = shutil.copytree(one_step / "checkpoint-1", tmp_path / "checkpoint-1")
+    as_downloaded(folder, name, content.encode())
+    assert str(folder / name) in checkpoint_damage(folder)
+
+
+def test_a_checkpoint_without_its_module_is_damage(one_step, tmp_path):
+    folder = shutil.copytree(one_step / "checkpoint-1", tmp_path / "checkpoint-1")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest[MODULE_FILE]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint_damage(folder) == f"manifest.json does not name {MODULE_FILE}"
+
+
+def test_a_checkpoint_changes_no_setting_of_the_optimizer(one_step):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    check_optimizer_state(state, optimizer, one_step)
+    first = state["state"][0]
+    for wrong in (
+        {"param_groups": []},
+        {"param_groups": [state["param_groups"][0] | {"params": [0]}]},
+        {"param_groups": None},
+        {"state": {7: first}},
+        {"state": {0: first | {"exp_avg": torch.ones(3, 3)}}},
+        {"state": {0: {"step": first["step"]}}},
+        {"state": {0: []}},
+    ):
+        with pytest.raises(ValueError, match="holds the state of another optimizer"):
+            check_optimizer_state(state | wrong, optimizer, one_step)
 
 
 def test_checkpoint_limit_holds_after_resume(base_folder, triptych_folder, tmp_path):
