@@ -11,6 +11,7 @@ diffusers instead of copying it. Training uses its encoding methods and its read
 """
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -30,14 +31,17 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import _best_guess_weight_name as guess_weight_name
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import logging, replace_example_docstring
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore Found at run time.
 
 
@@ -134,6 +138,109 @@ def _is_of_class(module: torch.nn.Module | None, module_class: type | None) -> b
     # A process may hold each class twice, installed and as a dynamic module, so `isinstance` does not tell. The
     # classes' `description` does, and a compiled module passes it through as well.
     return getattr(module, "description", None) == getattr(module_class, "description", None)
+
+
+# -- Adapters ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SemanticAdapter:
+    r"""
+    What a trained LoRA brings beside its layers. [`FluxFillSemanticPipeline.semantic_adapters`] has one for each.
+
+    Args:
+        semantic_mode, fusion_alpha, max_sequence_length:
+            As in [`FluxFillSemanticPipeline`].
+        height, width (`int`, *optional*):
+            Size of a view in training, in pixels.
+        module (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
+            The module of a mode that has one.
+        lora_scaling (`float`, defaults to 1.0):
+            The mean scaling of the LoRA's layers at weight 1. PEFT keeps weights multiplied by it.
+        fused_weight (`float`, *optional*):
+            The weight that the LoRA had when it was last fused.
+        is_permanent (`bool`, defaults to `False`):
+            Whether the fused LoRA can no longer be taken out of the transformer's weights.
+
+    Raises:
+        `ValueError`: A setting is out of range, or module and mode do not fit each other.
+    """
+
+    semantic_mode: str = "cross_attention"
+    fusion_alpha: float = 0.5
+    max_sequence_length: int = 512
+    height: int | None = None
+    width: int | None = None
+    module: Any = None
+    lora_scaling: float = 1.0
+    fused_weight: float | None = None
+    is_permanent: bool = False
+
+    def __post_init__(self):
+        mode = _get_mode(self.semantic_mode)
+        if self.semantic_mode == "cross_attention" and _is_of_class(self.module, SemanticProjectionModel):
+            # Such weights were saved before the projection had a mode of its own.
+            self.semantic_mode = "projection"
+        elif mode.module_class and self.module is not None and not _is_of_class(self.module, mode.module_class):
+            raise ValueError(
+                f"`semantic_attention` has to be a `{mode.module_class.__name__}` with"
+                f' `semantic_mode="{self.semantic_mode}"` but is {type(self.module).__name__}.'
+            )
+        if not 0 <= self.fusion_alpha <= 1:
+            raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {self.fusion_alpha}.")
+
+    @property
+    def mode(self) -> SemanticMode:
+        """The mode that `semantic_mode` names."""
+        return SEMANTIC_MODES[self.semantic_mode]
+
+    @property
+    def guide(self) -> Any:
+        """The module, if the mode uses one."""
+        return self.module if self.mode.module_class is not None else None
+
+    @property
+    def canvas(self) -> str:
+        """What is on the canvas, in words. Adapters with the same canvas can act together."""
+        visible = f"visible with {self.fusion_alpha:g} of the map" if self.mode.fuses else "visible"
+        return " | ".join(visible if panel == "visible" else panel for panel in self.mode.panels)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the configuration of a pipeline has as well."""
+        return {name: getattr(self, name) for name in ("semantic_mode", "fusion_alpha", "max_sequence_length")}
+
+
+class _LoraState(NamedTuple):
+    """The adapters that act in a model, those that are merged into its weights, and the mean scaling of each."""
+
+    acting: set[str]
+    merged: set[str]
+    scalings: dict[str, float]
+
+
+def _lora_state(model: torch.nn.Module | None) -> _LoraState:
+    """Asks PEFT's layers, so that whatever changes them, also without the pipeline, changes the modules with them."""
+    if model is None:
+        return _LoraState(set(), set(), {})
+    acting, merged, scalings = set(), set(), {}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            merged.update(layer.merged_adapters)
+            if not layer.disable_adapters:
+                # A layer with merged adapters ignores all others.
+                acting.update(layer.merged_adapters or layer.active_adapters)
+            for name, scaling in getattr(layer, "scaling", {}).items():
+                scalings.setdefault(name, []).append(float(scaling))
+    return _LoraState(acting, merged, {name: sum(each) / len(each) for name, each in scalings.items()})
+
+
+class _Guide(NamedTuple):
+    """A module at work in one call: the map's tokens in its dtype, and the strength of its guidance."""
+
+    module: Any
+    semantic_tokens: torch.Tensor
+    scale: float
 
 
 # -- The token grid ---------------------------------------------------------------------------------------------------
@@ -330,16 +437,17 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer:
             The components of [`FluxFillPipeline`].
         semantic_attention (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
-            The module that brings the map into the transformer's input. `load_lora_weights` loads it as well.
+            The pipeline's own module, which brings the map into the transformer's input. It acts while no trained
+            adapter does, and unloading adapters leaves it in place.
         semantic_mode (`str`, defaults to `"cross_attention"`):
             How the map enters: `"cross_attention"` (the noisy latents attend to it), `"projection"` (its latents enter
             the condition at their own place), `"pixel_fusion"` (it is blended into the visible view), `"in_context"`
-            (it is a third panel) or `"none"`. `load_lora_weights` sets it to what the weights were trained with. A
-            [`SemanticProjectionModel`] turns `"cross_attention"` into `"projection"`.
+            (it is a third panel) or `"none"`. A [`SemanticProjectionModel`] turns `"cross_attention"` into
+            `"projection"`. A trained adapter has its own mode, blend and prompt length, which count while it acts.
         fusion_alpha (`float`, defaults to 0.5):
             Share of the map in the blend of `"pixel_fusion"`, in [0, 1].
         max_sequence_length (`int`, defaults to 512):
-            Number of T5 tokens of a prompt, used by calls that do not pass one. `load_lora_weights` sets it as well.
+            Number of T5 tokens of a prompt, used by calls that do not pass one.
 
     Raises:
         `ValueError`: An argument is out of range, or module and mode do not fit each other.
@@ -374,40 +482,82 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             tokenizer_2=tokenizer_2,
             transformer=transformer,
         )
-        self._set_semantic_attention(semantic_attention)
-        self._set_semantic_mode(semantic_mode, fusion_alpha, max_sequence_length)
-
-    def _set_semantic_attention(
-        self, semantic_attention: SemanticAttentionModel | SemanticProjectionModel | None
-    ) -> None:
-        channels = self.latent_channels * 4
-        if semantic_attention is not None:
-            config = getattr(semantic_attention, "config", None)
-            if getattr(config, "in_channels", None) != channels:
-                raise ValueError(
-                    "`semantic_attention` has to be a `SemanticAttentionModel` or `SemanticProjectionModel` with"
-                    f" `in_channels={channels}`, but is {type(semantic_attention).__name__} with {config}."
-                )
-        self.register_modules(semantic_attention=semantic_attention)
-        if semantic_attention is not None:
-            # `register_modules` would record the name of the dynamic module that this code may run as.
-            self.register_to_config(semantic_attention=("semantic_attention", type(semantic_attention).__name__))
-
-    def _set_semantic_mode(self, semantic_mode: str, fusion_alpha: float, max_sequence_length: int) -> None:
-        mode, module = _get_mode(semantic_mode), self.semantic_attention
-        if semantic_mode == "cross_attention" and _is_of_class(module, SemanticProjectionModel):
-            # Such weights were saved before the projection had a mode of its own.
-            semantic_mode = "projection"
-        elif mode.module_class and module is not None and not _is_of_class(module, mode.module_class):
-            raise ValueError(
-                f"`semantic_attention` has to be a `{mode.module_class.__name__}` with"
-                f' `semantic_mode="{semantic_mode}"` but is {type(module).__name__}.'
-            )
-        if not 0 <= fusion_alpha <= 1:
-            raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {fusion_alpha}.")
         self.register_to_config(
             semantic_mode=semantic_mode, fusion_alpha=fusion_alpha, max_sequence_length=max_sequence_length
         )
+        self.register_modules(semantic_attention=semantic_attention)
+
+    # -- What acts: the trained adapters that are active, or else the pipeline's own module and settings ---------------
+
+    @property
+    def semantic_adapters(self) -> dict[str, SemanticAdapter]:
+        r"""The trained adapters by the names of their LoRAs. Ordinary LoRAs are none of them."""
+        # They stand beside their LoRA layers, so that pipelines which share a transformer share both.
+        transformer = self.__dict__.get("transformer")
+        if transformer is None:
+            return {}
+        if getattr(transformer, "_semantic_adapters", None) is None:
+            transformer._semantic_adapters = {}
+        return transformer._semantic_adapters
+
+    def _acting_adapters(self, lora_scale: float = 1.0) -> list[tuple[SemanticAdapter, float]]:
+        """The trained adapters that act, with their weights, or else the pipeline's own settings and module."""
+        acting = []
+        state = _lora_state(self.transformer if self.semantic_adapters else None)
+        for name, adapter in self.semantic_adapters.items():
+            weight = state.scalings.get(name, 0.0) / adapter.lora_scaling
+            is_fused = adapter.is_permanent or name in state.merged
+            if is_fused and adapter.fused_weight is not None:
+                weight = adapter.fused_weight
+            if weight != 0 and (adapter.is_permanent or name in state.acting):
+                acting.append((adapter, weight if is_fused else weight * lora_scale))
+        return acting or [(SemanticAdapter(**self._own_settings, module=self._own_module), 1.0)]
+
+    @property
+    def _own_settings(self) -> dict[str, Any]:
+        return {name: self._internal_dict[name] for name in ("semantic_mode", "fusion_alpha", "max_sequence_length")}
+
+    @property
+    def semantic_attention(self) -> Any:
+        r"""The module that acts: that of the first active adapter with one, or else the pipeline's own, if any."""
+        return next((adapter.module for adapter, _ in self._acting_adapters() if adapter.module is not None), None)
+
+    @semantic_attention.setter
+    def semantic_attention(self, module: Any) -> None:
+        if module is not None:
+            self._check_channels(module)
+        own = SemanticAdapter(**self._own_settings, module=module)
+        # diffusers would record the name of the dynamic module that this code may run as.
+        recorded = (None, None) if module is None else (SEMANTIC_SUBFOLDER, type(module).__name__)
+        self.register_to_config(**own.settings, semantic_attention=recorded)
+        self._own_module = module
+
+    def _check_channels(self, module: Any) -> None:
+        channels, config = self.latent_channels * 4, getattr(module, "config", None)
+        if getattr(config, "in_channels", None) != channels:
+            raise ValueError(
+                "`semantic_attention` has to be a `SemanticAttentionModel` or `SemanticProjectionModel` with"
+                f" `in_channels={channels}`, but is {type(module).__name__} with {config}."
+            )
+
+    @property
+    def config(self) -> FrozenDict:
+        r"""The configuration. `semantic_mode`, `fusion_alpha` and `max_sequence_length` are those that act."""
+        if not self.semantic_adapters:
+            return self._internal_dict
+        adapters = [adapter for adapter, _ in self._acting_adapters()]
+        longest = max(adapter.max_sequence_length for adapter in adapters)
+        return FrozenDict({**self._internal_dict, **adapters[0].settings, "max_sequence_length": longest})
+
+    @property
+    def components(self) -> dict[str, Any]:
+        r"""The pipeline's own components, with which others of its kind can be made. Adapters are no components."""
+        return super().components | {"semantic_attention": self._own_module}
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs) -> Any:
+        r"""Makes a pipeline of the components of another. Adapters come with the transformer that both then share."""
+        return super().from_pipe(pipeline, **getattr(pipeline, "_own_settings", {}) | kwargs)
 
     @property
     def patch_size(self) -> int:
@@ -545,26 +695,23 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     # -- Guide --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _semantic_guidance(
-        self,
-        semantic_tokens: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        semantic_scale: float,
-        canvas: _Canvas,
-    ):
+    def _semantic_guidance(self, guides: list[_Guide], positions: torch.Tensor | None, canvas: _Canvas):
         """Enhances the transformer's input during one call. An error in that call ends the guidance as well."""
-        if self._attention_observer is not None and semantic_tokens is None:
+        if self._attention_observer is not None and not guides:
             raise ValueError(
                 "`semantic_attention_maps` needs a `semantic_image` and a `semantic_scale` other than 0, because"
                 " without them nothing attends to a map."
             )
 
         def enhance(transformer, args, kwargs):
+            hidden_states = kwargs["hidden_states"]
             if self._attention_observer is not None:
-                self._attention_observer(kwargs["hidden_states"], semantic_tokens, positions, semantic_scale, canvas)
-            kwargs["hidden_states"] = self.semantic_attention.enhance(
-                kwargs["hidden_states"], semantic_tokens, positions, semantic_scale
-            )
+                self._attention_observer(hidden_states, guides, positions, canvas)
+            enhanced = [
+                guide.module.enhance(hidden_states, guide.semantic_tokens, positions, guide.scale) for guide in guides
+            ]
+            # Each module sees the same input, and their updates add up.
+            kwargs["hidden_states"] = sum((other - hidden_states for other in enhanced[1:]), start=enhanced[0])
             return args, kwargs
 
         # A call that ended in an error or with Ctrl-C leaves its residuals in the cache, perhaps of another size.
@@ -573,7 +720,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         with contextlib.ExitStack() as stack:
             # FirstBlockCache and similar caches need a context, and `FluxFillPipeline` opens none.
             stack.enter_context(self.transformer.cache_context("cond"))
-            if semantic_tokens is not None:
+            if guides:
                 handle = self.transformer.register_forward_pre_hook(enhance, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
@@ -617,25 +764,39 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # `FluxFillPipeline` works on pictures wherever they are.
         return pixels.to(self._execution_device)
 
-    def _check_semantic_arguments(self, semantic_image, semantic_scale, translates: bool) -> None:
-        """Refuses calls whose map would be ignored in silence."""
-        name, mode = self.config["semantic_mode"], SEMANTIC_MODES[self.config["semantic_mode"]]
+    def _check_semantic_arguments(
+        self, semantic_image, semantic_scale, translates: bool, acting: list[SemanticAdapter]
+    ) -> None:
+        """Refuses adapters that cannot act together, and calls whose map would be ignored in silence."""
+        name, mode = acting[0].semantic_mode, acting[0].mode
+        for adapter in acting[1:]:
+            if adapter.canvas != acting[0].canvas:
+                raise ValueError(
+                    f"The active adapters were trained on different canvases, {acting[0].canvas} (`{name}`) and"
+                    f" {adapter.canvas} (`{adapter.semantic_mode}`), so they cannot paint together. Choose one of them"
+                    " with `set_adapters`."
+                )
         if not isinstance(semantic_scale, (int, float)) or not np.isfinite(semantic_scale):
             raise ValueError(f"`semantic_scale` has to be a finite number but is {semantic_scale!r}.")
         if semantic_image is None:
             return
-        if not mode.uses_map:
+        if not any(adapter.mode.uses_map for adapter in acting):
             raise ValueError(f'`semantic_image` was passed, but `semantic_mode="{name}"` uses no map. Leave it out.')
         if mode.map_on_canvas and (not translates or semantic_scale not in (0, 1)):
             raise ValueError(
                 f'With `semantic_mode="{name}"` the map is a part of the canvas, so `semantic_image` excludes'
                 f" `mask_image` and needs a `semantic_scale` of 0 or 1, which is {semantic_scale}."
             )
-        if mode.module_class is not None and semantic_scale != 0 and self.semantic_attention is None:
-            raise ValueError(
-                "`semantic_image` was passed, but the pipeline has no `semantic_attention` that could use it. Load one"
-                " with `load_lora_weights` or pass one to the constructor, or leave `semantic_image` out."
-            )
+        if mode.map_on_canvas or semantic_scale == 0 or any(adapter.guide is not None for adapter in acting):
+            return
+        if any(adapter.mode.uses_map for adapter in self.semantic_adapters.values()):
+            # The same call has to work while an adapter is switched off, so that people can compare.
+            logger.warning("`semantic_image` has no effect, because no adapter that uses a map is active.")
+            return
+        raise ValueError(
+            "`semantic_image` was passed, but the pipeline has no `semantic_attention` that could use it. Load one"
+            " with `load_lora_weights` or pass one to the constructor, or leave `semantic_image` out."
+        )
 
     def _read_pictures_to_fill(self, image, mask_image) -> tuple[Any, Any]:
         """Reads the PIL images among the arguments of the fill mode, and leaves all others to `FluxFillPipeline`."""
@@ -643,7 +804,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         def read_all(name, view, convert):
             if isinstance(view, list):
                 return [read_all(name, item, convert) for item in view]
-            return _read_argument(name, view, convert) if isinstance(view, PIL.Image.Image) else view
+            if not isinstance(view, PIL.Image.Image):
+                return view
+            if name == "mask_image" and view.mode.startswith(("I", "F")):
+                # `FluxFillPipeline` takes such masks, although no picture may have so many levels.
+                return PIL.ImageOps.exif_transpose(view)
+            return _read_argument(name, view, convert)
 
         # `FluxFillPipeline` resizes a mask in the mask's own mode, so only its orientation may change here.
         return read_all("image", image, _to_srgb), read_all("mask_image", mask_image, lambda picture: picture)
@@ -673,18 +839,34 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             image = image.repeat_interleave(num_images_per_prompt, dim=0)
         return image, mask
 
+    def _prepare_guides(
+        self, semantic_tokens: torch.Tensor, acting: list[tuple[SemanticAdapter, float]], semantic_scale: float
+    ) -> list[_Guide]:
+        """Brings the modules that act to the device, and the map's tokens to their dtype."""
+        guides = []
+        for adapter, weight in acting:
+            module = adapter.guide
+            if module is None:
+                continue
+            if module is not self._own_module:
+                # It is no component, so it follows the transformer as its LoRA does.
+                module.to(device=semantic_tokens.device, dtype=self._module_dtype)
+            guides.append(_Guide(module, semantic_tokens.to(module.dtype), weight * semantic_scale))
+        return guides
+
+    @property
+    def _module_dtype(self) -> torch.dtype:
+        # The weights of a quantized transformer may all be integers.
+        return self.transformer.dtype if self.transformer.dtype.is_floating_point else torch.float32
+
     def _prepare_semantic_tokens(
-        self, semantic: torch.Tensor, canvas: _Canvas, num_images_per_prompt: int, as_batches: bool
+        self, semantic: torch.Tensor, canvas: _Canvas, total: int, as_batches: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encodes the maps of a batch as tokens of the canvas in the module's dtype, with their positions."""
-        rows, columns, panels, _ = canvas
-        semantic_tokens = tile_across_panels(self.encode_semantic(semantic), rows, columns, panels)
-        if as_batches:
-            semantic_tokens = semantic_tokens.repeat(num_images_per_prompt, 1, 1)
-        else:
-            semantic_tokens = semantic_tokens.repeat_interleave(num_images_per_prompt, dim=0)
-        semantic_tokens = semantic_tokens.to(self.semantic_attention.dtype)
-        return semantic_tokens, panel_positions(rows, columns, panels, semantic_tokens.device)
+        """Encodes the maps as tokens of the canvas, repeated for all pictures that are painted, and their positions."""
+        tokens = tile_across_panels(self.encode_semantic(semantic), *canvas[:3])
+        copies = total // len(tokens)
+        tokens = tokens.repeat(copies, 1, 1) if as_batches else tokens.repeat_interleave(copies, dim=0)
+        return tokens, panel_positions(*canvas[:3], device=tokens.device)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -756,8 +938,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`):
                 As in [`FluxFillPipeline`]. The callback sees the latents without the module's enhancement.
             max_sequence_length (`int`, *optional*):
-                Number of T5 tokens of a prompt. Defaults to the pipeline's, which `load_lora_weights` sets to that of
-                the training.
+                Number of T5 tokens of a prompt. Defaults to that of the active adapters' training, or else to the
+                pipeline's.
             semantic_image (as `image`, *optional*):
                 The semantic map of the same scene, pixel for pixel. One map serves all pictures of a batch. With
                 `height` and `width`, or `mask_image`, it is resized with them and keeps its colors.
@@ -774,9 +956,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         Raises:
             `ValueError`: An argument does not fit the pipeline or another argument.
         """
-        mode = SEMANTIC_MODES[self.config["semantic_mode"]]
         translates = mask_image is None and masked_image_latents is None
-        self._check_semantic_arguments(semantic_image, semantic_scale, translates)
+        acting = self._acting_adapters((joint_attention_kwargs or {}).get("scale", 1.0))
+        adapters = [adapter for adapter, _ in acting]
+        mode = adapters[0].mode
+        self._check_semantic_arguments(semantic_image, semantic_scale, translates, adapters)
 
         # 1. Read the pictures
         if translates:
@@ -796,37 +980,42 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         if semantic_image is not None:
             semantic = self._read_semantic(semantic_image, view_height, view_width, resizes)
             num_maps = len(semantic)
+        if max_sequence_length is None:
+            max_sequence_length = max(adapter.max_sequence_length for adapter in adapters)
         panels, target = (len(mode.panels), mode.panels.index("target")) if translates else (1, 0)
         canvas = _Canvas(view_height // self.patch_size, view_width // self.patch_size, panels, target)
 
         # 2. Match pictures, maps and prompts
-        if max(num_images, num_maps) > 1:
+        per_prompt = num_images_per_prompt or 1
+        # `FluxFillPipeline` paints as many pictures as one prompt asks for, with a picture to fill for each.
+        if max(num_images, num_maps) > 1 and (translates or per_prompt == 1):
             prompt, prompt_2 = (
                 [text] * max(num_images, num_maps) if isinstance(text, str) else text for text in (prompt, prompt_2)
             )
         batch_size = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
         for name, number in (("image", num_images if translates else 1), ("semantic_image", num_maps)):
-            if number > 1 and number != batch_size:
+            if number > 1 and number != batch_size and (translates or number != num_images):
                 raise ValueError(
                     f"`{name}` has to hold 1 picture or one for each of the {batch_size} prompts, but holds {number}."
                 )
 
         # 3. Put the views on the canvas and encode the map
         if semantic is not None:
-            semantic = None if semantic_scale == 0 else semantic.expand(batch_size, -1, -1, -1)
+            semantic = None if semantic_scale == 0 else semantic.expand(max(batch_size, num_maps), -1, -1, -1)
         if translates:
-            image, mask_image = self._prepare_canvas(visible, semantic, num_images_per_prompt or 1)
+            image, mask_image = self._prepare_canvas(visible, semantic, per_prompt)
             width = view_width * panels
-        semantic_tokens, positions = None, None
-        if semantic is not None and mode.module_class is not None:
+        guides, positions = [], None
+        if semantic is not None and any(adapter.guide is not None for adapter in adapters):
             # `FluxFillPipeline` repeats several pictures to fill as whole batches, and the maps go with them.
             as_batches = not translates and num_images > 1
             semantic_tokens, positions = self._prepare_semantic_tokens(
-                semantic, canvas, num_images_per_prompt or 1, as_batches
+                semantic, canvas, batch_size * per_prompt, as_batches
             )
+            guides = self._prepare_guides(semantic_tokens, acting, semantic_scale)
 
         # 4. Denoise and decode
-        with self._semantic_guidance(semantic_tokens, positions, semantic_scale, canvas):
+        with self._semantic_guidance(guides, positions, canvas):
             # The stock annotations leave out pictures that the stock method accepts.
             paint: Any = super().__call__
             images = paint(
@@ -851,7 +1040,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 joint_attention_kwargs=joint_attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                max_sequence_length=max_sequence_length or self.config["max_sequence_length"],
+                max_sequence_length=max_sequence_length,
             )[0]
 
         # 5. Cut out the target view
@@ -899,17 +1088,21 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `ValueError`: A point lies outside of the view, a step or layer does not exist, the pipeline's module is no
                 attention, or the call uses no map.
         """
-        module, name = self.semantic_attention, self.config["semantic_mode"]
-        if SEMANTIC_MODES[name].module_class is None or not _is_of_class(module, SemanticAttentionModel):
+        acting = [adapter for adapter, _ in self._acting_adapters()]
+        module: Any = next(
+            (a.module for a in acting if a.semantic_mode == "cross_attention" and a.module is not None), None
+        )
+        if module is None:
             raise ValueError(
                 "`semantic_attention_maps` needs a pipeline with a `SemanticAttentionModel`, because nothing else"
-                f" attends to the map, but this one has {type(module).__name__} in the mode {name!r}."
+                f" attends to the map, but this one has {type(self.semantic_attention).__name__} in the mode"
+                f" {acting[0].semantic_mode!r}."
             )
         if not -len(module.layers) <= layer < len(module.layers):
             raise ValueError(
                 f"`layer` has to be within [{-len(module.layers)}, {len(module.layers) - 1}] but is {layer}."
             )
-        recorder = _AttentionRecorder(self, points, steps, layer, average_heads, chunk_size)
+        recorder = _AttentionRecorder(self, module, points, steps, layer, average_heads, chunk_size)
         self._attention_observer = recorder
         try:
             images = self(*args, **kwargs)[0]
@@ -919,6 +1112,66 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     # -- Load and save ------------------------------------------------------------------------------------------------
 
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs,
+    ) -> None:
+        r"""
+        Loads a LoRA, and with a trained one its module and settings as parts of the same adapter.
+
+        The module acts while its LoRA does, and with the LoRA's weight. The modules of several active adapters add
+        their updates up. A LoRA whose file names no `semantic_mode`, and a state dict, is an ordinary LoRA that changes
+        nothing else.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+                A file, folder or Hub repository in any format that [`FluxFillPipeline`] loads, as safetensors, or a
+                state dict. The module of a trained LoRA is looked for in the folder `semantic_attention` beside it.
+            adapter_name (`str`, *optional*), hotswap (`bool`, defaults to `False`), kwargs (*optional*):
+                As in [`~loaders.FluxLoraLoaderMixin.load_lora_weights`].
+
+        Raises:
+            `FileNotFoundError`: There is no LoRA.
+            `ValueError`: The weights need a module that is missing or that this version cannot use, the LoRA's file is
+                damaged or a pickle, or there is no such folder. In each case the pipeline is left unchanged.
+        """
+        source: Any = pretrained_model_name_or_path_or_dict
+        adapter = None
+        if not isinstance(source, dict):
+            location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
+            file = _find_lora_file(source, **location)
+            source, adapter = file.path, self._read_adapter(file)
+        before = self._lora_names
+        active = self.transformer.active_adapters() if before else []
+        try:
+            super().load_lora_weights(source, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+            loaded = {name for name in before if name == adapter_name} if hotswap else self._lora_names - before
+            if adapter is not None and not loaded:
+                raise ValueError(f"{source} holds no LoRA for this transformer, so its module would belong to none.")
+        except Exception as error:
+            # diffusers leaves what it loaded before the error.
+            for name in self._lora_names - before:
+                super().delete_adapters(name)
+            if active:
+                self.transformer.set_adapter(active)
+            if isinstance(error, (KeyError, AttributeError, IndexError, TypeError)):
+                # diffusers raises these for names of layers that it does not expect.
+                name = "The state dict" if isinstance(source, dict) else f"The LoRA in {source}"
+                raise ValueError(f"{name} cannot be loaded ({type(error).__name__}: {error}).") from error
+            raise
+        for name in loaded:
+            self.semantic_adapters.pop(name, None)
+            if adapter is not None:
+                adapter.lora_scaling = _lora_state(self.transformer).scalings.get(name) or 1.0
+                self.semantic_adapters[name] = adapter
+
+    @property
+    def _lora_names(self) -> set[str]:
+        return set(getattr(self.transformer, "peft_config", None) or ())
+
     @classmethod
     def lora_state_dict(
         cls,
@@ -927,27 +1180,23 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         **kwargs,
     ) -> Any:
         r"""
-        Reads a LoRA as [`~loaders.FluxLoraLoaderMixin.lora_state_dict`] does, and checks it before anything acts on it.
+        Reads a LoRA as [`~loaders.FluxLoraLoaderMixin.lora_state_dict`] does, but never a pickle, and checks it before
+        anything acts on it. Every LoRA that the pipeline loads comes through here.
 
         Raises:
+            `FileNotFoundError`: There is no LoRA.
             `ValueError`: A pickle is asked for, the file is damaged, a weight is not finite, or the configuration of the
                 LoRA has a wrong type or range.
         """
-        source = pretrained_model_name_or_path_or_dict
-        weight_name = kwargs.get("weight_name") or ""
-        if kwargs.get("use_safetensors") is False or (weight_name and not weight_name.endswith(".safetensors")):
-            raise ValueError(
-                "`weight_name` has to be a safetensors file, because unpickling runs code from the file, but is"
-                f" {weight_name!r} with `use_safetensors={kwargs.get('use_safetensors')}`."
-            )
-        # Otherwise diffusers takes a pickle where there is no other file.
-        kwargs["use_safetensors"] = True
-        returns_metadata = kwargs.pop("return_lora_metadata", False)
-        name = "The state dict" if isinstance(source, dict) else str(source)
+        source: Any = pretrained_model_name_or_path_or_dict
+        name = "The state dict"
         if not isinstance(source, dict):
-            source = str(source)
-            file = os.path.join(source, kwargs.get("subfolder") or "", weight_name or LORA_WEIGHT_NAME_SAFE)
-            check_manifest(source if os.path.isfile(source) else file)
+            location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
+            source = name = _find_lora_file(source, **location).path
+            check_manifest(source)
+            # Otherwise diffusers takes what is no safetensors file for a pickle.
+            kwargs["use_safetensors"] = True
+        returns_metadata = kwargs.pop("return_lora_metadata", False)
         try:
             state_dict, alphas, metadata = super().lora_state_dict(
                 source, return_alphas=True, return_lora_metadata=True, **kwargs
@@ -973,161 +1222,201 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         check_lora_fits(state_dict, transformer)
         super().load_lora_into_transformer(state_dict, network_alphas, transformer, *args, **kwargs)
 
-    def load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor], **kwargs
-    ) -> None:
-        r"""
-        Loads a trained LoRA **and** its semantic module, and sets the mode they were trained in.
-
-        Args:
-            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
-                A folder or Hub repository that [`FluxFillSemanticPipeline.save_lora_weights`] or the training script
-                wrote. A state dict can hold the LoRA only.
-            kwargs (*optional*):
-                As in [`~loaders.FluxLoraLoaderMixin.load_lora_weights`].
-
-        Raises:
-            `ValueError`: The weights need a module that is missing or that this version cannot use, the LoRA's file is
-                damaged, a pickle is asked for, or there is no such folder. The pipeline is left unchanged.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        if isinstance(source, dict):
-            return super().load_lora_weights(source, **kwargs)
-        source = str(source)
-        weight_name = kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE
-        if kwargs.get("use_safetensors") is False or not weight_name.endswith(".safetensors"):
-            raise ValueError(
-                "`weight_name` has to be a safetensors file, because unpickling runs code from the file, but is"
-                f" {weight_name!r} with `use_safetensors={kwargs.get('use_safetensors')}`."
-            )
-        # Otherwise diffusers takes a pickle where there is no other file.
-        kwargs["use_safetensors"] = True
-        hub_kwargs = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
-            if name in kwargs
-        }
-        subfolder = kwargs.get("subfolder") or ""
-        settings = read_trained_settings(source, subfolder=subfolder, weight_name=weight_name, **hub_kwargs)
-        before = {name: self.config[name] for name in ("semantic_mode", "fusion_alpha", "max_sequence_length")}
-        trained_with: dict[str, Any] = before | {"semantic_mode": "cross_attention"} | settings
-        module, module_before = None, self.semantic_attention
-        if _get_mode(trained_with["semantic_mode"]).module_class is not None:
-            module = self._load_module(source, subfolder, hub_kwargs)
-            if module_before is not None:
-                logger.warning("The pipeline's `semantic_attention` is replaced by that of the LoRA being loaded.")
-        try:
-            # The module comes before the LoRA, whose loading removes the offloading hooks of all components and sets
-            # them again.
-            self._set_semantic_attention(module)
-            self._set_semantic_mode(**{name: trained_with[name] for name in before})
-            super().load_lora_weights(source, **kwargs)
-        except Exception as error:
-            self._set_semantic_attention(module_before)
-            self._set_semantic_mode(**before)
-            if isinstance(error, (KeyError, AttributeError, IndexError, TypeError)):
-                # diffusers raises these for names of layers that it does not expect.
+    def _read_adapter(self, file: "_LoraFile") -> SemanticAdapter | None:
+        """Reads what a trained LoRA brings beside its layers. An ordinary one brings nothing."""
+        settings = _read_settings(file)
+        if "semantic_mode" not in settings:
+            return None
+        module: Any = None
+        if SEMANTIC_MODES[settings["semantic_mode"]].module_class is not None:
+            if not file.has_module:
                 raise ValueError(
-                    f"The LoRA in {source} cannot be loaded ({type(error).__name__}: {error})."
-                ) from error
-            raise
-
-    def _load_module(
-        self, source: str, subfolder: str, hub_kwargs: dict[str, Any]
-    ) -> SemanticAttentionModel | SemanticProjectionModel:
-        folder = "/".join(filter(None, (subfolder, SEMANTIC_SUBFOLDER)))
-        if _resolve_file(source, folder, "config.json", hub_kwargs) is None:
-            raise ValueError(
-                f"`pretrained_model_name_or_path_or_dict` has to hold the LoRA's module in `{folder}/config.json`, but"
-                f" {source!r} has no such file. `FluxFillPipeline.load_lora_weights` loads a LoRA alone."
+                    "`pretrained_model_name_or_path_or_dict` has to hold the LoRA's module in"
+                    f" `{file.module_folder}/config.json`, but {file.source!r} has no such file."
+                    " `FluxFillPipeline.load_lora_weights` loads a LoRA alone."
+                )
+            module = load_semantic_module(
+                file.source,
+                subfolder=file.module_folder,
+                use_safetensors=True,
+                dtype=self._module_dtype,
+                **file.hub_arguments,
             )
-        module: Any = load_semantic_module(
-            source, subfolder=folder, use_safetensors=True, dtype=self.transformer.dtype, **hub_kwargs
-        )
-        return module.to(self._execution_device)
+            self._check_channels(module)
+        if self._own_module is not None:
+            logger.warning("While this LoRA is active, it takes the place of the pipeline's own `semantic_attention`.")
+        return SemanticAdapter(**self._own_settings | settings, module=module)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        r"""
+        Fuses LoRAs as [`~loaders.FluxLoraLoaderMixin.fuse_lora`] does. Their modules stay active, with the weight that
+        the LoRAs have now.
+        """
+        before = self._merged_loras
+        super().fuse_lora(*args, **kwargs)
+        for name in self._merged_loras - before:
+            adapter = self.semantic_adapters[name]
+            adapter.fused_weight = _lora_state(self.transformer).scalings[name] / adapter.lora_scaling
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        r"""Deletes LoRAs and their modules. A fused LoRA stays in the transformer's weights, and its module with it."""
+        merged = self._merged_loras
+        super().delete_adapters(adapter_names)
+        self._forget_adapters([adapter_names] if isinstance(adapter_names, str) else adapter_names, merged)
 
     def unload_lora_weights(self, reset_to_overwritten_params: bool = False) -> None:
         r"""
-        Removes the LoRA **and** the semantic module. A fused LoRA stays in the transformer's weights, and the module
-        stays with it.
+        Removes all LoRAs and their modules. A fused LoRA stays in the transformer's weights, and its module with it.
 
         Args:
             reset_to_overwritten_params (`bool`, defaults to `False`):
                 As in [`~loaders.FluxLoraLoaderMixin.unload_lora_weights`].
         """
+        merged = self._merged_loras
         super().unload_lora_weights(reset_to_overwritten_params)
-        if self.num_fused_loras > 0:
-            return
-        self._set_semantic_attention(None)
-        self._set_semantic_mode("cross_attention", self.config["fusion_alpha"], max_sequence_length=512)
+        self._forget_adapters(list(self.semantic_adapters), merged)
+
+    @property
+    def _merged_loras(self) -> set[str]:
+        """The trained adapters that are merged into the transformer's weights and could be taken out again."""
+        return (
+            _lora_state(self.transformer).merged & self.semantic_adapters.keys() if self.semantic_adapters else set()
+        )
+
+    def _forget_adapters(self, names: list[str], merged: set[str]) -> None:
+        for name in names:
+            adapter = self.semantic_adapters.pop(name, None)
+            if adapter is None:
+                continue
+            if name in merged:
+                adapter.is_permanent = True
+                # Another LoRA may take its name.
+                name = f"{name} (fused, {len(self.semantic_adapters)})"
+            if adapter.is_permanent:
+                self.semantic_adapters[name] = adapter
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        r"""
+        Saves a pipeline that paints what this one paints, which is left unchanged. The saved transformer has the active
+        LoRAs in its weights, and the saved module has its adapter's weight in its gates.
+
+        Args:
+            save_directory (`str` or `os.PathLike`), args, kwargs (*optional*):
+                As in [`~DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            `ValueError`: Several modules act, but a saved pipeline has one, or a LoRA is on quantized weights.
+        """
+        acting = self._acting_adapters()
+        modules = [(adapter.module, weight) for adapter, weight in acting if adapter.module is not None]
+        if len(modules) > 1:
+            raise ValueError(
+                f"A saved pipeline has one module, but {len(modules)} act. Choose one adapter with `set_adapters`."
+            )
+        saved, transformer = copy.copy(self), getattr(self.transformer, "_orig_mod", self.transformer)
+        with contextlib.ExitStack() as stack:
+            if self.semantic_adapters:
+                module, weight = copy.deepcopy(modules[0]) if modules else (None, 1.0)
+                for layer in module.layers if module is not None else ():
+                    layer.scale.data.mul_(weight)
+                stack.callback(setattr, transformer, "_semantic_adapters", self.semantic_adapters)
+                saved.register_to_config(**{name: self.config[name] for name in self._own_settings})
+                transformer._semantic_adapters = {}
+                saved.semantic_attention = module
+            if self._lora_names:
+                # diffusers would save PEFT's names, which it cannot load.
+                stack.callback(transformer.register_state_dict_post_hook(_merge_loras).remove)
+            super(FluxFillSemanticPipeline, saved).save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def save_lora_weights(
         cls,
         save_directory: str | os.PathLike,
         transformer_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
-        semantic_attention: SemanticAttentionModel | SemanticProjectionModel | None = None,
-        semantic_mode: str = "cross_attention",
-        fusion_alpha: float = 0.5,
-        max_sequence_length: int = 512,
+        text_encoder_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
         is_main_process: bool = True,
         weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
+        semantic_attention: SemanticAttentionModel | SemanticProjectionModel | None = None,
+        semantic_mode: str | None = None,
+        fusion_alpha: float = 0.5,
+        max_sequence_length: int = 512,
         height: int | None = None,
         width: int | None = None,
     ) -> None:
         r"""
-        Saves a LoRA and its semantic module as safetensors.
+        Saves a LoRA. With `semantic_mode` or `semantic_attention` it is saved as a trained one, with its module.
+
+        The parameters of [`FluxFillPipeline`] come first, in its order.
 
         Args:
             save_directory (`str` or `os.PathLike`):
                 Folder to save to. It is created if it does not exist.
-            transformer_lora_layers (`dict[str, torch.nn.Module]` or `dict[str, torch.Tensor]`):
-                State dict of the LoRA.
-            semantic_attention (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
-                The module, saved under `semantic_attention/`. It has to be of the mode's class.
-            semantic_mode (`str`, defaults to `"cross_attention"`), fusion_alpha (`float`, defaults to 0.5):
-                How the map enters. Both are written into the metadata of the LoRA file.
-            max_sequence_length (`int`, defaults to 512):
-                Number of T5 tokens of a prompt in training, written there as well.
+            transformer_lora_layers, text_encoder_lora_layers, transformer_lora_adapter_metadata,
+            text_encoder_lora_adapter_metadata (`dict`, *optional*):
+                As in [`~loaders.FluxLoraLoaderMixin.save_lora_weights`].
             is_main_process (`bool`, defaults to `True`):
                 Whether this process writes. The others return at once.
             weight_name (`str`, *optional*):
                 File name of the LoRA. Defaults to `pytorch_lora_weights.safetensors`.
-            transformer_lora_adapter_metadata (`dict`, *optional*):
-                The LoRA's configuration, including rank and alpha.
+            save_function (`Callable`, *optional*):
+                Writes the file, and gets the state dict and a path. It cannot write the metadata of a trained LoRA.
+            safe_serialization (`bool`, defaults to `True`):
+                `False` changes the default name to `pytorch_lora_weights.bin`. That is a safetensors file as well,
+                because this class reads no pickles. For other tools, `save_function=torch.save` writes one.
+            semantic_attention (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
+                The module, saved under `semantic_attention/`. It has to be of the mode's class.
+            semantic_mode (`str`, *optional*), fusion_alpha (`float`, defaults to 0.5), max_sequence_length (`int`,
+            defaults to 512):
+                How the map entered in training, and the number of T5 tokens of a prompt. The mode defaults to
+                `"cross_attention"` if a module is passed.
             height, width (`int`, *optional*):
-                Size of a view in training, in pixels, written into the metadata as well.
+                Size of a view in training, in pixels.
 
         Raises:
-            `ValueError`: The mode is unknown, or the module is not of its class.
+            `ValueError`: The mode is unknown, the module is not of its class, `save_function` would lose the mode, or
+                there are no layers.
         """
-        module_class = _get_mode(semantic_mode).module_class
-        if not _is_of_class(semantic_attention, module_class):
-            raise ValueError(
-                f"`semantic_attention` has to be {f'a `{module_class.__name__}`' if module_class else 'None'} with"
-                f' `semantic_mode="{semantic_mode}"` but is {type(semantic_attention).__name__}.'
-            )
+        metadata = {"format": "pt"}
+        if semantic_mode is not None or semantic_attention is not None:
+            semantic_mode = semantic_mode or "cross_attention"
+            module_class = _get_mode(semantic_mode).module_class
+            if not _is_of_class(semantic_attention, module_class):
+                raise ValueError(
+                    f"`semantic_attention` has to be {f'a `{module_class.__name__}`' if module_class else 'None'} with"
+                    f' `semantic_mode="{semantic_mode}"` but is {type(semantic_attention).__name__}.'
+                )
+            if save_function is not None:
+                raise ValueError(
+                    f'`save_function` has to be None with `semantic_mode="{semantic_mode}"`, which is written as'
+                    f" metadata, but is {save_function!r}."
+                )
+            trained_with = {
+                "semantic_mode": semantic_mode,
+                "fusion_alpha": fusion_alpha,
+                "max_sequence_length": max_sequence_length,
+            }
+            sizes = {"height": height, "width": width}
+            trained_with |= {name: size for name, size in sizes.items() if size is not None}
+            metadata[SEMANTIC_METADATA_KEY] = json.dumps(trained_with)
         if not is_main_process:
             return
-        adapter_metadata = {f"transformer.{k}": v for k, v in (transformer_lora_adapter_metadata or {}).items()}
-        trained_with = {
-            "semantic_mode": semantic_mode,
-            "fusion_alpha": fusion_alpha,
-            "max_sequence_length": max_sequence_length,
+        configs = {
+            "transformer": transformer_lora_adapter_metadata,
+            "text_encoder": text_encoder_lora_adapter_metadata,
         }
-        sizes = {"height": height, "width": width}
-        trained_with |= {name: size for name, size in sizes.items() if size is not None}
-        metadata = {"format": "pt", SEMANTIC_METADATA_KEY: json.dumps(trained_with)}
-        if adapter_metadata:
-            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(
-                adapter_metadata, indent=2, sort_keys=True, default=sorted
-            )
+        lora_config = {f"{part}.{k}": v for part, config in configs.items() for k, v in (config or {}).items()}
+        if lora_config:
+            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(lora_config, indent=2, sort_keys=True, default=sorted)
         super().save_lora_weights(
             save_directory,
-            transformer_lora_layers=transformer_lora_layers or {},
-            weight_name=weight_name or LORA_WEIGHT_NAME_SAFE,
-            save_function=lambda weights, path: safetensors.torch.save_file(weights, path, metadata=metadata),
+            transformer_lora_layers=transformer_lora_layers,  # pyright: ignore[reportArgumentType] It may be None.
+            text_encoder_lora_layers=text_encoder_lora_layers,  # pyright: ignore[reportArgumentType] It may be None.
+            weight_name=weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME),
+            save_function=save_function or functools.partial(safetensors.torch.save_file, metadata=metadata),
         )
         if semantic_attention is not None:
             semantic_attention.save_pretrained(os.path.join(save_directory, SEMANTIC_SUBFOLDER))
@@ -1136,8 +1425,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 class _AttentionRecorder:
     """Collects the heat maps of [`FluxFillSemanticPipeline.semantic_attention_maps`] while a call runs."""
 
-    def __init__(self, pipeline, points, steps, layer: int, average_heads: bool, chunk_size: int):
-        self.pipeline = pipeline
+    def __init__(self, pipeline, module, points, steps, layer: int, average_heads: bool, chunk_size: int):
+        self.pipeline, self.module = pipeline, module
         self.points = [(x, y) for x, y in points]
         self.steps: Any = steps if steps is None else list(steps)
         self.layer, self.average_heads, self.chunk_size = layer, average_heads, chunk_size
@@ -1163,16 +1452,16 @@ class _AttentionRecorder:
             for x, y in self.points
         ]
 
-    def __call__(self, hidden_states, semantic_tokens, positions, semantic_scale, canvas: _Canvas) -> None:
-        """Records one step. The arguments are what the module is about to see."""
+    def __call__(self, hidden_states, guides: list[_Guide], positions, canvas: _Canvas) -> None:
+        """Records one step. The arguments are what the modules are about to see."""
         if self.calls == 0:
             self.start(canvas)
         if self.calls in self.steps:
-            module = self.pipeline.semantic_attention
-            _, part, _ = module.split_input(hidden_states)
+            guide = next(guide for guide in guides if guide.module is self.module)
+            _, part, _ = self.module.split_input(hidden_states)
             chunks = []
-            for chunk in module.attention_maps(
-                part, semantic_tokens, positions, semantic_scale, self.layer, self.tokens, self.chunk_size
+            for chunk in self.module.attention_maps(
+                part, guide.semantic_tokens, positions, guide.scale, self.layer, self.tokens, self.chunk_size
             ):
                 chunk = chunk.unflatten(-1, (canvas.rows, canvas.panels, canvas.columns)).sum(dim=-2).transpose(1, 2)
                 chunks.append((chunk.mean(dim=2) if self.average_heads else chunk).cpu())
@@ -1184,16 +1473,94 @@ class _AttentionRecorder:
         return SemanticAttentionOutput(images=images, maps=maps, points=self.points, steps=self.steps, size=self.size)
 
 
-def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
+def _merge_loras(transformer: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _) -> None:
+    """Replaces PEFT's entries in a state dict by those of a transformer that has its active LoRAs in its weights."""
+    layers: dict[str, Any] = {
+        name: layer for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)
+    }
+    for name, layer in layers.items():
+        here = f"{prefix}{name}."
+        entries = {key.removeprefix(here): state_dict.pop(key) for key in list(state_dict) if key.startswith(here)}
+        base = {k.removeprefix("base_layer."): value for k, value in entries.items() if k.startswith("base_layer.")}
+        acting = [] if layer.disable_adapters or layer.merged else layer.active_adapters
+        for adapter in acting:
+            if any(f".{adapter}." in key for key in entries):
+                if not base["weight"].is_floating_point():
+                    raise ValueError("A LoRA on quantized weights cannot be saved with them: unload it first.")
+                base["weight"] = base["weight"] + layer.get_delta_weight(adapter).to(base["weight"])
+        state_dict.update({here + key: value for key, value in base.items()})
+
+
+# Where a LoRA lies, as `load_lora_weights` takes it.
+LOCATION_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", "cache_dir", "force_download", "proxies")
+LOCATION_ARGUMENTS += ("local_files_only", "token", "revision")
+
+
+class _LoraFile(NamedTuple):
+    """A LoRA file on this machine, and the folder or Hub repository that it comes from."""
+
+    path: str
+    metadata: dict[str, str]
+    source: str
+    subfolder: str
+    hub_arguments: dict[str, Any]
+
+    @property
+    def module_folder(self) -> str:
+        """Where in `source` the module of a trained LoRA lies."""
+        return "/".join(filter(None, (self.subfolder, SEMANTIC_SUBFOLDER)))
+
+    @property
+    def has_module(self) -> bool:
+        """Whether there is a module beside the LoRA."""
+        return _resolve_file(self.source, self.module_folder, "config.json", self.hub_arguments) is not None
+
+
+def _find_lora_file(
+    source: str | os.PathLike,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    proxies: Any = None,
+    **hub_arguments,
+) -> _LoraFile:
+    """Finds a LoRA file, downloads it if it is on the Hub, and refuses pickles by whatever name."""
+    source, subfolder, name = str(source), subfolder or "", weight_name or LORA_WEIGHT_NAME_SAFE
+    if os.path.isfile(source):
+        source, subfolder, name = os.path.dirname(source) or ".", "", os.path.basename(source)
+    path = _resolve_file(source, subfolder, name, hub_arguments)
+    if path is None and weight_name is None:
+        # `FluxFillPipeline` chooses with this private function among files that have names of their own.
+        folder = os.path.join(source, subfolder) if os.path.isdir(source) else source
+        with contextlib.suppress(IndexError):
+            name = guess_weight_name(folder, ".safetensors", hub_arguments.get("local_files_only", False)) or name
+        path = _resolve_file(source, subfolder, name, hub_arguments)
+    if use_safetensors is False:
+        reason = "`use_safetensors` is False"
+    elif path is None:
+        reason = f"{os.path.join(source, subfolder)!r} has no {name!r}"
+        if name.endswith(".safetensors"):
+            raise FileNotFoundError(f"`pretrained_model_name_or_path_or_dict` has to hold a LoRA, but {reason}.")
+    else:
+        try:
+            return _LoraFile(path, read_header(path)[1], source, subfolder, hub_arguments)
+        except ValueError as error:
+            reason = str(error)
+    raise ValueError(
+        f"`weight_name` has to be a safetensors file, because unpickling runs code from the file, but {reason}."
+    )
+
+
+def _resolve_file(source: str, subfolder: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:
     """Returns the local path of a file of a folder or Hub repository, or `None` if there is no such file."""
     if os.path.isdir(source):
         path = os.path.join(source, subfolder, filename)
         return path if os.path.isfile(path) else None
     try:
-        return hf_hub_download(source, filename, subfolder=subfolder or None, **hub_kwargs)
+        return hf_hub_download(source, filename, subfolder=subfolder or None, **hub_arguments)
     except HFValidationError as error:
         raise ValueError(
-            "`pretrained_model_name_or_path_or_dict` has to be a folder, a Hub repository or a state dict, with"
+            "`pretrained_model_name_or_path_or_dict` has to be a folder, a file, a Hub repository or a state dict, with"
             f" `weight_name` for a file in it, but is {source!r}."
         ) from error
     except LocalEntryNotFoundError:
@@ -1204,32 +1571,37 @@ def _resolve_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[s
 
 
 def read_trained_settings(
-    source: str | os.PathLike, subfolder: str = "", weight_name: str = LORA_WEIGHT_NAME_SAFE, **hub_kwargs
+    source: str | os.PathLike, subfolder: str = "", weight_name: str | None = None, **hub_arguments
 ) -> dict[str, Any]:
     r"""
     Reads what trained weights say about themselves, without loading a model.
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder or Hub repository that [`FluxFillSemanticPipeline.save_lora_weights`] or the training script wrote.
-        subfolder (`str`, defaults to `""`), weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`):
-            The LoRA file in it.
-        hub_kwargs (*optional*):
+            A LoRA file, or a folder or Hub repository that holds one.
+        subfolder (`str`, defaults to `""`), weight_name (`str`, *optional*):
+            The LoRA file in it, which is found as in [`FluxFillSemanticPipeline.load_lora_weights`].
+        hub_arguments (*optional*):
             As in [`~huggingface_hub.hf_hub_download`].
 
     Returns:
         `dict[str, Any]`: `semantic_mode`, `fusion_alpha` and `max_sequence_length`, and the size of a view in training
-        as `height` and `width`. What the file does not say is missing: earlier files have no size, and those of other
-        tools say nothing.
+        as `height` and `width`. What the file does not say is missing: earlier files have no size, and ordinary LoRAs
+        say nothing. Nothing is known either where there is no LoRA.
 
     Raises:
-        `ValueError`: The file is damaged, names an unknown mode, or states a number that cannot be.
+        `ValueError`: The file is damaged or a pickle, names an unknown mode, or states a number that cannot be.
     """
-    lora_file = _resolve_file(str(source), subfolder, weight_name, hub_kwargs)
-    if lora_file is None:
-        return {}
     try:
-        settings = parse_json(read_header(lora_file)[1].get(SEMANTIC_METADATA_KEY, "{}"), SEMANTIC_METADATA_KEY)
+        return _read_settings(_find_lora_file(source, weight_name, subfolder, **hub_arguments))
+    except FileNotFoundError:
+        return {}
+
+
+def _read_settings(file: _LoraFile) -> dict[str, Any]:
+    """Reads and checks what a LoRA file says about its training. Nothing else does."""
+    try:
+        settings = parse_json(file.metadata.get(SEMANTIC_METADATA_KEY, "{}"), SEMANTIC_METADATA_KEY)
         if not isinstance(settings, dict):
             raise ValueError(f"its `{SEMANTIC_METADATA_KEY}` is no JSON object but {settings!r}")
         for name in settings.keys() & {"height", "width"}:
@@ -1242,12 +1614,17 @@ def read_trained_settings(
             _get_mode(settings["semantic_mode"])
     except ValueError as error:
         raise ValueError(
-            f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {lora_file}: {error}"
+            f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {file.path}: {error}"
         ) from error
     known = ("semantic_mode", "fusion_alpha", "max_sequence_length", "height", "width")
     unknown = sorted(settings.keys() - set(known))
     if unknown:
-        logger.warning(f"{lora_file} says what this version does not know, and it is ignored: {str(unknown)[:200]}")
+        logger.warning(f"{file.path} says what this version does not know, and it is ignored: {str(unknown)[:200]}")
+    if "semantic_mode" not in settings and os.path.basename(file.path) == LORA_WEIGHT_NAME_SAFE:
+        # Tools that rewrite a LoRA lose its metadata. A module beside the file still tells that it was trained here.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            if file.has_module:
+                settings["semantic_mode"] = "cross_attention"
     return {name: settings[name] for name in known if name in settings}
 
 
@@ -1365,7 +1742,7 @@ def check_lora_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.M
     Compares a LoRA in diffusers' layout with the transformer's layers, before any of them changes.
 
     Raises:
-        `ValueError`: It matches none of the layers, or a weight has another shape than the layer that it names.
+        `ValueError`: It names layers, but none of these, or a weight has another shape than the layer that it names.
     """
     layers, found = dict(transformer.named_modules()), False
     for key, weight in state_dict.items():
@@ -1383,7 +1760,8 @@ def check_lora_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.M
                 f"The LoRA does not fit this model: {key[:200]!r} has the shape {tuple(weight.shape)}, but the layer has"
                 f" {inputs} inputs and {outputs} outputs."
             )
-    if not found:
+    # Without names of layers, diffusers only warns.
+    if not found and any(".lora" in key or ".lokr" in key for key in state_dict):
         raise ValueError(
             f"The LoRA matches no layer of this model. It was made for another one: its first weights are"
             f" {[key[:100] for key in state_dict][:3]}."

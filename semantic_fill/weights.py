@@ -81,8 +81,7 @@ def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, ca
             return_lora_metadata=True,
         )
         check_lora_fits(weights, transformer)
-    # Safetensors does not name a damaged file.
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source} holds no trained LoRA: {error}") from error
     config = transformer.peft_config["default"]
     rank = next((weight.shape[0] for name, weight in weights.items() if ".lora_A." in name), None)

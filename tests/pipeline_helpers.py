@@ -93,7 +93,7 @@ class Trained:
     """A LoRA folder, and what its weights paint before they are saved."""
 
     def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention"):
-        self.folder = folder
+        self.folder, self.semantic_mode = folder, semantic_mode
         module_class = SEMANTIC_MODES[semantic_mode].module_class
         self.module = None if module_class is None else trained_like(seed, model_class=module_class)
         pipe = make_pipe(base, own=True, semantic_attention=self.module, semantic_mode=semantic_mode)
