@@ -10,11 +10,14 @@ does what several do in diffusers: `img_attn.qkv` is `to_q`, `to_k` and `to_v`; 
 diagonal. The conversion is exact, and diffusers' own reader, which converts back, splits the result into the same n LoRAs.
 A part without a LoRA gets a LoRA of zeros.
 
-The semantic module is no part of a LoRA file and is not converted. Other tools paint without the map.
+Mode, prompt length and size of a trained LoRA stay in the file's metadata. Its semantic module lies in a folder of its
+own, which other tools have no place for: they paint without the map. sd-scripts also has none for a LoRA on the last
+layer and refuses the file, unless you pass --skip_final_layer.
 """
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -23,7 +26,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from peft.utils.other import get_pattern_key
 
-from pipeline_flux_fill_semantic import check_lora
+from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, check_lora
 from semantic_attention import parse_json, read_header
 
 
@@ -176,11 +179,22 @@ def to_kohya(state_dict: dict[str, torch.Tensor], metadata: dict | None = None) 
 
 
 def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A kohya FLUX LoRA in diffusers' key names, multiplied by its alpha. Diffusers' own reader converts it."""
+    """
+    A kohya FLUX LoRA in diffusers' key names, multiplied by its alpha. Diffusers' own reader converts it.
+
+    Raises:
+        ValueError: If that reader cannot: it knows the layers of FLUX.1 only, whose width is 3072.
+    """
     state_dict = dict(state_dict)
     # That reader leaves out the prefix and the alpha of this layer.
     down, up, alpha = (state_dict.pop(f"{LAST_LAYER}.{part}", None) for part in KOHYA_PARTS)
-    converted = _convert_kohya_flux_lora_to_diffusers(state_dict)
+    try:
+        converted = _convert_kohya_flux_lora_to_diffusers(state_dict)
+    except AssertionError as error:
+        raise ValueError(
+            "diffusers can only read a kohya LoRA whose layers have the sizes of FLUX.1, which is 3072 wide. This one is of"
+            " another base model."
+        ) from error
     if down is not None:
         converted[f"{PREFIX}{LAST_MODULE}.lora_A.weight"] = down * (
             1 if alpha is None else alpha.item() / down.shape[0]
@@ -190,17 +204,30 @@ def to_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in converted.items()}
 
 
-def convert_file(source: Path, target: Path) -> str:
-    """Converts the file `source` into `target` and returns the name of the layout that it wrote."""
+def convert_file(source: Path, target: Path, skip_final_layer: bool = False) -> str:
+    """
+    Converts the file `source` into `target` and returns the name of the layout that it wrote. `skip_final_layer` leaves
+    the LoRA on the last layer out of a kohya file.
+    """
     _, metadata = read_header(source)
     state_dict = safetensors.torch.load_file(source)
     config = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY, "null"), LORA_ADAPTER_METADATA_KEY)
     # PEFT would run regular expressions in it.
     config = check_lora(state_dict, config, str(source))
+    kept = {"format": "pt"} | {key: text for key, text in metadata.items() if key == SEMANTIC_METADATA_KEY}
     if any(key.endswith(".lora_down.weight") for key in state_dict):
-        safetensors.torch.save_file(to_diffusers(state_dict), target, metadata={"format": "pt"})
+        safetensors.torch.save_file(to_diffusers(state_dict), target, metadata=kept)
         return "diffusers"
-    safetensors.torch.save_file(to_kohya(state_dict, config), target, metadata={"format": "pt"})
+    if skip_final_layer:
+        state_dict = {key: w for key, w in state_dict.items() if not key.startswith(f"{PREFIX}{LAST_MODULE}.")}
+    converted = to_kohya(state_dict, config)
+    if f"{LAST_LAYER}.alpha" in converted:
+        print(
+            f"Warning: sd-scripts has no place for {LAST_LAYER} and refuses the whole file. Pass --skip_final_layer to leave"
+            " it out. ComfyUI uses it.",
+            file=sys.stderr,
+        )
+    safetensors.torch.save_file(converted, target, metadata=kept)
     return "kohya"
 
 
@@ -208,13 +235,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="LoRA as .safetensors in either layout.")
     parser.add_argument("target", type=Path, help="File to write in the other layout.")
+    parser.add_argument("--skip_final_layer", action="store_true", help="Leave out the last layer, for sd-scripts.")
     args = parser.parse_args()
     if not args.source.is_file():
         parser.error(f"source has to be a .safetensors file, got {args.source}")
     if args.target.exists() and args.target.samefile(args.source):
         parser.error("target has to be another file than source")
     try:
-        layout = convert_file(args.source, args.target)
+        layout = convert_file(args.source, args.target, args.skip_final_layer)
     except (ValueError, safetensors.SafetensorError) as error:
         parser.error(f"{args.source}: {error}")
     print(f"Wrote {args.target} in the {layout} layout")

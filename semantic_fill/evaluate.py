@@ -59,6 +59,10 @@ class EvaluationOptions(ModelOptions, DataOptions, MetricOptions):
     """Evaluation"""
 
     trained: str = option(help="What the trainer wrote: a folder, a checkpoint in it, or a Hub repository.")
+    adapters: tuple[str, ...] = option((), help="LoRAs to paint with besides --trained: files, folders, repositories.")
+    adapter_weights: tuple[float, ...] = option(
+        (), at_least=-math.inf, help="Weights of --trained and of each of --adapters. Default: 1."
+    )
     train_split: str = option("train", alias="split", help="Split of --dataset_name. Other splits are never read.")
     resolution: int = option(None, help="Height of a panel in pixels. Default: what the weights were trained at.")
     width: int = option(None, help="Width of a panel. Default: --resolution, or what the weights were trained at.")
@@ -81,11 +85,25 @@ class EvaluationOptions(ModelOptions, DataOptions, MetricOptions):
         # These would otherwise show only after the base model is loaded, or after everything is painted.
         if not os.path.isdir(self.trained) and not is_hub_id(self.trained):
             raise ValueError(f"--trained {self.trained} is neither a folder nor a repository user/name.")
+        for adapter in self.adapters:
+            if not os.path.exists(adapter) and not is_hub_id(adapter):
+                raise ValueError(f"--adapters {adapter} is neither a file nor a folder nor a repository user/name.")
+        if self.adapter_weights and len(self.adapter_weights) != 1 + len(self.adapters):
+            raise ValueError(
+                f"--adapter_weights has to hold a number for --trained and for each of --adapters, {1 + len(self.adapters)}"
+                f" in all, but holds {len(self.adapter_weights)}."
+            )
         if "miou" in (self.metrics or ()) and self.palette is None:
             raise ValueError("--metrics miou needs the --palette of the targets.")
         card = Path(self.trained, "README.md")
         if self.update_model_card and not is_hub_id(self.trained) and not card.is_file():
             raise ValueError(f"--update_model_card needs {card}, which is not there. A checkpoint has none.")
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """All LoRAs to paint with, and their weights."""
+        sources = (self.trained, *self.adapters)
+        return list(zip(sources, self.adapter_weights or [1.0] * len(sources)))
 
 
 def parse_args(arguments: list[str] | None = None) -> EvaluationOptions:
@@ -116,6 +134,15 @@ def choose_size(options: EvaluationOptions, settings: dict) -> EvaluationOptions
     else:
         logger.info(f"Painting at {view}, the size that {options.trained} was trained at.")
     return options
+
+
+def choose_mode(options: EvaluationOptions) -> str:
+    """The mode of the first LoRA that uses a map and has a weight, or else `"none"`."""
+    for source, weight in options.loras:
+        mode = read_trained_settings(source, cache_dir=options.cache_dir).get("semantic_mode", "none")
+        if SEMANTIC_MODES[mode].uses_map and weight != 0:
+            return mode
+    return "none"
 
 
 def choose_maps(options: EvaluationOptions, mode: str) -> list[str]:
@@ -190,7 +217,9 @@ def load_pipeline(options: EvaluationOptions) -> FluxFillSemanticPipeline:
     pipeline = FluxFillSemanticPipeline.from_pretrained(
         options.pretrained_model_name_or_path, dtype=getattr(torch, options.dtype), **options.loading
     )
-    pipeline.load_lora_weights(options.trained, cache_dir=options.cache_dir)
+    for number, (source, _) in enumerate(options.loras):
+        pipeline.load_lora_weights(source, adapter_name=str(number), cache_dir=options.cache_dir)
+    pipeline.set_adapters(list(map(str, range(len(options.loras)))), [weight for _, weight in options.loras])
     if options.offload:
         pipeline.enable_model_cpu_offload(device=options.device)
     else:
@@ -259,6 +288,10 @@ def table(report: dict) -> str:
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     width, height, steps = (report["settings"][name] for name in ("width", "resolution", "num_inference_steps"))
     lines += ["", f"{report['count']} samples of {report['data']} at {width}x{height}, {steps} steps."]
+    if len(report["adapters"]) > 1 or report["settings"]["adapter_weights"]:
+        lines[-1] += (
+            f" Painted with {', '.join(f'{name} at weight {weight:g}' for name, weight in report['adapters'])}."
+        )
     if report["features"] and {"fid", "kid"} & set(names):
         lines[-1] += f" FID and KID see with {report['features']} and need thousands of samples to be compared."
     lines += [f"{METRICS[name][0]} is absent: {reason}." for name, reason in report["absent"].items()]
@@ -295,7 +328,7 @@ def eval_results(report: dict) -> list[EvalResult]:
 def main(options: EvaluationOptions) -> dict:
     """Paints, measures and writes. Returns what `evaluation.json` holds."""
     settings = read_trained_settings(options.trained, cache_dir=options.cache_dir)
-    options, mode = choose_size(options, settings), settings.get("semantic_mode", "cross_attention")
+    options, mode = choose_size(options, settings), choose_mode(options)
     kinds, uses_map = choose_maps(options, mode), SEMANTIC_MODES[mode].uses_map
     dataset = load_data(options, pairs=not uses_map)
     batches = batches_of(dataset, options.batch_size)
@@ -333,6 +366,7 @@ def main(options: EvaluationOptions) -> dict:
         "trained": options.trained,
         # A name of bytes that the machine's encoding does not know cannot be written as it is.
         "data": os.fsencode(name).decode("utf-8", "replace"),
+        "adapters": [(Path(source).name, weight) for source, weight in options.loras],
         "semantic_mode": pipeline.config["semantic_mode"],
         "count": len(dataset),
         "figures": figures,

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE

@@ -17,6 +17,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, read_trained_settings
+
 
 WIDTH = 3072  # Diffusers' reader only knows the width of the real FLUX.
 ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -296,3 +298,47 @@ def test_command_line_refuses(tmp_path, monkeypatch, capsys):
             convert_lora.main()
         assert message in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_mode_and_prompt_length_are_kept_there_and_back(tmp_path, capsys):
+    said = {"semantic_mode": "none", "fusion_alpha": 0.5, "max_sequence_length": 24, "height": 48, "width": 64}
+    layers = {
+        key.removeprefix("transformer."): weight
+        for key, weight in make_lora(["transformer_blocks.0.attn.to_q"]).items()
+    }
+    FluxFillSemanticPipeline.save_lora_weights(tmp_path, layers, **said)
+    for source, target in ((LORA_FILE, "kohya.safetensors"), ("kohya.safetensors", "back.safetensors")):
+        convert_lora.convert_file(tmp_path / source, tmp_path / target)
+        assert read_trained_settings(tmp_path / target) == said
+    assert capsys.readouterr().err == ""
+    # Another's LoRA says nothing before and nothing afterwards.
+    save_file(make_lora(["transformer_blocks.0.attn.to_q"]), tmp_path / "other.safetensors")
+    convert_lora.convert_file(tmp_path / "other.safetensors", tmp_path / "kohya.safetensors")
+    assert read_trained_settings(tmp_path / "kohya.safetensors") == {}
+
+
+def test_the_last_layer_can_be_left_out_for_sd_scripts(tmp_path, monkeypatch, capsys):
+    save_file(make_lora(["transformer_blocks.0.attn.to_q", "proj_out"]), tmp_path / "lora.safetensors")
+    for more, has_last_layer in (([], True), (["--skip_final_layer"], False)):
+        command = [
+            "convert_lora.py",
+            *map(str, (tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors")),
+            *more,
+        ]
+        monkeypatch.setattr(sys, "argv", command)
+        convert_lora.main()
+        layers = {key.split(".")[0] for key in load_file(tmp_path / "kohya.safetensors")}
+        assert layers == {"lora_unet_double_blocks_0_img_attn_qkv"} | (
+            {"lora_unet_final_layer_linear"} if has_last_layer else set()
+        )
+        warned = "sd-scripts has no place for lora_unet_final_layer_linear" in capsys.readouterr().err
+        assert warned == has_last_layer
+
+
+def test_a_base_of_another_width_is_refused_on_the_way_back():
+    lora = {
+        "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": torch.ones(2, 32),
+        "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": torch.ones(128, 2),
+    }
+    with pytest.raises(ValueError, match="layers have the sizes of FLUX.1, which is 3072 wide"):
+        convert_lora.to_diffusers(convert_lora.to_kohya(lora))

@@ -306,6 +306,11 @@ def test_wrong_weights_are_refused(base_folder, files, capsys):
             "--update_model_card needs {tmp_path}/README.md, which is not there",
         ),
         ("--trained nowhere", "--trained nowhere is neither a folder nor a repository"),
+        ("--adapters nowhere", "--adapters nowhere is neither a file nor a folder nor a repository"),
+        (
+            "--adapter_weights 1 2",
+            "--adapter_weights has to hold a number for --trained and for each of --adapters, 1",
+        ),
     ],
 )
 def test_contradicting_options_are_refused(base_folder, files, tmp_path, options, message, capsys):
@@ -372,3 +377,16 @@ def test_the_card_over_the_hub(base_folder, files, tmp_path):
         assert (text[:start] + text[end:].removeprefix(publish.EVALUATION_END)).split() == before.split()
         assert text[end:].count("## Training") == 1 and text.count("## Figures") == 1
     assert Path(folder, "samples", "evaluation.png").is_file()
+
+
+def test_adapters_and_their_weights(base_folder, files):
+    lora = files / "out" / "pytorch_lora_weights.safetensors"
+    options = arguments(base_folder, files, "--adapters", lora, "--adapter_weights", 0.5, -2)
+    pipeline = evaluate.load_pipeline(options)
+    assert pipeline.get_active_adapters() == ["0", "1"]
+    assert [weight for _, weight in pipeline._acting_adapters()] == [0.5, -2]
+    assert evaluate.choose_mode(options) == "cross_attention"
+    assert evaluate.choose_mode(arguments(base_folder, files, "--adapter_weights", 0)) == "none"
+    report = {"figures": {}, "count": 1, "data": "test", "features": None, "absent": {}, "adapters": [["out", 0.5]]}
+    report["settings"] = vars(options) | {"width": 32, "metrics": ()}
+    assert "Painted with out at weight 0.5." in evaluate.table(report)

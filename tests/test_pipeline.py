@@ -4,6 +4,8 @@
 import copy
 import inspect
 
+import numpy as np
+import PIL.Image
 import pytest
 import reference as ref
 import torch
@@ -111,6 +113,34 @@ def test_fills_batches_as_fill_pipeline_does(base, batch, prompts, num_images_pe
         "num_images_per_prompt": num_images_per_prompt,
     }
     assert torch.equal(paint(make_pipe(base, semantic_attention=trained_like()), **kwargs), paint(base, **kwargs))
+
+
+STOCK_CALLS = {
+    "a lone width": {"height": None, "width": 32},
+    "sizes off the grid": {"height": 40, "width": 57},
+    "no size": {"height": 0, "width": 16},
+    "one prompt for two pictures": {"image": picture(1, batch=2), "num_images_per_prompt": 2},
+    "one mask for two pictures": {"image": picture(1, batch=2), "prompt": ["a hill", "the sea"]},
+    "one picture for two prompts": {"prompt": ["a hill", "the sea"], "num_images_per_prompt": 2},
+    "lists of batches": {"image": [picture(1), picture(2)], "prompt": ["a hill", "the sea"]},
+    "numpy": {"image": picture(1)[0].movedim(0, -1).numpy(), "mask_image": picture(3)[0, 0].numpy()},
+    "values from -1": {"image": picture(1) * 2 - 1},
+    "no token": {"max_sequence_length": 0},
+    "prompt_2, strength and sigmas": {"prompt_2": "the sea", "strength": 0.6, "sigmas": [1.0, 0.7, 0.2]},
+    "latents": {"latents": torch.ones(1, 6, 64), "output_type": "latent"},
+    "gray masks of many levels": {
+        "mask_image": PIL.Image.fromarray(np.arange(48 * 32, dtype=np.int32).reshape(32, 48))
+    },
+    "masks of 16 bits": {"mask_image": PIL.Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48))},
+}
+
+
+@pytest.mark.parametrize("name", STOCK_CALLS)
+def test_every_call_of_fill_pipeline_gives_the_same(base, name):
+    given = {"mask_image": (picture(3) > 0.5)[:, :1].float(), "height": 32, "width": 48, "num_inference_steps": 3}
+    given |= STOCK_CALLS[name]
+    ours, stock = (paint(each, **given) for each in (make_pipe(base, semantic_attention=trained_like()), base))
+    assert torch.equal(ours, stock)
 
 
 def test_masked_image_latents_reach_fill_pipeline(base):
