@@ -61,13 +61,14 @@ def inspect(pictures: list[bytes], shape: float | None, pairs: bool) -> Finding:
     panels = count_panels(decoded[0].size, shape, pairs) if len(decoded) == 1 else len(decoded)
     views = cut_triptych(decoded, panels)
     target = views["target"]
+    extrema: Any = target.getextrema()
     return Finding(
         *target.size,
         panels,
         labels=find_labels(views["semantic"]) if "semantic" in views else None,
         digests=tuple(hashlib.sha256(data).hexdigest() for data in pictures),
         visible=_pixel_hash(views["visible"]),
-        target="" if all(low == high for low, high in target.getextrema()) else _pixel_hash(target),
+        target="" if all(low == high for low, high in extrema) else _pixel_hash(target),
     )
 
 
