@@ -53,7 +53,7 @@ from semantic_fill.memory import CHECKPOINTING, Plan, choose_plan
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, public_config, push_checkpoint, push_to_hub, save_result
-from semantic_fill.sampling import ResumableBatchSampler, prefetch, seed_of, steps_per_epoch
+from semantic_fill.sampling import ResumableBatchSampler, count_steps, prefetch, seed_of
 from semantic_fill.sources import Source
 from semantic_fill.validation import paint_samples
 from semantic_fill.weights import load_lora, load_module, load_weights
@@ -374,8 +374,8 @@ def assemble(
         dataset = encoder.dataset
     if options.max_train_steps is None:
         # New options are checked again, which may end the run and so comes before the encoding.
-        steps = steps_per_epoch(dataset.groups(), samples_per_step(options, accelerator))
-        options = replace(options, max_train_steps=options.num_train_epochs * steps)
+        steps = count_steps(dataset.groups(), samples_per_step(options, accelerator), options.num_train_epochs)
+        options = replace(options, max_train_steps=steps)
     if encoder is None:
         encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, held_out, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)

@@ -38,9 +38,9 @@ class SampleSpec:
     caption: float = 0.0
 
 
-def steps_per_epoch(groups: list[int], samples_per_step: int) -> int:
-    """Optimizer steps that visit every row, if all samples of a step are of one group."""
-    return sum(math.ceil(count / samples_per_step) for count in Counter(groups).values())
+def count_steps(groups: list[int], samples_per_step: int, epochs: int) -> int:
+    """Optimizer steps that visit every row so many times, if all samples of a step are of one group."""
+    return sum(math.ceil(epochs * count / samples_per_step) for count in Counter(groups).values())
 
 
 class ResumableBatchSampler(torch.utils.data.Sampler):
@@ -79,29 +79,40 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
         self.flip, self.drop_caption, self.drop_map = flip, drop_caption, drop_map
         self.process_index, self.num_processes = process_index, num_processes
         self.samples_per_step = batch_size * accumulation_steps * num_processes
-        several = len(set(groups)) > 1
-        self.epoch_length = (
-            steps_per_epoch(groups, self.samples_per_step) * self.samples_per_step if several else len(groups)
-        )
-        self.epoch, self.order = None, []
+        self.rows = {group: [row for row, g in enumerate(groups) if g == group] for group in sorted(set(groups))}
+        # The epoch whose steps are known, its first step, and the order of each group's rows.
+        self.epoch, self.steps, self.first_step, self.orders = None, [], 0, {}
 
     def _row(self, position: int) -> int:
-        epoch, place = divmod(position, self.epoch_length)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-            self.epoch, self.order = epoch, self._shuffle(generator)
-        return self.order[place]
+        """Each group is an endless stream of its rows, shuffled anew each time that all of them have come."""
+        step, place = divmod(position, self.samples_per_step)
+        group, earlier = self._group(step) if len(self.rows) > 1 else (self.groups[0], step)
+        rows = self.rows[group]
+        visit, place = divmod(earlier * self.samples_per_step + place, len(rows))
+        if self.orders.get(group, (None,))[0] != visit:
+            parts = ("epoch", visit, group) if len(self.rows) > 1 else ("epoch", visit)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, *parts))
+            self.orders[group] = (visit, torch.randperm(len(rows), generator=generator).tolist())
+        return rows[self.orders[group][1][place]]
 
-    def _shuffle(self, generator: torch.Generator) -> list[int]:
-        """The rows of an epoch. With several groups, steps are filled up with rows of their group that come twice."""
-        order = torch.randperm(len(self.groups), generator=generator).tolist()
-        if len(set(self.groups)) == 1:
-            return order
-        steps, size = [], self.samples_per_step
-        for group in sorted(set(self.groups)):
-            rows = [row for row in order if self.groups[row] == group]
-            steps += [[rows[(first + i) % len(rows)] for i in range(size)] for first in range(0, len(rows), size)]
-        return [row for step in torch.randperm(len(steps), generator=generator).tolist() for row in steps[step]]
+    def _group(self, step: int) -> tuple[int, int]:
+        """The group of an optimizer step, and how many steps of this group come before it."""
+        if self.epoch is None or not self.first_step <= step < self.first_step + len(self.steps):
+
+            def before(epoch: int) -> int:
+                return count_steps(self.groups, self.samples_per_step, epoch)
+
+            # Filling up steps adds less than one step of each group, so the epoch is one of a few.
+            self.epoch = max(0, step - len(self.rows)) * self.samples_per_step // len(self.groups)
+            while before(self.epoch + 1) <= step:
+                self.epoch += 1
+            self.first_step, self.steps = before(self.epoch), []
+            for group, rows in self.rows.items():
+                first, last = (math.ceil(e * len(rows) / self.samples_per_step) for e in (self.epoch, self.epoch + 1))
+                self.steps += [(group, earlier) for earlier in range(first, last)]
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "steps", self.epoch))
+            self.steps = [self.steps[i] for i in torch.randperm(len(self.steps), generator=generator).tolist()]
+        return self.steps[step - self.first_step]
 
     def spec(self, position: int) -> SampleSpec:
         """The sample at a position of the run, whichever process takes it."""

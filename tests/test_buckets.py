@@ -9,7 +9,7 @@ import torch
 from helpers import MODULE_FILE, arguments, assemble, assert_same_weights, draw_triptych, run, weights_of
 
 import train_semantic_fill_lora as trainer
-from semantic_fill.sampling import ResumableBatchSampler, steps_per_epoch
+from semantic_fill.sampling import ResumableBatchSampler, count_steps
 from semantic_fill.views import bucket_sizes
 
 
@@ -52,17 +52,21 @@ def drawn(num_processes: int, batch_size: int, steps: int, start: int = 0, seed:
     return [[spec for sampler in samplers for spec in next(sampler)] for _ in range(steps)]
 
 
-def test_a_step_has_one_shape_and_an_epoch_every_row():
-    per_epoch = steps_per_epoch(GROUPS, 4)
-    assert per_epoch == 2 + 1 + 3
-    epochs = drawn(1, 4, 2 * per_epoch)
-    for step in epochs:
+def test_a_step_has_one_shape_and_epochs_are_epochs():
+    assert [count_steps(GROUPS, 4, epochs) for epochs in (0, 1, 2, 4, 8)] == [0, 2 + 1 + 3, 3 + 2 + 5, 5 + 3 + 9, 34]
+    steps = drawn(1, 4, 34)
+    for step in steps:
         assert len({GROUPS[spec.index] for spec in step}) == 1
-    for epoch in (epochs[:per_epoch], epochs[per_epoch:]):
-        counts = collections.Counter(spec.index for step in epoch for spec in step)
-        # Only rows of a group that does not fill its last step come twice, or thrice where it is smaller than a step.
-        assert set(counts) == set(range(len(GROUPS))) and max(counts.values()) <= 2
-    assert [s.index for step in epochs[:per_epoch] for s in step] != [s.index for x in epochs[per_epoch:] for s in x]
+    for epochs in (1, 2, 3, 8):
+        counts = collections.Counter(spec.index for step in steps[: count_steps(GROUPS, 4, epochs)] for spec in step)
+        # Only what fills up the last step of a group comes once more.
+        assert set(counts) == set(range(len(GROUPS))) and min(counts.values()) == epochs
+        assert sum(counts.values()) - epochs * len(GROUPS) < 4 * 3
+    first, second = ([s.index for step in steps[a:b] for s in step] for a, b in ((0, 6), (6, 12)))
+    assert first != second
+    # Steps of many more samples than there are.
+    assert count_steps(GROUPS, 100, 1) == count_steps(GROUPS, 100, 10) == 3
+    assert collections.Counter(GROUPS[step[0].index] for step in drawn(1, 100, 34)) == {0: 10, 1: 6, 2: 18}
 
 
 def test_samples_do_not_depend_on_processes_or_restarts():
@@ -122,6 +126,10 @@ def test_epochs_visit_every_shape(base_folder, folder, tmp_path):
     built = assemble(options_of(base_folder, tmp_path / "out", folder, "--num_train_epochs", 2))
     # Four, four and two rows of a shape, with two in a step.
     assert built.options.max_train_steps == 2 * (2 + 2 + 1)
+    more = ["--num_train_epochs", 3, "--gradient_accumulation_steps", 4]
+    built = assemble(options_of(base_folder, tmp_path / "out", folder, *more))
+    # Twelve, twelve and six visits, with eight in a step.
+    assert built.options.max_train_steps == 2 + 2 + 1
 
 
 def test_compiled_blocks_have_a_graph_for_each_shape(base_folder, folder, tmp_path, caplog):
