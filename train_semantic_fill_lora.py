@@ -22,9 +22,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
@@ -53,6 +51,7 @@ from semantic_fill.memory import CHECKPOINTING, Plan, choose_plan
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, public_config, push_checkpoint, push_to_hub, save_result
+from semantic_fill.rehearsal import rehearse, require_tracker
 from semantic_fill.sampling import ResumableBatchSampler, count_steps, prefetch, seed_of
 from semantic_fill.sources import Source
 from semantic_fill.validation import paint_samples
@@ -298,23 +297,20 @@ def build_optimizer(model: SemanticFillModel, options: Options) -> torch.optim.O
         "weight_decay": options.adam_weight_decay,
         "eps": options.adam_epsilon,
     }
-    try:
-        if options.optimizer == "prodigy":
-            from prodigyopt import Prodigy
+    if options.optimizer == "prodigy":
+        from prodigyopt import Prodigy
 
-            return Prodigy(
-                groups,
-                lr=options.learning_rate,
-                use_bias_correction=options.prodigy_use_bias_correction,
-                safeguard_warmup=options.prodigy_safeguard_warmup,
-                **kwargs,
-            )
-        if options.use_8bit_adam:
-            from bitsandbytes.optim import AdamW8bit
+        return Prodigy(
+            groups,
+            lr=options.learning_rate,
+            use_bias_correction=options.prodigy_use_bias_correction,
+            safeguard_warmup=options.prodigy_safeguard_warmup,
+            **kwargs,
+        )
+    if options.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(groups, **kwargs)
-    except ImportError as error:
-        raise ImportError(f"This optimizer needs a package: `pip install {error.name}`.") from error
+        return AdamW8bit(groups, **kwargs)
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, fused=on_gpu or None, **kwargs)
 
@@ -367,6 +363,8 @@ def assemble(
     accelerator, device = engine.accelerator, engine.accelerator.device
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     held_out = held_out_encoder = None
+    if pipeline is None and encoder is None:
+        rehearse(options, accelerator, dtype, build_model, build_optimizer, checkpoint)
     if encoder is None:
         pairs = not SEMANTIC_MODES[options.semantic_mode].uses_map
         dataset, held_out = load_datasets(options, accelerator, pairs, source)
@@ -523,6 +521,8 @@ def parse_args(arguments: list[str] | None = None) -> Options:
 
 def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerator:
     """The accelerator, and logging. A tracker of the caller's own takes the place of `--report_to`."""
+    if log_with is None:
+        require_tracker(options.report_to)
     logging_dir = str(Path(options.output_dir, options.logging_dir))
     accelerator = Accelerator(
         # A plugin, because an environment variable of accelerate would override the plain number.
@@ -535,8 +535,7 @@ def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerat
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S")
     for name in (__name__, "semantic_fill"):
         logging.getLogger(name).setLevel(options.log_level.upper())
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+    reports.show_library_warnings()
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     # In torch 2.11 the backward of cuDNN's attention crashes or gives NaN. Flash attention takes over.
@@ -576,14 +575,14 @@ def main(options: Options) -> None:
             if options.push_to_hub:
                 repo_id = open_repo(options)
                 options = replace(options, hub_model_id=repo_id)
+            # A tracker without a login fails here, and not when everything is encoded.
+            accelerator.init_trackers("semantic-fill")
             if repo_id is not None and options.hub_strategy == "every_checkpoint":
                 on_checkpoint = functools.partial(push_checkpoint, repo_id=repo_id)
         run = assemble(options, engine, checkpoint=find_checkpoint(options), on_checkpoint=on_checkpoint)
-        if accelerator.is_main_process:
-            config = {
-                k: v if isinstance(v, int | float | str) else str(v) for k, v in public_config(run.options).items()
-            }
-            accelerator.init_trackers("semantic-fill", config=config)
+        config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in public_config(run.options).items()}
+        for tracker in accelerator.trackers:
+            tracker.store_init_configuration(config)
         reports.announce_run(run, samples_per_step(run.options, accelerator))
         with reports.explain_out_of_memory(run.options, run.encoder):
             train(run)

@@ -79,7 +79,19 @@ def add_lora(
     layers: list[str] | None = None,
     fused: bool = True,
 ) -> None:
-    """Adds an untrained LoRA to a transformer, in place. `fused` computes its products as `MasterWeightLora` does."""
+    """
+    Adds an untrained LoRA to a transformer, in place. `fused` computes its products as `MasterWeightLora` does.
+
+    Raises:
+        `ValueError`: if one of `layers` is the name of no linear layer.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    unknown = [layer for layer in layers or () if not any(f".{name}".endswith(f".{layer}") for name in names)]
+    if unknown:
+        raise ValueError(
+            f"--lora_layers names {', '.join(map(repr, unknown))}, which match no linear layer of the transformer. Names of"
+            f" layers are {', '.join(LORA_TARGETS)}, and others of its `named_modules`."
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

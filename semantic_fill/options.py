@@ -15,6 +15,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 
@@ -27,6 +28,7 @@ from semantic_fill.precision import PRECISIONS
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 # Piecewise constant takes rules that no option states.
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT)
+TRACKERS = (*LOGGER_TYPE_TO_CLASS, "all", "none")
 HUB_CHECKPOINT = "last-checkpoint"
 
 
@@ -226,7 +228,9 @@ class OptimizerOptions(OptionGroup):
     max_bad_steps: int = option(10, at_least=1, help="Stop after so many steps in a row without finite gradients.")
     optimizer: str = option("adamw", choices=("adamw", "prodigy"), help="AdamW or Prodigy.")
     use_8bit_adam: bool = option(False, help="Use bitsandbytes' AdamW, whose states have 8 bits.")
-    learning_rate: float = option(1e-4, help="Learning rate of the LoRA.")
+    learning_rate: float = option(
+        None, help="Learning rate of the LoRA. Default: 1e-4, or 1 for Prodigy, which scales it to what it estimates."
+    )
     semantic_learning_rate: float = option(None, help="Rate of the module. Default: --learning_rate.")
     semantic_scale_learning_rate: float = option(
         None,
@@ -311,7 +315,7 @@ class OutputOptions(OptionGroup):
     validation_guidance_scale: float = option(30.0, help="Guidance scale of a validation painting.")
     logging_dir: str = option("logs", help="Folder inside --output_dir for the tracker's files.")
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="Level of log messages.")
-    report_to: str = option("tensorboard", help="tensorboard, wandb, all or none.")
+    report_to: str = option("tensorboard", choices=TRACKERS, help="Where losses, rates and paintings are logged to.")
     push_to_hub: bool = option(False, help="Push the result, with the token of `hf auth login` or HF_TOKEN.")
     hub_model_id: str | None = option(None, help="Hub repository. Default: the name of --output_dir.")
     hub_private_repo: bool = option(False, help="Create the repository as private.")
@@ -337,6 +341,7 @@ class Options(
 
     def __post_init__(self):
         super().__post_init__()
+        self._set_defaults(learning_rate=1.0 if self.optimizer == "prodigy" else 1e-4)
         self._set_defaults(
             lora_alpha=self.rank,
             max_sequence_length="auto" if self.fast else 512,

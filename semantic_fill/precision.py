@@ -297,6 +297,8 @@ def replace_linears(transformer: FluxTransformer2DModel, precision: str) -> list
                     frozen = cls(*sizes, device="meta", dtype=child.weight.dtype)
                     setattr(parent, name, frozen)
                     replaced.append((child, frozen))
+    if not replaced:
+        raise ValueError(f"No layer of the transformer can be quantized to {precision}: no width is a multiple of 16.")
     return replaced
 
 

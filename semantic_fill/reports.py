@@ -5,7 +5,9 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import diffusers
 import torch
+import transformers
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
@@ -20,6 +22,29 @@ from semantic_fill.views import PANELS
 logger = get_logger(__name__)
 
 
+# Warnings of libraries that tell a user nothing: the start of the logger's name, of the message, and why.
+NOISE = (
+    # The trainer offers these backends by its own option, and tries them before it encodes.
+    ("diffusers.models", "Attention backends are an experimental feature"),
+    # FLUX takes one vector from CLIP, whatever the prompt's length. What T5 cuts is counted once for all captions.
+    ("diffusers.pipelines.flux", "The following part of your input was truncated"),
+    ("transformers.tokenization", "Token indices sequence length is longer"),
+)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """A filter for the loggers of libraries that leaves out `NOISE`."""
+    return not any(record.name.startswith(name) and record.msg.startswith(text) for name, text in NOISE)
+
+
+def show_library_warnings() -> None:
+    """Has the libraries that load models show their warnings, but for those that are noise."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_warning()
+        for handler in logging.getLogger(library.__name__).handlers:
+            handler.addFilter(is_news)
+
+
 def announce(model, options: Options) -> None:
     """
     Logs how the map enters.
@@ -30,6 +55,11 @@ def announce(model, options: Options) -> None:
     logger.info(f"Semantic mode: {options.semantic_mode}")
     for line in [] if model.semantic_attention is None else model.semantic_attention.describe():
         logger.info(line)
+    if options.optimizer == "prodigy" and options.learning_rate < 0.1:
+        logger.warning(
+            f"--learning_rate {options.learning_rate:g} is a factor of the rate that Prodigy estimates, so hardly anything"
+            " is learned. Leave it out, or pass 1."
+        )
     if options.attention_backend == CUDNN and not options.compile:
         logger.warning(
             f"--attention_backend {CUDNN} without --compile: with torch 2.11 the process crashed, or gradients were not"
@@ -60,9 +90,12 @@ def log_step(run, bar: tqdm, norm: float, skipped: int) -> None:
     step, loss, rate = run.state.step, run.state.loss, run.lr_scheduler.get_last_lr()[0]
     scales = run.engine.unwrap(run.model).scales()
     bar.update()
+    logs = {"loss": loss, "lr": rate, "gradient_norm": norm, "skipped_steps": skipped}
+    # Prodigy multiplies the rate by its estimate of the distance to the solution.
+    if (distance := run.optimizer.param_groups[0].get("d")) is not None:
+        logs["d*lr"] = rate = distance * rate
     shown = {"loss": f"{loss:.4f}", "lr": rate} | ({"scale": f"{scales[0]:.4f}"} if scales else {})
     bar.set_postfix(shown)
-    logs = {"loss": loss, "lr": rate, "gradient_norm": norm, "skipped_steps": skipped}
     run.engine.accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
     if step % 100 == 0:
         logger.info(f"[Step {step}] Loss: {loss:.4f}")

@@ -5,9 +5,10 @@ import logging
 import re
 
 import pytest
-from helpers import arguments, assemble, run, write_triptychs
+from helpers import arguments, assemble, fresh_state, run, weights_of, write_triptychs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
 
 
@@ -116,3 +117,40 @@ def test_every_100_steps_and_what_trackers_get(base_folder, triptych_folder, tmp
     assert [f"{values[f'scale/layer_{n}'][99]:.3f}" for n in (0, 1)] == [scale.split()[-1] for scale in scales]
     assert values["scale/layer_0"][-1] > values["scale/layer_0"][0] > 0 and set(values["skipped_steps"]) == {0}
     assert values["lr"] == pytest.approx([1e-4 * (1 - step / 101) for step in range(1, 102)], abs=1e-10)
+
+
+def test_prodigy_learns_by_default_and_logs_its_rate(base_folder, triptych_folder, tmp_path, caplog):
+    learned, rates = [], []
+    for name, more in (("default", ()), ("small", ("--learning_rate", 1e-4))):
+        options = ("--optimizer", "prodigy", "--max_train_steps", 40, "--report_to", "tensorboard", *more)
+        out = run(base_folder, tmp_path / name, *options, data=triptych_folder)
+        events = EventAccumulator(str(out / "logs" / "semantic-fill"))
+        events.Reload()
+        rates.append([event.value for event in events.Scalars("d*lr")])
+        learned.append(max(w.abs().max().item() for n, w in weights_of(out).items() if "lora_B" in n))
+        # The rate itself is that of the schedule.
+        scheduled = [event.value for event in events.Scalars("lr")]
+        assert scheduled == pytest.approx([more[1] if more else 1.0] * 40)
+    # The estimate starts at 1e-6 and grows from step to step.
+    assert learned[0] > 1e-5 and 0 < learned[1] < learned[0] / 1000
+    assert rates[0][-1] > 2 * rates[0][0] > 0 and max(rates[1]) < 1e-4
+    assert caplog.text.count("--learning_rate 0.0001 is a factor of the rate that Prodigy estimates") == 1
+
+
+def test_warnings_of_libraries_are_shown_but_for_noise(base_folder, tmp_path, caplog):
+    fresh_state()
+    trainer.setup(arguments(base_folder, tmp_path, data="unused"))
+    shown = []
+    for name, message in (
+        ("diffusers.models.modeling_utils", "Attention backends are an experimental feature and may change."),
+        ("diffusers.models.modeling_utils", "The config attributes {'x': 1} were passed, but are not expected."),
+        ("diffusers.pipelines.flux.pipeline_flux_fill", "The following part of your input was truncated because"),
+        ("transformers.tokenization_utils_base", "Token indices sequence length is longer than the specified"),
+        ("transformers.modeling_utils", "Some weights were newly initialized."),
+    ):
+        logger = logging.getLogger(name)
+        root = logging.getLogger(name.split(".")[0])
+        record = logger.makeRecord(name, logging.WARNING, "", 0, message, (), None)
+        if logger.isEnabledFor(logging.WARNING) and all(handler.filter(record) for handler in root.handlers):
+            shown.append(message)
+    assert [message.split()[0] for message in shown] == ["The", "Some"]
