@@ -77,7 +77,7 @@ def test_what_can_work_is_not_refused(base_folder, tmp_path, options):
 @pytest.mark.parametrize(
     "options, package, named",
     [
-        ("--optimizer prodigy", "prodigyopt", "--optimizer prodigy and .*`pip install prodigyopt`"),
+        ("--optimizer prodigy", "prodigyopt", "--optimizer prodigy cannot work .*`pip install prodigyopt`"),
         ("--use_8bit_adam", "bitsandbytes", "--use_8bit_adam .*`pip install bitsandbytes`"),
         ("--base_precision nf4", "bitsandbytes", "--base_precision nf4 cannot work .*`pip install bitsandbytes`"),
     ],
