@@ -237,7 +237,7 @@ def test_starts(monkeypatch, tmp_path, form, small):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import startup
 
-    from semantic_fill import data, encoding
+    from semantic_fill import checks, encoding
 
     done = []
 
@@ -245,7 +245,7 @@ def test_starts(monkeypatch, tmp_path, form, small):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: done.append(name) or function(*args))
 
-    record(data, "inspect")
+    record(checks, "inspect")
     record(encoding, "is_intact")
     record(startup, "start")
     # Nothing is encoded, because every encoding is found.
