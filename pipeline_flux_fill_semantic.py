@@ -850,7 +850,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 continue
             if module is not self._own_module:
                 # It is no component, so it follows the transformer as its LoRA does.
-                module.to(device=semantic_tokens.device, dtype=self._module_dtype)
+                module.to(semantic_tokens.device)
+                if module.dtype != self._module_dtype:
+                    module.to(self._module_dtype)
             guides.append(_Guide(module, semantic_tokens.to(module.dtype), weight * semantic_scale))
         return guides
 
@@ -1206,7 +1208,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # The readers of other layouts raise these for names and shapes that they do not expect.
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name} holds no LoRA that can be read ({type(error).__name__}: {error}).") from error
-        metadata = check_lora(state_dict | (alphas or {}), metadata, name)
+        # A state dict may hold alphas as numbers.
+        numbers = {key: torch.as_tensor(alpha) for key, alpha in (alphas or {}).items()}
+        metadata = check_lora(state_dict | numbers, metadata, name)
         outputs = (state_dict, *([alphas] if return_alphas else []), *([metadata] if returns_metadata else []))
         return outputs if len(outputs) > 1 else state_dict
 

@@ -380,10 +380,17 @@ def control_lora() -> dict[str, torch.Tensor]:
     return {f"transformer.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("make", [kohya_lora, xlabs_lora, control_lora])
+def lora_with_alphas() -> dict:
+    """With numbers among the weights, as some tools keep alphas in memory."""
+    lora: dict = {name: weight for name, weight in control_lora().items() if "lora" in name}
+    return lora | {"transformer.x_embedder.lora_A.weight.alpha": 8.0}
+
+
+@pytest.mark.parametrize("make", [kohya_lora, xlabs_lora, control_lora, lora_with_alphas])
 @pytest.mark.parametrize("form", ["state dict", "file", "folder", "folder and name"])
 def test_loras_of_other_tools_load_as_in_fill_pipeline(base, loras, tmp_path, make, form):
-    safetensors.torch.save_file(make(), tmp_path / "style.safetensors")
+    tensors = {name: torch.as_tensor(weight) for name, weight in make().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "style.safetensors")
     source = {"state dict": make(), "file": tmp_path / "style.safetensors"}.get(form, tmp_path)
     kwargs = {"weight_name": "style.safetensors"} if form == "folder and name" else {}
     # Neither a module that lies in the same folder nor the pipeline's own has to do with it.
