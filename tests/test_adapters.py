@@ -120,7 +120,6 @@ OPERATIONS = {
     "beside one without a map": ("an", lambda pipe, loras: pipe.set_adapters(["n", "a"]), {"a": 1, "n": 1}),
     "no weight": ("a", lambda pipe, loras: pipe.set_adapters("a", 0.0), {}),
     "no weight beside another": ("ab", lambda pipe, loras: pipe.set_adapters(["a", "b"], [0.0, 1.0]), {"b": 1}),
-    "no weight on three panels": ("c", lambda pipe, loras: pipe.set_adapters("c", 0.0), {}),
     "disable": ("ab", lambda pipe, loras: pipe.disable_lora(), {}),
     "disable and enable": ("a", lambda pipe, loras: (pipe.disable_lora(), pipe.enable_lora()), {"a": 1}),
     "disable the transformer's": ("a", lambda pipe, loras: pipe.transformer.disable_lora(), {}),
@@ -139,7 +138,6 @@ OPERATIONS = {
     "fuse and switch": ("ab", lambda pipe, loras: (fuse(pipe, "a"), pipe.set_adapters("b")), {"a": 1}),
     "fuse and set a weight": ("a", lambda pipe, loras: (fuse(pipe, "a"), pipe.set_adapters("a", 0.2)), {"a": 1}),
     "fuse and disable": ("a", lambda pipe, loras: (fuse(pipe, "a"), pipe.disable_lora()), {}),
-    "fuse and unfuse": ("a", lambda pipe, loras: (fuse(pipe, "a"), pipe.unfuse_lora()), {"a": 1}),
     "unfuse and switch": (
         "ab", lambda pipe, loras: (fuse(pipe, "a"), pipe.unfuse_lora(), pipe.set_adapters("b", 0.5)), {"b": 0.5}
     ),
@@ -147,7 +145,6 @@ OPERATIONS = {
     "fuse, unload, unload": (
         "p", lambda pipe, loras: (fuse(pipe, "p"), pipe.unload_lora_weights(), pipe.unload_lora_weights()), {"p": 1}
     ),
-    "fuse and delete": ("a", lambda pipe, loras: (fuse(pipe, "a"), pipe.delete_adapters("a")), {"a": 1}),
     "fuse, delete, unfuse": (
         "ab", lambda pipe, loras: (fuse(pipe, "a"), pipe.delete_adapters("a"), pipe.unfuse_lora(), pipe.set_adapters("b", 0.0)), {"a": 1}
     ),
