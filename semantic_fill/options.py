@@ -160,7 +160,7 @@ class SemanticOptions(OptionGroup):
         choices=SEMANTIC_POSITIONS,
         help="How cross-attention finds places: rope rotates queries and keys by row and column, none compares contents.",
     )
-    semantic_dropout: float = option(0.0, at_most=1, help="Share of samples trained without their map.")
+    semantic_dropout: float = option(0.0, below=1, help="Share of samples trained without their map.")
     semantic_weights: str | None = option(
         None, help="Trained module to start from, with its own configuration: a trained folder or Hub repository."
     )
@@ -172,7 +172,7 @@ class LoraOptions(OptionGroup):
 
     rank: int = option(16, at_least=1, help="Rank of the LoRA.")
     lora_alpha: int = option(None, at_least=1, help="Scale of the LoRA. Default: the rank.")
-    lora_dropout: float = option(0.0, at_most=1, help="Dropout in front of the LoRA's matrices.")
+    lora_dropout: float = option(0.0, below=1, help="Dropout in front of the LoRA's matrices.")
     lora_layers: str | None = option(
         None, help="Comma-separated module names. Default: attention and feed-forward of all blocks, last layer."
     )

@@ -108,7 +108,6 @@ def load_table(options: DataOptions, cache_dir: str | None = None) -> TableSourc
     import datasets
     from datasets.config import HF_DATASETS_CACHE
 
-    datasets.utils.logging.set_verbosity_error()
     name, files, left_out, local = options.dataset_name or "", [], [], {}
     if os.path.isdir(name):
         try:

@@ -110,6 +110,9 @@ def test_defaults_that_follow_from_other_options(passed, expected):
         ("--max_grad_norm -1", "--max_grad_norm has to be at least 0 but is -1.0"),
         ("--adam_beta2 1", "--adam_beta2 has to be below 1 but is 1.0"),
         ("--caption_dropout 2", "--caption_dropout has to be at most 1 but is 2.0"),
+        # Nothing of the LoRA, or of the module, would ever be trained.
+        ("--lora_dropout 1", "--lora_dropout has to be below 1 but is 1.0"),
+        ("--semantic_dropout 1", "--semantic_dropout has to be below 1 but is 1.0"),
         ("--weighting_scheme mode --mode_scale 8", "--mode_scale has to be at most 1.75194 but is 8.0"),
         ("--seed -1", "--seed has to be at least 0 but is -1"),
         (f"--seed {2**32}", f"--seed has to be below 4.29497e+09 but is {2**32}"),
