@@ -56,6 +56,7 @@ if TYPE_CHECKING or __package__:
         check_finite,
         check_manifest,
         check_number,
+        current_result,
         load_semantic_module,
         parse_json,
         read_header,
@@ -69,6 +70,7 @@ else:
     check_finite = _semantic_attention.check_finite
     check_manifest = _semantic_attention.check_manifest
     check_number = _semantic_attention.check_number
+    current_result = _semantic_attention.current_result
     load_semantic_module = _semantic_attention.load_semantic_module
     parse_json = _semantic_attention.parse_json
     read_header = _semantic_attention.read_header
@@ -1557,6 +1559,7 @@ def _find_lora_file(
 
 def _resolve_file(source: str, subfolder: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:
     """Returns the local path of a file of a folder or Hub repository, or `None` if there is no such file."""
+    source = current_result(source)
     if os.path.isdir(source):
         path = os.path.join(source, subfolder, filename)
         return path if os.path.isfile(path) else None

@@ -50,6 +50,8 @@ LAST_COMMIT_FOR_OLD_MODULES = "bd5985d"
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 32
 MAX_MODULE_SIZE = 4096
+# The trainer's result, whole, while its files are put into the place of an earlier result.
+RESULT_ON_ITS_WAY = ".result"
 
 
 # -- What was downloaded ----------------------------------------------------------------------------------------------
@@ -216,6 +218,12 @@ def check_manifest(path: str | os.PathLike) -> None:
             if damage is not None:
                 raise ValueError(f"{folder} is damaged: {damage}.")
             return
+
+
+def current_result(source: str | os.PathLike) -> str:
+    r"""Returns the folder that holds the whole of a trained folder's result, which is `source` unless a run was killed."""
+    ready = os.path.join(source, RESULT_ON_ITS_WAY)
+    return ready if os.path.isdir(ready) and not os.path.islink(ready) else str(source)
 
 
 def check_module_files(model_class: type, config_file: str | os.PathLike, weights_file: str | os.PathLike) -> None:
@@ -474,7 +482,7 @@ class SemanticModel(ModelMixin, ConfigMixin):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` cannot be False, because unpickling runs code from the file.")
         kwargs["use_safetensors"] = True
-        source = str(pretrained_model_name_or_path)
+        source = current_result(pretrained_model_name_or_path)
         if os.path.isdir(source):
             # diffusers would prefer weights beside the subfolder.
             source = os.path.join(source, kwargs.pop("subfolder", None) or "")

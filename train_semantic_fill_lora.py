@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_attention import SemanticModel
 from semantic_fill import reports
-from semantic_fill.checkpoints import Checkpointer, StopSignals, TrainingState, claim_output_dir, find_checkpoint
+from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import load_datasets
 from semantic_fill.encoding import Encoder, SampleReader, encode_datasets
@@ -50,10 +50,11 @@ from semantic_fill.lora import add_lora, compiler_options
 from semantic_fill.memory import CHECKPOINTING, Plan, choose_plan
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.precision import FrozenLinearConfig
-from semantic_fill.publish import open_repo, public_config, push_checkpoint, push_to_hub, save_result
+from semantic_fill.publish import open_repo, push_checkpoint, push_to_hub, save_result, tracker_config
 from semantic_fill.rehearsal import rehearse, require_tracker
 from semantic_fill.sampling import ResumableBatchSampler, count_steps, prefetch, seed_of
 from semantic_fill.sources import Source
+from semantic_fill.training_state import TrainingState, check_same_samples, refuse_untrained
 from semantic_fill.validation import paint_samples
 from semantic_fill.weights import load_lora, load_module, load_weights
 
@@ -374,6 +375,8 @@ def assemble(
         # New options are checked again, which may end the run and so comes before the encoding.
         steps = count_steps(dataset.groups(), samples_per_step(options, accelerator), options.num_train_epochs)
         options = replace(options, max_train_steps=steps)
+    if checkpoint is not None:
+        check_same_samples(checkpoint, dataset.fingerprint(), options)
     if encoder is None:
         encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, held_out, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
@@ -400,6 +403,7 @@ def assemble(
     model, optimizer = engine.prepare(model, optimizer)
     checkpointer = Checkpointer(engine, engine.unwrap(model), optimizer, lr_scheduler, options, on_checkpoint)
     state = TrainingState() if checkpoint is None else checkpointer.restore(checkpoint)
+    state.seed, state.samples = options.seed, dataset.fingerprint()
     objective = Objective(options, encoder.pipeline.scheduler, guidance_embeds)
     batch_maker = functools.partial(make_batch, encoder=encoder, objective=objective, device=device, dtype=dtype)
     return Run(
@@ -473,8 +477,8 @@ def train(run: Run) -> None:
             reports.log_step(run, bar, norm, skipped)
 
             given_up = bad_steps >= options.max_bad_steps
-            # A skipped step changed nothing, so the weights after it are good too.
-            if step % options.checkpointing_steps == 0 or stopped_by or given_up:
+            # A skipped step changed nothing, so the weights after it are good too. A longer run goes on from the last.
+            if step % options.checkpointing_steps == 0 or step == options.max_train_steps or stopped_by or given_up:
                 run.checkpointer.save(state)
             if options.validation_steps and step % options.validation_steps == 0:
                 paint_samples(engine.unwrap(run.model), run.held_out or run.encoder, step, engine, options)
@@ -546,6 +550,7 @@ def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerat
 def finish(run: Run, repo_id: str | None) -> None:
     """Paints once more, saves the result and uploads it to `repo_id`, if there is one."""
     options, engine, accelerator = run.options, run.engine, run.engine.accelerator
+    refuse_untrained(run.state, run.lr_scheduler)
     model, steps = engine.unwrap(run.model), options.max_train_steps
     weights = engine.weights(model)
     # Model cards show samples. The last validation may have painted them already.
@@ -580,9 +585,8 @@ def main(options: Options) -> None:
             if repo_id is not None and options.hub_strategy == "every_checkpoint":
                 on_checkpoint = functools.partial(push_checkpoint, repo_id=repo_id)
         run = assemble(options, engine, checkpoint=find_checkpoint(options), on_checkpoint=on_checkpoint)
-        config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in public_config(run.options).items()}
         for tracker in accelerator.trackers:
-            tracker.store_init_configuration(config)
+            tracker.store_init_configuration(tracker_config(run.options))
         reports.announce_run(run, samples_per_step(run.options, accelerator))
         with reports.explain_out_of_memory(run.options, run.encoder):
             train(run)

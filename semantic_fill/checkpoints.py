@@ -9,12 +9,10 @@ at all. Nothing is pickled: accelerate's own checkpoints are, and are tied to th
 import json
 import os
 import re
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import filelock
 import safetensors.torch
@@ -25,83 +23,38 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER
-from semantic_attention import file_hash, manifest_damage, read_json
+from semantic_attention import file_hash, manifest_damage
 from semantic_fill.engines import Engine
 from semantic_fill.files import (
     CHECKPOINTS_REMAIN,
     explain_write_errors,
-    flush_to_disk,
     is_hub_id,
+    is_own_folder,
     list_files,
-    printable,
+    remove,
+    replace_folder,
 )
 from semantic_fill.options import HUB_CHECKPOINT, Options
-from semantic_fill.training_state import TrainingState, check_optimizer_state, read_state, split_tensors
-from semantic_fill.weights import save_weights
+from semantic_fill.training_state import (
+    TrainingState,
+    check_fixed_options,
+    check_optimizer_state,
+    fixed_options,
+    read_options,
+    read_state,
+    split_tensors,
+)
+from semantic_fill.weights import complete_result, save_weights
 
 
 logger = get_logger(__name__)
 
-# The last commit that can use what this version refuses.
-OLD_COMMIT = "bd5985d"
+# `checkpoint-N`, and what a killed run leaves of a checkpoint or a result.
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+LEFTOVER = re.compile(rf"\.({CHECKPOINT.pattern}|result|best)\.(part|old|gone)(-[0-9a-f]{{32}})?")
+SAMPLE = re.compile(r"step-\d{6}\.png")
 # Numbers of the optimizer that a continued run may change.
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
-
-
-def fixed_options(model, options: Options) -> dict:
-    """Options that a continued run cannot change: the shapes of what is trained, and the kind of optimizer."""
-    names = ("semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam")
-    fixed = {name: getattr(options, name) for name in names}
-    if model.semantic_attention is not None:
-        # The module's own configuration: --semantic_weights brings its own.
-        config = model.semantic_attention.config
-        fixed |= {f"semantic_{k}": v for k, v in config.items() if not k.startswith("_") and k != "in_channels"}
-    return fixed
-
-
-def check_fixed_options(checkpoint: Path, options: Options) -> None:
-    """Refuses to continue from a checkpoint with options that its state does not fit."""
-    saved = read_options(checkpoint)
-    entry = (saved.get("semantic_position", "none"), saved.pop("semantic_injection", "noise"))
-    if entry == ("direct", "condition"):
-        # Before it was a mode of its own, the projection was a setting of cross_attention.
-        layers = saved["semantic_num_layers"]
-        saved = {name: value for name, value in saved.items() if not name.startswith("semantic_")}
-        saved |= {"semantic_mode": "projection", "semantic_num_layers": layers}
-    elif entry not in (("none", "noise"), ("rope", "noise")):
-        raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint} was trained with --semantic_position {entry[0]} and"
-            f" --semantic_injection {entry[1]}, which no longer exist. Commit {OLD_COMMIT} can still use it."
-        )
-
-    def spell(name: str, value) -> str:
-        if value in (None, False):
-            return f"without --{name}"
-        return f"with --{name}" if value is True else f"with --{name} {printable(str(value)[:100])}"
-
-    for name, value in saved.items():
-        wanted = getattr(options, name, value)
-        if wanted != value:
-            raise ValueError(
-                f"--resume_from_checkpoint: {checkpoint} was trained {spell(name, value)}, so a run"
-                f" {spell(name, wanted)} cannot continue from it. It can start from its weights with --lora_weights and"
-                " --semantic_weights."
-            )
-
-
-def read_options(checkpoint: Path) -> dict[str, Any]:
-    """
-    The options that a checkpoint was saved with.
-
-    Raises:
-        `ValueError`: if the file holds anything else than names and single values.
-    """
-    saved = read_json(checkpoint / "options.json")
-    if not isinstance(saved, dict) or any(isinstance(value, (dict, list)) for value in saved.values()):
-        raise ValueError(f"{checkpoint / 'options.json'} has to hold a JSON object of single values.")
-    if not isinstance(saved.get("semantic_mode"), str):
-        raise ValueError(f"{checkpoint / 'options.json'} does not name the `semantic_mode`.")
-    return saved
 
 
 class Checkpointer:
@@ -177,41 +130,37 @@ def save_checkpoint(model, weights: dict[str, torch.Tensor], state: dict, option
     """Writes a checkpoint beside its place and renames it. Only then are the oldest ones deleted."""
     output_dir = Path(options.output_dir)
     folder = output_dir / f"checkpoint-{state['step']}"
-    partial, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
-    for path in (partial, replaced):
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
-            save_weights(model, weights, partial, options)
-            tensors = {}
-            described = split_tensors(state, "state", tensors)
-            safetensors.torch.save_file(tensors, partial / "training_state.safetensors")
-            (partial / "training_state.json").write_text(json.dumps(described))
-            (partial / "options.json").write_text(json.dumps(fixed_options(model, options)))
-            files = list_files(partial)
-            manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-            for path in (partial, *partial.rglob("*")):
-                flush_to_disk(path)
-            if folder.exists():
-                os.replace(folder, replaced)
-            os.replace(partial, folder)
-            flush_to_disk(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+    def write(partial: Path) -> None:
+        save_weights(model, weights, partial, options)
+        tensors = {}
+        described = split_tensors(state, "state", tensors)
+        safetensors.torch.save_file(tensors, partial / "training_state.safetensors")
+        (partial / "training_state.json").write_text(json.dumps(described))
+        (partial / "options.json").write_text(json.dumps(fixed_options(model, options)))
+        files = list_files(partial)
+        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+
+    with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
+        replace_folder(folder, write)
     logger.info(f"Saved {folder}")
     if options.checkpoints_total_limit is not None:
         others = [path for path in list_checkpoints(output_dir) if path != folder]
         # Checkpoints of later steps are left from a run that was given up, so they are deleted first.
         others.sort(key=lambda path: checkpoint_step(path) < state["step"])
         for old in others[: max(0, len(others) + 1 - options.checkpoints_total_limit)]:
-            # After the rename, a deletion that is cut off leaves nothing that looks like a checkpoint.
-            deleted = old.with_name(f".{old.name}.gone")
-            os.replace(old, deleted)
-            shutil.rmtree(deleted)
-            logger.info(f"Deleted {old}")
+            delete_checkpoint(old)
     return folder
+
+
+def delete_checkpoint(folder: Path) -> None:
+    # After the rename, a deletion that is cut off leaves nothing that looks like a checkpoint.
+    deleted = folder.with_name(f".{folder.name}.gone")
+    remove(deleted)
+    os.replace(folder, deleted)
+    remove(deleted)
+    logger.info(f"Deleted {folder}")
 
 
 def checkpoint_step(path: Path) -> int:
@@ -219,9 +168,12 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders from the oldest to the newest."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
-    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=checkpoint_step)
+    """
+    The checkpoints of a run, from the oldest to the newest: folders of exactly these names, and no links. Nothing else is
+    ever counted, deleted or moved.
+    """
+    found = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(filter(is_own_folder, found), key=checkpoint_step)
 
 
 def checkpoint_damage(folder: Path) -> str | None:
@@ -251,7 +203,8 @@ def find_checkpoint(options: Options) -> Path | None:
         return None
     if source != "latest":
         path = Path(source)
-        path = path if path.is_dir() else Path(options.output_dir, path.name)
+        # A bare name is that of a checkpoint of this run.
+        path = Path(options.output_dir, source) if not path.is_dir() and path.name == source else path
         if not path.is_dir() and is_hub_id(source):
             path = download_checkpoint(source, options.cache_dir)
         damage = checkpoint_damage(path)
@@ -292,7 +245,8 @@ def claim_output_dir(options: Options) -> filelock.FileLock:
     Creates the output folder and locks it until the lock is released or the process ends.
 
     Raises:
-        `ValueError`: if another run uses the folder, or it holds checkpoints that this run does not continue from.
+        `ValueError`: if another run uses the folder, or it holds the result or checkpoints of an earlier run that this one
+            neither continues nor may overwrite.
     """
     folder = Path(options.output_dir)
     lock = filelock.FileLock(folder / ".lock")
@@ -302,27 +256,66 @@ def claim_output_dir(options: Options) -> filelock.FileLock:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ValueError(f"--output_dir {folder} is in use by another run.") from None
-    # A run that was killed between two renames left a checkpoint under its temporary name.
-    for path in folder.glob(".checkpoint-*.old"):
-        if not (folder / path.stem[1:]).exists():
-            os.replace(path, folder / path.stem[1:])
-    for path in (*folder.glob(".checkpoint-*.*"), *folder.glob(".result.part")):
-        shutil.rmtree(path, ignore_errors=True)
-    if options.resume_from_checkpoint is None and list_checkpoints(folder):
-        lock.release()
-        raise ValueError(
-            f"--output_dir {folder} holds checkpoints of an earlier run. Continue it with --resume_from_checkpoint"
-            " latest, or pass another folder."
-        )
+        try:
+            clean_up(folder)
+            check_earlier_run(folder, options)
+        except BaseException:
+            lock.release()
+            raise
     return lock
 
 
+def clean_up(folder: Path) -> None:
+    """Completes or removes what a killed run left half-done in an output folder."""
+    for path in list(folder.glob(".*")):
+        place = folder / path.name.split(".")[1]
+        if LEFTOVER.fullmatch(path.name):
+            # A run that was killed between two renames left a checkpoint under its temporary name.
+            if path.name.endswith(".old") and is_own_folder(path) and not os.path.lexists(place):
+                os.replace(path, place)
+            else:
+                remove(path)
+    complete_result(folder)
+
+
+def check_earlier_run(folder: Path, options: Options) -> None:
+    """Refuses a folder with an earlier run that this one would mix with, or with --overwrite_output_dir clears it."""
+    for path in folder.glob("checkpoint-*"):
+        if CHECKPOINT.fullmatch(path.name) and not is_own_folder(path):
+            raise ValueError(
+                f"{path} is no folder, but has the name of a checkpoint. It stays as it is; move it away."
+            )
+    checkpoints, result = list_checkpoints(folder), folder / LORA_WEIGHT_NAME_SAFE
+    resumed = options.resume_from_checkpoint
+    if resumed is not None and (resumed != "latest" or checkpoints):
+        return
+    if options.overwrite_output_dir:
+        samples = [path for path in folder.glob("samples/step-*.png") if SAMPLE.fullmatch(path.name)]
+        for path in checkpoints:
+            delete_checkpoint(path)
+        for path in samples:
+            path.unlink()
+    elif checkpoints or result.is_file():
+        held = "checkpoints" if checkpoints else "the result"
+        hint = "Continue it with --resume_from_checkpoint latest, or pass" if checkpoints else "Pass"
+        raise ValueError(
+            f"--output_dir {folder} holds {held} of an earlier run. {hint} another folder, or --overwrite_output_dir to"
+            " replace it."
+        )
+
+
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a stop after the current step. A second signal ends the run at once."""
+    """
+    Turns SIGTERM, SIGHUP and Ctrl-C into a stop after the current step. A second signal ends the run at once. A signal that
+    the run was started to ignore, as `nohup` does, stays ignored.
+    """
 
     def __enter__(self):
         self.number = 0
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Windows has no SIGHUP, which tells that the terminal was closed.
+        names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def _note(self, number, frame):

@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """Triptychs: how a sample becomes views of one size and a caption, and which samples a run trains on and holds out."""
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -158,6 +159,13 @@ class TriptychDataset(torch.utils.data.Dataset):
         """What the views depend on: the stored pictures, and how they are read."""
         palette = None if self.palette is None else tuple(sorted(self.palette.items()))
         return (*self.findings[self.indices[index]].digests, READER_VERSION, palette)
+
+    def fingerprint(self) -> str:
+        """A hash of all samples in their order: stored pictures, how they are read, and captions."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(repr((self.digests(index), self.size(index), self.captions(index))).encode())
+        return digest.hexdigest()
 
     def views(self, index: int, flip: bool = False) -> dict[str, torch.Tensor]:
         """The views by their names in `PANELS`. The semantic one is missing from pairs."""

@@ -39,7 +39,7 @@ from semantic_fill.data import TriptychDataset
 from semantic_fill.files import is_hub_id, printable
 from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks
 from semantic_fill.options import DataOptions, ModelOptions, option
-from semantic_fill.publish import add_to_model_card
+from semantic_fill.publish import add_to_model_card, as_text
 from semantic_fill.sampling import seed_of
 from semantic_fill.tables import load_source
 from semantic_fill.validation import tile_pictures
@@ -287,7 +287,7 @@ def table(report: dict) -> str:
         cells = [f"{figures[name]:.{METRICS[name][1]}f}" if name in figures else "absent" for name in names]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     width, height, steps = (report["settings"][name] for name in ("width", "resolution", "num_inference_steps"))
-    lines += ["", f"{report['count']} samples of {report['data']} at {width}x{height}, {steps} steps."]
+    lines += ["", f"{report['count']} samples of {as_text(report['data'])} at {width}x{height}, {steps} steps."]
     if len(report["adapters"]) > 1 or report["settings"]["adapter_weights"]:
         lines[-1] += (
             f" Painted with {', '.join(f'{name} at weight {weight:g}' for name, weight in report['adapters'])}."

@@ -7,6 +7,7 @@ Everything here knows files only, which is why every other module may import it.
 import contextlib
 import json
 import os
+import shutil
 import time
 import uuid
 import zlib
@@ -37,13 +38,87 @@ def explain_write_errors(option: str, hint: str = "") -> Iterator[None]:
         raise RuntimeError(message.rstrip()) from error
 
 
+@contextlib.contextmanager
+def ornament(what: str) -> Iterator[None]:
+    """Turns an error into a warning, for what a run can do without."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{what} failed, and the run goes on without it: {type(error).__name__}: {error}")
+
+
+# Safetensors creates files that their owner alone can read. The system tells its default only while it is being changed.
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
 def flush_to_disk(path: Path) -> None:
-    """Forces the content of a file, or the names in a folder, out of the system's cache."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Gives a file the mode that new files have here, and forces its content, or the names in a folder, to the disk."""
+    is_file = path.is_file()
+    if is_file:
+        path.chmod(0o666 & ~UMASK)
+    # Windows cannot open folders, and flushes only what can be written.
+    windows = os.name == "nt"
+    if windows and not is_file:
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_own_folder(path: Path) -> bool:
+    """Whether a path is a folder and no link to one. What a link leads to is never changed."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder of ours, and of a link the link alone. What is not there or resists is left."""
+    if is_own_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """
+    The path of a new hidden folder beside a place, `.NAME.part-` and random digits, to fill and then rename. It is removed
+    where filling it fails.
+    """
+    # Whoever put a folder or a link at a name that can be foretold could add files to what is written.
+    partial = place.with_name(f".{place.name}.part-{uuid.uuid4().hex}")
+    try:
+        yield partial
+        for path in (partial, *partial.rglob("*")):
+            flush_to_disk(path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def replace_folder(place: Path, write: Callable[[Path], Any]) -> None:
+    """
+    Has `write` fill a new folder, then renames it to `place`. A process that is killed leaves the old folder, the new one,
+    or between two renames the old one as `.NAME.old`.
+
+    Raises:
+        `RuntimeError`: if there is a file or a link at `place`, which this run did not make.
+    """
+    replaced = place.with_name(f".{place.name}.old")
+    with new_folder(place) as partial:
+        write(partial)
+    if os.path.lexists(place) and not is_own_folder(place):
+        remove(partial)
+        raise RuntimeError(f"{place} is no folder of this run. It stays as it is; move it away.")
+    if place.exists():
+        remove(replaced)
+        os.replace(place, replaced)
+    os.replace(partial, place)
+    flush_to_disk(place.parent)
+    remove(replaced)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -291,11 +291,15 @@ class OutputOptions(OptionGroup):
     """Checkpoints, validation, tracking and the Hub"""
 
     output_dir: str = option("semantic-fill-lora", help="Folder for checkpoints and the result.")
+    overwrite_output_dir: bool = option(
+        False, help="Replace the result of an earlier run in --output_dir, and delete its checkpoints and samples."
+    )
     checkpointing_steps: int = option(500, at_least=1, help="Optimizer steps between checkpoints.")
     checkpoints_total_limit: int | None = option(None, at_least=1, help="Number of checkpoints to keep.")
     resume_from_checkpoint: str | None = option(
         None, help="`latest`, the path of a checkpoint, or a Hub repository that one was pushed to."
     )
+    allow_changed_data: bool = option(False, help="Continue although the samples or the seed are others than before.")
     validation_data_dir: str | None = option(
         None, help="Folder of held-out samples: pictures as for --train_data_dir, or tables."
     )

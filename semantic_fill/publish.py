@@ -8,26 +8,40 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import peft
 import torch
 import transformers
 from accelerate.logging import get_logger
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_file, upload_folder
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, create_repo, upload_file, upload_folder
+from huggingface_hub.errors import RepositoryNotFoundError
 
 import pipeline_flux_fill_semantic
 import semantic_attention
-from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors, flush_to_disk, is_hub_id, list_files
+from semantic_attention import read_json
+from semantic_fill.files import (
+    CHECKPOINTS_REMAIN,
+    explain_write_errors,
+    is_hub_id,
+    ornament,
+    printable,
+    write_atomically,
+)
 from semantic_fill.options import HUB_CHECKPOINT, Options
-from semantic_fill.weights import save_weights
+from semantic_fill.weights import save_weights, switch_result
 
 
 logger = get_logger(__name__)
 
 FLUX_LICENSE = "flux-1-dev-non-commercial-license"
 FLUX_LICENSE_LINK = "https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/blob/main/LICENSE.md"
+# By this tag a repository of this trainer is known.
+TAG = "semantic-fill"
+OTHER_FILES = "## Other files"
 EVALUATION_START, EVALUATION_END = "<!-- evaluation: start -->\n", "<!-- evaluation: end -->\n"
 
 
@@ -35,31 +49,22 @@ def save_result(
     model, weights: dict[str, torch.Tensor], loss: float, samples: list[Path], options: Options
 ) -> list[str]:
     """
-    Saves weights, pipeline code and model card to the output folder. Each file is replaced as a whole, the card last.
+    Saves weights, pipeline code and model card to the output folder, in the place of an earlier result.
 
     Returns:
         `list[str]`: The names of these files in the output folder.
     """
-    output_dir = Path(options.output_dir)
-    partial = output_dir / ".result.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
-            save_weights(model, weights, partial, options)
-            code = single_file_pipeline().encode()
-            (partial / "pipeline.py").write_bytes(code)
-            save_model_card(partial / "README.md", options, loss, samples, code)
-            files = sorted(list_files(partial), key=lambda path: path.name == "README.md")
-            for path in files:
-                flush_to_disk(path)
-            for path in files:
-                place = output_dir / path.relative_to(partial)
-                place.parent.mkdir(exist_ok=True)
-                os.replace(path, place)
-            flush_to_disk(output_dir)
-            return [path.relative_to(partial).as_posix() for path in files]
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    code = single_file_pipeline().encode()
+
+    def write(folder: Path) -> None:
+        save_weights(model, weights, folder, options)
+        (folder / "pipeline.py").write_bytes(code)
+        # A card that cannot be written must not cost the weights.
+        with ornament("The model card"):
+            save_model_card(folder / "README.md", options, loss, samples, code)
+
+    with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
+        return switch_result(Path(options.output_dir), write)
 
 
 def single_file_pipeline() -> str:
@@ -76,6 +81,22 @@ def single_file_pipeline() -> str:
     )
     lines = pipeline.splitlines(keepends=True)
     return "".join((*lines[: branch.lineno - 1], module, "\n\n", *lines[branch.end_lineno :]))
+
+
+def as_code(value: Any) -> str:
+    """A value for between backticks on one line of Markdown, which it cannot end."""
+    return printable(str(value)).replace("`", "'").replace("<", "\u2039").replace(">", "\u203a")
+
+
+def as_text(value: Any) -> str:
+    """A value for a line of Markdown, in which it can be no link, table or HTML."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(str(value)))
+
+
+def as_string(value: str) -> str:
+    """A value as a string of Python on one line, which ends neither the line nor a block of code."""
+    text = printable(json.dumps(value, ensure_ascii=False))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("`", "\\u0060")
 
 
 def save_model_card(path: Path, options: Options, loss: float, samples: list[Path], code: bytes) -> None:
@@ -96,14 +117,14 @@ def save_model_card(path: Path, options: Options, loss: float, samples: list[Pat
     if samples:
         sample = samples[-1]
         picture = f"Visible view, map, painting and target:\n\n![{sample.stem}](samples/{sample.name})\n\n"
-    arguments = "\n".join(f"- `{name}`: `{value}`" for name, value in public_config(options).items())
-    prompt = json.dumps(options.instance_prompt or "...", ensure_ascii=False)
+    arguments = "\n".join(f"- `{name}`: `{as_code(value)}`" for name, value in public_config(options).items())
+    prompt = as_string(options.instance_prompt or "...")
     size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
     text = f"""
-# Semantic fill: {repo}
+# Semantic fill: {as_text(repo)}
 
 A LoRA{" and a semantic module" if mode.module_class else ""} for
-{f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base_name}`"}. It paints a second view of a scene beside the
+{f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{as_code(base_name)}`"}. It paints a second view of a scene beside the
 first, in the mode `{options.semantic_mode}`. It was trained for {options.max_train_steps} steps; the loss of the last step was {loss:.4f}.
 
 {picture}## Use
@@ -113,9 +134,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(
-    "{base_name}", custom_pipeline="{repo}", trust_remote_code=True, dtype=torch.bfloat16
+    {as_string(base_name)}, custom_pipeline={as_string(repo)}, trust_remote_code=True, dtype=torch.bfloat16
 ).to("cuda")
-pipe.load_lora_weights("{repo}")
+pipe.load_lora_weights({as_string(repo)})
 painted = pipe(
     prompt={prompt}, image=visible, {"semantic_image=semantic_map, " if mode.uses_map else ""}max_sequence_length={options.max_sequence_length}
 ).images[0]
@@ -151,7 +172,7 @@ license of the base model.
         license_link=FLUX_LICENSE_LINK if by_flux else None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["image-to-image", "diffusers-training", "diffusers", "lora", "flux", "semantic-fill"],
+        tags=["image-to-image", "diffusers-training", "diffusers", "lora", "flux", TAG],
         instance_prompt=options.instance_prompt,
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
@@ -190,18 +211,64 @@ def public_config(options: Options) -> dict:
     }
 
 
+def tracker_config(options: Options) -> dict:
+    """The options in the types that trackers take."""
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in public_config(options).items()}
+
+
 def open_repo(options: Options) -> str:
     """
     Creates the Hub repository or finds it. This comes before training, so that a missing token costs no training time.
+
+    Raises:
+        `RuntimeError`: if it cannot be written, is public where --hub_private_repo was passed, or holds something else and
+            was not named.
     """
     name = options.hub_model_id or Path(options.output_dir).resolve().name
+    api, found = HfApi(), None
     try:
-        return create_repo(name, private=options.hub_private_repo or None, exist_ok=True).repo_id
+        try:
+            full_name = name if "/" in name else f"{api.whoami()['name']}/{name}"
+            found = api.model_info(full_name)
+        except RepositoryNotFoundError:
+            pass
+        repo_id = create_repo(name, private=options.hub_private_repo or None, exist_ok=True).repo_id
     except Exception as error:
         raise RuntimeError(
             f"--push_to_hub cannot write to {name}: {error}. Log in with `hf auth login`, or set HF_TOKEN to a token with"
             " write access. Nothing was trained yet."
         ) from error
+    if found is not None and options.hub_private_repo and not found.private:
+        raise RuntimeError(
+            f"--hub_private_repo was passed, but {repo_id} exists and is public. Make it private on the Hub, or name another"
+            " with --hub_model_id. Nothing was trained yet."
+        )
+    files = [] if found is None else _other_files(found.siblings, [])
+    if found is not None and files and options.hub_model_id is None and TAG not in (found.tags or ()):
+        raise RuntimeError(
+            f"{repo_id} exists and holds something else ({', '.join(map(printable, files[:5]))}). To push there all the"
+            f" same, pass --hub_model_id {repo_id}. Nothing was trained yet."
+        )
+    return repo_id
+
+
+def _other_files(siblings: Sequence[Any] | None, own: Sequence[str]) -> list[str]:
+    """The files of a repository that this trainer does not write."""
+    names = sorted(sibling.rfilename for sibling in siblings or ())
+    known = {".gitattributes", *own}
+    return [name for name in names if name not in known and not name.startswith(("samples/", f"{HUB_CHECKPOINT}/"))]
+
+
+def own_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of a run's files that are still regular files inside the folder. Links may lead to anything."""
+    root, found = folder.resolve(), []
+    for name in names:
+        path = folder / name
+        if path.is_file() and path.resolve() == root / name:
+            found.append(name)
+        else:
+            logger.warning(f"{printable(str(path))} is not uploaded, because it is no regular file of this run")
+    return found
 
 
 def push_checkpoint(folder: Path, repo_id: str) -> None:
@@ -211,6 +278,7 @@ def push_checkpoint(folder: Path, repo_id: str) -> None:
             repo_id=repo_id,
             folder_path=folder,
             path_in_repo=HUB_CHECKPOINT,
+            allow_patterns=own_files(folder, ("manifest.json", *read_json(folder / "manifest.json"))),
             delete_patterns="*",
             commit_message=folder.name,
         )
@@ -221,6 +289,9 @@ def push_checkpoint(folder: Path, repo_id: str) -> None:
 
 def push_to_hub(repo_id: str, files: list[str], output_dir: str) -> None:
     """Uploads these files of the output folder and nothing else in it."""
+    files = own_files(Path(output_dir), files)
+    with ornament("Naming other files of the repository in the card"):
+        _name_other_files(repo_id, files, Path(output_dir, "README.md"))
     try:
         upload_folder(
             repo_id=repo_id, folder_path=output_dir, commit_message="Semantic fill training", allow_patterns=files
@@ -233,3 +304,13 @@ def push_to_hub(repo_id: str, files: list[str], output_dir: str) -> None:
             f"Training is done and saved in {output_dir}, but the upload to {repo_id} failed: {error}. Upload it with"
             f" `{shlex.join(command)}`."
         ) from error
+
+
+def _name_other_files(repo_id: str, files: list[str], card: Path) -> None:
+    """Says in the card that the repository also holds what this trainer did not write, if it does."""
+    others = _other_files(HfApi().model_info(repo_id).siblings, files)
+    if others and card.is_file():
+        names = ", ".join(f"`{as_code(name)}`" for name in others[:20]) + (", ..." if len(others) > 20 else "")
+        note = f"\n{OTHER_FILES}\n\nThis repository also holds files that this training did not write: {names}.\n"
+        text = card.read_text(encoding="utf-8").partition(f"\n{OTHER_FILES}\n")[0] + note
+        write_atomically(card, lambda path: path.write_text(text, encoding="utf-8"))

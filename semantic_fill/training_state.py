@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""How far a run is, and the states of optimizer, schedule and gradient scaler, as JSON and safetensors.
+"""What a checkpoint says of its run: how far it is, the states of optimizer, schedule and scaler, and what it fits.
 
 A checkpoint may have been downloaded, so what its files say is checked before a run takes it on: no value can replace a
 setting of this run, ask for memory, or be of a kind that fails later.
@@ -12,9 +12,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.logging import get_logger
 
 from semantic_attention import check_finite, check_number, read_header, read_json
+from semantic_fill.files import printable
+from semantic_fill.options import Options
 
+
+logger = get_logger(__name__)
 
 # What is taken from the states of schedule and gradient scaler, with the least accepted value.
 COUNTERS = {"lr_scheduler": {"last_epoch": 0, "_step_count": 0}, "scaler": {"scale": 1e-30, "_growth_tracker": 0}}
@@ -27,6 +32,9 @@ class TrainingState:
     step: int = 0
     samples_seen: int = 0
     loss: float = math.nan
+    # What the order of the samples follows from. Checkpoints of earlier versions have neither.
+    seed: int | None = None
+    samples: str | None = None
 
 
 def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -88,7 +96,7 @@ def read_state(folder: Path, tensors: bool = False) -> tuple[dict[str, Any], Tra
             if field.type is int:
                 check_number(field.name, state.get(field.name), least=0, most=2**53, whole=True)
             # The loss of a step that was skipped may be any number.
-            elif not isinstance(state.get(field.name), (int, float)):
+            elif field.type is float and not isinstance(state.get(field.name), (int, float)):
                 raise ValueError(f"`{field.name}` has to be a number but is {state.get(field.name)!r:.100}")
         for part, counters in COUNTERS.items():
             if part == "lr_scheduler" or part in state:
@@ -104,7 +112,7 @@ def read_state(folder: Path, tensors: bool = False) -> tuple[dict[str, Any], Tra
             raise ValueError("`optimizer` is no state of an optimizer")
     except ValueError as error:
         raise ValueError(f"{file} cannot be used: {error}") from error
-    return state, TrainingState(**{field.name: state[field.name] for field in fields(TrainingState)})
+    return state, TrainingState(**{f.name: state[f.name] for f in fields(TrainingState) if f.name in state})
 
 
 def check_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -133,3 +141,102 @@ def check_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
 
     if not fits or not all(fits_parameter(index, entry) for index, entry in entries.items()):
         raise ValueError(f"{folder} holds the state of another optimizer, or one for other weights.")
+
+
+# -- What a checkpoint fits -------------------------------------------------------------------------------------------
+
+# The last commit that can use what this version refuses.
+OLD_COMMIT = "bd5985d"
+
+
+def read_options(checkpoint: Path) -> dict[str, Any]:
+    """
+    The options that a checkpoint was saved with.
+
+    Raises:
+        `ValueError`: if the file holds anything else than names and single values.
+    """
+    saved = read_json(checkpoint / "options.json")
+    if not isinstance(saved, dict) or any(isinstance(value, (dict, list)) for value in saved.values()):
+        raise ValueError(f"{checkpoint / 'options.json'} has to hold a JSON object of single values.")
+    if not isinstance(saved.get("semantic_mode"), str):
+        raise ValueError(f"{checkpoint / 'options.json'} does not name the `semantic_mode`.")
+    return saved
+
+
+def fixed_options(model, options: Options) -> dict:
+    """Options that a continued run cannot change: the shapes of what is trained, and the kind of optimizer."""
+    names = ("semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam")
+    fixed = {name: getattr(options, name) for name in names}
+    if model.semantic_attention is not None:
+        # The module's own configuration: --semantic_weights brings its own.
+        config = model.semantic_attention.config
+        fixed |= {f"semantic_{k}": v for k, v in config.items() if not k.startswith("_") and k != "in_channels"}
+    return fixed
+
+
+def check_fixed_options(checkpoint: Path, options: Options) -> None:
+    """Refuses to continue from a checkpoint with options that its state does not fit."""
+    saved = read_options(checkpoint)
+    entry = (saved.get("semantic_position", "none"), saved.pop("semantic_injection", "noise"))
+    if entry == ("direct", "condition"):
+        # Before it was a mode of its own, the projection was a setting of cross_attention.
+        layers = saved["semantic_num_layers"]
+        saved = {name: value for name, value in saved.items() if not name.startswith("semantic_")}
+        saved |= {"semantic_mode": "projection", "semantic_num_layers": layers}
+    elif entry not in (("none", "noise"), ("rope", "noise")):
+        raise ValueError(
+            f"--resume_from_checkpoint: {checkpoint} was trained with --semantic_position {entry[0]} and"
+            f" --semantic_injection {entry[1]}, which no longer exist. Commit {OLD_COMMIT} can still use it."
+        )
+
+    def spell(name: str, value) -> str:
+        if value in (None, False):
+            return f"without --{name}"
+        return f"with --{name}" if value is True else f"with --{name} {printable(str(value)[:100])}"
+
+    for name, value in saved.items():
+        wanted = getattr(options, name, value)
+        if wanted != value:
+            raise ValueError(
+                f"--resume_from_checkpoint: {checkpoint} was trained {spell(name, value)}, so a run"
+                f" {spell(name, wanted)} cannot continue from it. It can start from its weights with --lora_weights and"
+                " --semantic_weights."
+            )
+
+
+def check_same_samples(checkpoint: Path, samples: str, options: Options) -> None:
+    """
+    Refuses to continue with other samples or another seed than those of a checkpoint, unless --allow_changed_data is
+    passed. Which sample is trained on when follows from both.
+
+    Args:
+        samples (`str`): The fingerprint of this run's samples.
+
+    Raises:
+        `ValueError`: if they differ.
+    """
+    state, changed = read_state(checkpoint)[1], []
+    if state.seed not in (None, options.seed):
+        changed.append(f"--seed was {state.seed!r:.100} and is {options.seed}")
+    if state.samples not in (None, samples):
+        changed.append("the samples, their order or their captions are others")
+    if changed:
+        message = f"--resume_from_checkpoint: since {checkpoint} was saved, {' and '.join(changed)}"
+        if not options.allow_changed_data:
+            raise ValueError(f"{message}. Pass --allow_changed_data to continue all the same.")
+        logger.warning(f"{message}. The run continues, and is not what an undisturbed one would have been.")
+
+
+def refuse_untrained(state: TrainingState, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """
+    Ends a run that has no result.
+
+    Raises:
+        `RuntimeError`: if no step of the run was applied. The schedule counts those that were.
+    """
+    if state.step > 0 and lr_scheduler.last_epoch == 0:
+        raise RuntimeError(
+            f"None of the {state.step} steps had a finite loss and gradient, so nothing was trained and no result is saved."
+            " Lower --learning_rate, or look at the samples."
+        )

@@ -4,7 +4,10 @@
 Checkpoints and results hold the same files, so either can be painted with and started from.
 """
 
+import contextlib
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,17 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline, check_lora_fits
-from semantic_attention import load_semantic_module
+from semantic_attention import RESULT_ON_ITS_WAY, load_semantic_module
+from semantic_fill.files import flush_to_disk, is_own_folder, list_files, new_folder, remove
 from semantic_fill.options import Options
+
+
+MODULE_FILES = tuple(f"{SEMANTIC_SUBFOLDER}/{name}" for name in ("config.json", SAFETENSORS_WEIGHTS_NAME))
+RESULT_FILES = (LORA_WEIGHT_NAME_SAFE, *MODULE_FILES, "pipeline.py", "README.md")
 
 
 def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options: Options) -> None:
@@ -51,6 +59,55 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
         # Private, and what the diffusers training scripts themselves write rank and alpha with.
         **_collate_lora_metadata({"transformer": model.transformer}),
     )
+
+
+def switch_result(output_dir: Path, write: Callable[[Path], Any]) -> list[str]:
+    """
+    Has `write` fill a new folder with a result, and puts it into the place of an earlier one. One rename switches: until
+    then the earlier result is whole, and from then on the new one is, in `.result`, where `load_lora_weights` finds it
+    until all its files are in their places. The next run completes what a killed one left there.
+
+    Returns:
+        `list[str]`: The names of the result's files in the output folder.
+    """
+    ready = output_dir / RESULT_ON_ITS_WAY
+    complete_result(output_dir)
+    with new_folder(output_dir / "result") as partial:
+        write(partial)
+    names = [path.relative_to(partial).as_posix() for path in list_files(partial)]
+    remove(ready)
+    os.replace(partial, ready)
+    flush_to_disk(output_dir)
+    complete_result(output_dir)
+    return names
+
+
+def complete_result(output_dir: Path) -> None:
+    """Puts the files of a result that is ready into their places, where this has not happened yet."""
+    ready = output_dir / RESULT_ON_ITS_WAY
+    if not is_own_folder(ready):
+        return
+    with new_folder(output_dir / "result") as copies:
+        shutil.copytree(ready, copies, symlinks=True)
+    for name in RESULT_FILES:
+        path, place = copies / name, output_dir / name
+        if path.is_file() and not path.is_symlink():
+            if place.parent != output_dir and not is_own_folder(place.parent):
+                remove(place.parent)
+                place.parent.mkdir()
+            os.replace(path, place)
+    remove(copies)
+    # A module of the earlier result is no part of one that has none.
+    module = output_dir / SEMANTIC_SUBFOLDER
+    if not (ready / SEMANTIC_SUBFOLDER).exists() and is_own_folder(module):
+        for name in MODULE_FILES:
+            remove(output_dir / name)
+        with contextlib.suppress(OSError):
+            module.rmdir()
+    gone = output_dir / ".result.gone"
+    remove(gone)
+    os.replace(ready, gone)
+    remove(gone)
 
 
 def load_weights(folder: Path, model) -> None:
