@@ -295,6 +295,12 @@ def panel_positions(rows: int, columns: int, num_panels: int, device: torch.devi
 # -- Pictures: the one reader that training, evaluation, the page and painting share ----------------------------------
 
 
+# What is read as a picture. Pillow also knows formats that start another program, such as PostScript, and many that
+# hardly anyone has tested.
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+MAX_PICTURE_BYTES = 512 * 2**20
+
+
 def require_8bit(picture: PIL.Image.Image) -> None:
     r"""
     Refuses a picture with more than 8 bits per channel, because nobody can guess which part of that range matters.
@@ -372,8 +378,8 @@ def read_picture(source: PIL.Image.Image | bytes | str | os.PathLike) -> PIL.Ima
 
     Raises:
         `ValueError`: The picture is empty, animated, damaged or missing, has more than 8 bits per channel, or is a
-            file with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`. The message reads after the picture's name:
-            "is animated (3 frames)".
+            file of a format that is not in `PICTURE_FORMATS`, with more than 512 MiB or with more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`. The message reads after the picture's name: "is animated (3 frames)".
     """
     return _read(source, _to_srgb)
 
@@ -384,7 +390,14 @@ def _read(
     try:
         if isinstance(source, PIL.Image.Image):
             return convert(_upright(source))
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        if not isinstance(source, bytes) and os.path.exists(source) and not os.path.isfile(source):
+            # Reading a pipe would never end, nor would reading some devices.
+            raise ValueError("is no regular file")
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+        if size > MAX_PICTURE_BYTES:
+            raise ValueError(f"has {size} bytes, but at most {MAX_PICTURE_BYTES} are accepted")
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with PIL.Image.open(file, formats=PICTURE_FORMATS) as picture:
             limit = PIL.Image.MAX_IMAGE_PIXELS
             # Between one and two times its limit, Pillow only warns.
             if limit is not None and picture.width * picture.height > limit:

@@ -31,7 +31,7 @@ import PIL.Image
 import PIL.ImageOps
 from tqdm import tqdm
 
-from pipeline_flux_fill_semantic import read_picture
+from pipeline_flux_fill_semantic import PICTURE_FORMATS, read_picture
 from semantic_fill.captions import as_captions, read_metadata, read_text
 from semantic_fill.captions import read_captions as read_sidecar
 from semantic_fill.files import printable
@@ -80,7 +80,7 @@ def read_labels(path: Path) -> np.ndarray:
     which `read_picture` would turn into colors or refuse.
     """
     try:
-        with PIL.Image.open(path) as picture:
+        with PIL.Image.open(path, formats=PICTURE_FORMATS) as picture:
             mode, frames = picture.mode, getattr(picture, "n_frames", 1)
             if mode in ("P", "I", "I;16") and frames == 1:
                 return np.asarray(PIL.ImageOps.exif_transpose(picture)).astype(np.int64)

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from semantic_fill.files import read_bytes
+
 
 def read_text(path: Path) -> str:
     """
     The content of a text file, with or without a byte order mark.
 
     Raises:
-        `ValueError`: if it is not UTF-8.
+        `ValueError`: if it is not UTF-8, no regular file, or too large.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        # Ends of lines become those of this language, as in any text file.
+        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig").read()
     except UnicodeError as error:
         raise ValueError(f"{path} is not encoded as UTF-8: {error}") from error
 

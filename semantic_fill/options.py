@@ -113,6 +113,7 @@ class DataOptions(OptionGroup):
         None,
         help="Local folder of triptychs, or of the folders visible/, target/ and semantic/ with pictures of the same names.",
     )
+    follow_links: bool = option(False, help="Also read linked files that lie outside of the data set's folder.")
     image_column: str = option("image", help="Column of the triptych (visible | target | semantic).")
     visible_column: str | None = option(None, help="Column of the visible view, where the views are three pictures.")
     target_column: str | None = option(None, help="Column of the target view.")

@@ -9,12 +9,12 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from semantic_fill.captions import as_captions, read_captions, read_metadata
-from semantic_fill.files import file_stamp
+from semantic_fill.files import file_stamp, read_bytes
 from semantic_fill.options import DataOptions
 from semantic_fill.views import PANELS
 
@@ -32,6 +32,9 @@ SPLITS = {
 }
 # Files that people keep beside pictures. They are no part of the data and not worth a word.
 IGNORED_NAMES = frozenset(("Thumbs.db", "desktop.ini", ".DS_Store", "README.md", ".gitattributes"))
+
+
+LEADS_OUT = "is a link that leads out of the data set's folder. Pass --follow_links to read it"
 
 
 class Source:
@@ -103,6 +106,7 @@ class FolderSource(Source):
     problems: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     instance_prompt: str | None = None
+    follow_links: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -114,7 +118,7 @@ class FolderSource(Source):
         return self.samples[index][1]
 
     def pictures(self, index: int) -> list[bytes]:
-        return [path.read_bytes() for path in self.files(index)]
+        return [read_bytes(path) for path in self.files(index)]
 
     def own_captions(self, index: int) -> Sequence[Any]:
         return self.samples[index][2]
@@ -127,7 +131,7 @@ class FolderSource(Source):
         return file_stamp(self.files(index))
 
     def head(self, count: int) -> "FolderSource":
-        return FolderSource(self.samples[:count], self.problems, self.left_out, self.instance_prompt)
+        return replace(self, samples=self.samples[:count])
 
 
 def walk(folder: Path, skip: Sequence[str] = ()) -> Iterator[Path]:
@@ -164,6 +168,33 @@ def walk(folder: Path, skip: Sequence[str] = ()) -> Iterator[Path]:
         names[:] = sorted(set(names) - left)
 
 
+class Inside:
+    """
+    Tells whether a file belongs to a data set. A link to a file may lead into the data set's folder, into a folder that it
+    links, or into the cache of huggingface_hub that it lies in. Elsewhere it would choose which other files are read.
+
+    Args:
+        root (`Path`): The data set's folder.
+        allow_all (`bool`): Whether links may lead anywhere.
+    """
+
+    def __init__(self, root: Path, allow_all: bool):
+        real = Path(os.path.realpath(root))
+        self.roots, self.allow_all = {str(real)}, allow_all
+        if real.parent.name == "snapshots":
+            self.roots.add(str(real.parent.parent / "blobs"))
+
+    def add(self, folder: str | os.PathLike) -> None:
+        """Takes a folder that the data set links as one of its own."""
+        self.roots.add(os.path.realpath(folder))
+
+    def __call__(self, path: Path) -> bool:
+        if self.allow_all or not path.is_symlink():
+            return True
+        target = PurePath(os.path.realpath(path))
+        return any(str(folder) in self.roots for folder in target.parents)
+
+
 def picture_columns(options: DataOptions) -> list[str]:
     """The columns of the three views, or the one column of whole triptychs."""
     if options.visible_column and options.target_column and options.semantic_column:
@@ -187,7 +218,7 @@ def list_folder(
     if not folder.is_dir():
         raise ValueError(f"{option} {folder} has to be a folder of pictures, but there is no such folder.")
     views = [name for name in PANELS if (folder / name).is_dir()]
-    source = FolderSource(instance_prompt=options.instance_prompt)
+    source = FolderSource(instance_prompt=options.instance_prompt, follow_links=options.follow_links)
     if len(views) < 2 or options.visible_column:
         _list_triptychs(folder, options, source, option)
     else:
@@ -209,8 +240,11 @@ def _sort_files(
     folder: Path, root: Path, source: FolderSource, option: str, skip: Sequence[str] = ()
 ) -> tuple[dict[str, Path], dict[str, Path], list[Path]]:
     """Pictures and text files below a folder by their path inside it, and metadata files. Messages name paths from root."""
-    pictures, texts, metadata = {}, {}, []
-    for path in walk(folder, skip):
+    pictures, texts, metadata, inside = {}, {}, [], Inside(root, source.follow_links)
+    paths = list(walk(folder, skip))
+    for place in {path.parent for path in paths}:
+        inside.add(place)
+    for path in paths:
         name, ending = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.name in IGNORED_NAMES:
             continue
@@ -220,6 +254,8 @@ def _sort_files(
         # Reading a pipe would never end, nor would reading some devices.
         elif not path.is_file():
             source.problems.append(f"{path.relative_to(root).as_posix()}: is no regular file")
+        elif not inside(path):
+            source.problems.append(f"{path.relative_to(root).as_posix()}: {LEADS_OUT}")
         elif path.name in METADATA:
             metadata.append(path)
         else:
@@ -302,7 +338,7 @@ def _list_triptychs(folder: Path, options: DataOptions, source: FolderSource, op
     pictures, texts, metadata = _sort_files(folder, folder, source, option)
     if options.visible_column and not metadata:
         raise ValueError(f"--visible_column needs a metadata file in {option} {folder}, which has none.")
-    stored = {_composed(name): name for name in pictures}
+    stored, inside = {_composed(name): name for name in pictures}, Inside(folder, options.follow_links)
     named: dict[tuple[str, ...], Sequence[Any]] = {}
     for names, captions in _metadata_rows(folder, metadata, options, source):
         names = tuple(name if name in pictures else stored.get(_composed(name), name) for name in names)
@@ -311,6 +347,8 @@ def _list_triptychs(folder: Path, options: DataOptions, source: FolderSource, op
         # The metadata may name pictures with other endings.
         lacking = [n for n in names if n not in pictures and (n.startswith("../") or not (folder / n).is_file())]
         source.problems.extend(f"{name}: is named by the metadata but is no file in the folder" for name in lacking)
+        leading_out = [n for n in names if n not in pictures and n not in lacking and not inside(folder / n)]
+        source.problems.extend(f"{name}: {LEADS_OUT}" for name in leading_out)
         if not lacking:
             named[names] = captions
             pictures.update({name: folder / name for name in names})

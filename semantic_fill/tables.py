@@ -199,6 +199,8 @@ def group_tables(folder: Path, config: str | None = None) -> tuple[dict[str, lis
         name = path.relative_to(folder)
         owners = []
         if path.suffix in BUILDERS and not path.name.startswith(".") and path.name not in METADATA:
+            if not path.is_file():
+                raise ValueError(f"{name} is no regular file")
             owners = [split_of(name)]
             if patterns:
                 owners = [s for s, regexes in patterns.items() if any(r.match(name.as_posix()) for r in regexes)]

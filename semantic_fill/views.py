@@ -13,6 +13,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageColor
 
+from semantic_fill.files import read_bytes
+
 
 PANELS = ("visible", "target", "semantic")
 # Panels of this much difference in shape count as alike.
@@ -99,7 +101,7 @@ def read_palette(path: str | Path) -> Palette:
         `ValueError`: if the file is no such palette.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        data = json.loads(read_bytes(Path(path)).decode("utf-8-sig"))
         pairs = data.items() if isinstance(data, dict) else enumerate(data)
         palette = {
             str(name): PIL.ImageColor.getrgb(color)[:3] if isinstance(color, str) else tuple(color)
