@@ -295,9 +295,9 @@ def panel_positions(rows: int, columns: int, num_panels: int, device: torch.devi
 # -- Pictures: the one reader that training, evaluation, the page and painting share ----------------------------------
 
 
-# What is read as a picture. Pillow also knows formats that start another program, such as PostScript, and many that
+# What is read as a picture, MPO as JPEG. Pillow also knows formats that start another program, such as PostScript, and many that
 # hardly anyone has tested.
-PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 MAX_PICTURE_BYTES = 512 * 2**20
 
 

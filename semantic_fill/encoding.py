@@ -28,6 +28,7 @@ from semantic_fill.files import (
     checksum,
     explain_write_errors,
     file_stamp,
+    fingerprint,
     is_intact,
     read_encoding,
     remove_leftovers,
@@ -39,6 +40,9 @@ from semantic_fill.sampling import SampleSpec
 
 
 logger = get_logger(__name__)
+
+# What the cache remembers about files that stay unchanged.
+MEMORY, MEMORY_VERSION = "intact.json", "1"
 
 
 # -- Encoders ---------------------------------------------------------------------------------------------------------
@@ -124,15 +128,6 @@ def longest_prompt(lengths: Iterable[int]) -> int:
     return min(512, -(-max(lengths) // 16) * 16)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of a frozen model's names, shapes and first values, which spares reading all of its gigabytes."""
-    digest = hashlib.sha256()
-    for name, parameter in model.state_dict().items():
-        first = parameter.flatten()[:64].to(device="cpu", dtype=torch.float64)
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{first.tolist()}".encode())
-    return digest.hexdigest()
-
-
 # -- Encodings --------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +175,8 @@ class Encoder:
         cache_dir (`Path`, *optional*):
             Folder that keeps encodings, each in a file named by all that it depends on. Without it, batches are encoded
             when they are used.
+        from_files (`bool`):
+            Whether the pipeline's weights are those of the files that it was loaded from, whose hashes are remembered.
     """
 
     def __init__(
@@ -188,6 +185,7 @@ class Encoder:
         dataset: TriptychDataset,
         max_sequence_length: int,
         cache_dir: Path | None = None,
+        from_files: bool = False,
     ):
         self.pipeline: Any = pipeline
         self.dataset, self.max_sequence_length = dataset, max_sequence_length
@@ -198,11 +196,14 @@ class Encoder:
             vae = pipeline.vae
             # The map's tokens are cached after scaling, so the scaling belongs to the key.
             scaling = (vae.config.shift_factor, vae.config.scaling_factor)
-            self.latent_key = (fingerprint(vae), *scaling, self.mode, pipeline.config["fusion_alpha"])
+            memory = FileMemory(self.folder / MEMORY, MEMORY_VERSION) if from_files else None
+            self.latent_key = (fingerprint(vae, memory), *scaling, self.mode, pipeline.config["fusion_alpha"])
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
             vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
             words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
-            self.prompt_key = (*map(fingerprint, text_encoders), words, max_sequence_length)
+            self.prompt_key = (*(fingerprint(e, memory) for e in text_encoders), words, max_sequence_length)
+            if memory is not None:
+                memory.save()
 
     def used_layouts(self) -> list[Layout]:
         """The canvases that samples of the data set have."""
@@ -304,7 +305,7 @@ class Encoder:
                     jobs[self.latent_file(index, flip, drop)] = job
 
         # An encoding is read once to see that it is intact, by one process, and again only if its file has changed.
-        memory = FileMemory(self.folder / "intact.json", "1")
+        memory = FileMemory(self.folder / MEMORY, MEMORY_VERSION)
         rank, processes = accelerator.process_index, accelerator.num_processes
         own = list(jobs)[rank::processes]
         unread = [path for path in own if not memory.get(path.name, file_stamp([path]))]
@@ -349,6 +350,7 @@ def encode_datasets(
     Encodes all samples and the held-out data's prompts, with the encoders alone on the accelerator. Without a cache,
     steps encode.
     """
+    from_files = pipeline is None
     pipeline = load_encoders(options, dtype) if pipeline is None else pipeline
     captions = dataset.all_captions() | (set() if held_out is None else held_out.all_captions())
     lengths = count_tokens(pipeline.tokenizer_2, captions)
@@ -364,8 +366,8 @@ def encode_datasets(
             f" cut. The longest has {cut[longest]} tokens: {longest[:200]!r}"
         )
     folder = Path(options.cache_root) if options.cache_latents else None
-    encoder = Encoder(pipeline, dataset, length, folder)
-    held_out_encoder = None if held_out is None else Encoder(pipeline, held_out, length, folder)
+    encoder = Encoder(pipeline, dataset, length, folder, from_files)
+    held_out_encoder = None if held_out is None else Encoder(pipeline, held_out, length, folder, from_files)
     if not options.cache_latents:
         pipeline.to(accelerator.device)
         return encoder, held_out_encoder

@@ -5,6 +5,7 @@ Everything here knows files only, which is why every other module may import it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -208,6 +209,31 @@ class FileMemory:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
         self.changed, self.saved = False, time.monotonic()
+
+
+def fingerprint(model: torch.nn.Module, memory: FileMemory | None = None) -> str:
+    """
+    A hash of all of a frozen model's weights.
+
+    Args:
+        memory (`FileMemory`, *optional*):
+            Keeps the hash for as long as the model's safetensors files are unchanged, which spares reading gigabytes at
+            every start. Only for weights that are those of the files.
+    """
+    # diffusers and transformers note where a model was loaded from, each in its own way.
+    folder = getattr(model, "name_or_path", None) or getattr(model.config, "_name_or_path", None) or ""
+    files = sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []
+    key, stamp = f"{os.path.abspath(folder)}\0{getattr(model, 'dtype', None)}", file_stamp(files) or None
+    found = None if memory is None else memory.get(key, stamp)
+    if isinstance(found, str):
+        return found
+    digest = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if memory is not None:
+        memory.put(key, stamp, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def printable(text: str) -> str:

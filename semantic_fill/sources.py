@@ -345,10 +345,9 @@ def _list_triptychs(folder: Path, options: DataOptions, source: FolderSource, op
         if names in named:
             source.problems.append(f"{names[0]}: is named twice by the metadata")
         # The metadata may name pictures with other endings.
-        lacking = [n for n in names if n not in pictures and (n.startswith("../") or not (folder / n).is_file())]
+        unlisted = [name for name in names if name not in pictures]
+        lacking = [n for n in unlisted if n.startswith("../") or not (folder / n).is_file() or not inside(folder / n)]
         source.problems.extend(f"{name}: is named by the metadata but is no file in the folder" for name in lacking)
-        leading_out = [n for n in names if n not in pictures and n not in lacking and not inside(folder / n)]
-        source.problems.extend(f"{name}: {LEADS_OUT}" for name in leading_out)
         if not lacking:
             named[names] = captions
             pictures.update({name: folder / name for name in names})
