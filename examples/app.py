@@ -12,12 +12,14 @@ label numbers get the colors of the names `"0"`, `"1"` and so on.
 """
 
 import argparse
+import functools
 import html
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -33,6 +35,7 @@ import earth  # noqa: E402
 import gradio as gr  # noqa: E402
 
 from pipeline_flux_fill_semantic import (  # noqa: E402
+    PICTURE_FORMATS,
     SEMANTIC_MODES,
     FluxFillSemanticPipeline,
     SemanticAttentionOutput,
@@ -46,6 +49,10 @@ from semantic_fill.views import Palette, are_labels, color_labels, find_labels, 
 EMBEDDED_BASE = Path(__file__).resolve().parent / "base"
 # The embedded base was trained with these (see its card).
 EMBEDDED_RESOLUTION, EMBEDDED_SEQUENCE_LENGTH = 128, 32
+# What a request may bring. The page can be served to all.
+MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_PROMPT = 32 * 2**20, 40_000_000, 2000
+# Seconds after which what a visitor left on disk and in memory goes, and how many visitors may wait.
+KEPT_SECONDS, MAX_WAITING = 3600, 32
 # Maps are drawn, and pictures are shown, with at least this many pixels on a side.
 SHOWN_SIZE = 512
 
@@ -205,6 +212,36 @@ def uploaded(path: str) -> str:
     return path
 
 
+def read_drawing(payload: Any, read: Callable) -> Any:
+    """
+    What was drawn, as gradio reads it, once each of its pictures is known to be an upload of bounded size. Gradio itself
+    would open any file of this machine that a request names.
+    """
+    if payload is None:
+        return None
+    for part in (payload.background, payload.composite, *(payload.layers or ())):
+        if part is not None:
+            with PIL.Image.open(uploaded(part.path), formats=PICTURE_FORMATS) as picture:
+                if picture.width * picture.height > MAX_UPLOAD_PIXELS:
+                    raise ValueError(f"A drawing is {picture.width}x{picture.height} pixels, which is too large.")
+    return read(payload)
+
+
+def check_request(prompt: Any, scale: Any, seed: Any) -> None:
+    """
+    Refuses what the page's own fields cannot hold. A request need not come from the page.
+
+    Raises:
+        ValueError: The message says what is accepted.
+    """
+    if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
+        raise ValueError(f"The prompt has to be a text of at most {MAX_PROMPT} characters.")
+    if not isinstance(scale, int | float) or not 0 <= scale <= 2:
+        raise ValueError("The scale has to be a number from 0 to 2.")
+    if not isinstance(seed, int | float) or not 0 <= seed < 2**32 or seed != int(seed):
+        raise ValueError("The seed has to be a whole number.")
+
+
 def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> gr.Blocks:
     size, shown = painter.resolution, painter.shown_size
     colors = ["#%02x%02x%02x" % color for color in painter.palette.values()]
@@ -239,8 +276,10 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
         if visible is None:
             refuse(ValueError("There is no picture yet: pick one or upload your own."))
             return unchanged
-        if seed is None:
-            refuse(ValueError("The seed has to be a whole number."))
+        try:
+            check_request(prompt, scale, seed)
+        except ValueError as error:
+            refuse(error)
             return unchanged
         drawn = blank if drawn is None or drawn["composite"] is None else drawn["composite"]
         semantic = painter.fit(snap_to_palette(drawn, painter.palette), size, is_map=True)
@@ -274,8 +313,9 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
             f"Where ({int(x)}, {int(y)}) looks half-way through denoising, mean over the heads.",
         )
 
-    with gr.Blocks(title="Semantic fill", analytics_enabled=False) as page:
-        visible_state, seen_state = gr.State(), gr.State()
+    kept = (KEPT_SECONDS, KEPT_SECONDS)
+    with gr.Blocks(title="Semantic fill", analytics_enabled=False, delete_cache=kept) as page:
+        visible_state, seen_state = (gr.State(time_to_live=KEPT_SECONDS) for _ in range(2))
         gr.Markdown("# Semantic fill\nA picture, painted as another view of the same scene, guided by a semantic map.")
         if painter.notice:
             gr.Markdown(painter.notice, elem_id="notice")
@@ -298,7 +338,7 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
                 # Gradio would open the file itself, and its errors about files that are no pictures are silent. A
                 # subclass would make it write an `app.pyi` beside this file.
                 picture.preprocess = lambda payload: None if payload is None else payload.path
-                prompt = gr.Textbox(painter.prompt, label="Prompt", elem_id="prompt")
+                prompt = gr.Textbox(painter.prompt, label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
                 with gr.Row():
                     scale = gr.Slider(
                         0, 2, 1, step=0.05, label="Scale of the map", interactive=painter.has_scale, elem_id="scale"
@@ -320,6 +360,7 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
                     buttons=[],
                     elem_id="map",
                 )
+                editor.preprocess = functools.partial(read_drawing, read=editor.preprocess)
                 gr.HTML(legend(painter.palette))
                 map_file = gr.UploadButton("Upload a map", file_types=["image"], size="sm", elem_id="map-file")
         button = gr.Button("Paint", variant="primary", elem_id="paint")
@@ -394,16 +435,21 @@ def main(args: argparse.Namespace) -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             samples = read_triptychs(earth.write_split(Path(folder), "test", 6, painter.resolution, seed=0))
-    build_page(painter, samples).launch(
-        server_name=args.server_name,
-        server_port=args.server_port,
-        share=args.share,
-        # Gradio's own theme would fetch its font from Google.
-        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-        css=CSS,
-        footer_links=["gradio"],
-        ssr_mode=False,
-    )
+    # Gradio's own folder is shared by all of its servers on this machine, and outlives them.
+    with tempfile.TemporaryDirectory(prefix="semantic-fill-page-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        PIL.Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS
+        build_page(painter, samples).queue(max_size=MAX_WAITING).launch(
+            server_name=args.server_name,
+            server_port=args.server_port,
+            share=args.share,
+            max_file_size=MAX_UPLOAD_BYTES,
+            # Gradio's own theme would fetch its font from Google.
+            theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+            css=CSS,
+            footer_links=["gradio"],
+            ssr_mode=False,
+        )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def training_command(mode: str, base: str, args: argparse.Namespace) -> list[str
         --learning_rate {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps {min(10, args.steps // 10)}
         --semantic_learning_rate {args.semantic_learning_rate}
         --semantic_scale_learning_rate {args.semantic_scale_learning_rate} --seed {args.seed}
-        --checkpointing_steps {args.steps} --loss_region target
+        --checkpointing_steps {args.steps} --loss_region target --overwrite_output_dir
     """
     return shlex.split(command)
 
@@ -253,8 +253,8 @@ def main(args: argparse.Namespace) -> None:
         build_pipeline("demo", args.seed).save_pretrained(base)
 
     for mode in modes:
-        # Checkpoints of an earlier demo may have been trained with other options.
-        shutil.rmtree(args.output_dir / mode, ignore_errors=True)
+        # The trainer replaces what it made itself. Curves of an earlier demo would be drawn into those of this one.
+        shutil.rmtree(args.output_dir / mode / "logs" / "semantic-fill", ignore_errors=True)
         command = training_command(mode, str(base), args)
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 

@@ -47,6 +47,45 @@ def test_colors_snap_to_the_nearest_of_the_palette():
     assert np.asarray(app.snap_to_palette(half, palette)).tolist() == [[[255, 0, 0]]]
 
 
+@pytest.mark.parametrize(
+    "prompt, scale, seed",
+    [("x" * 2001, 1, 0), (None, 1, 0), (["x"], 1, 0), ("x", 3, 0), ("x", float("nan"), 0), ("x", None, 0)]
+    + [("x", 1, None), ("x", 1, -1), ("x", 1, 2**32), ("x", 1, 0.5), ("x", 1, "0")],
+)
+def test_what_the_page_cannot_send_is_refused(prompt, scale, seed):
+    app.check_request("x" * 2000, 2, 2**32 - 1)
+    with pytest.raises(ValueError, match=" has to be "):
+        app.check_request(prompt, scale, seed)
+
+
+@pytest.mark.parametrize("part", ["background", "composite", "layers"])
+def test_a_drawing_is_an_upload_of_this_server(tmp_path, monkeypatch, part):
+    """Gradio opens whatever path a request names."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    outside, inside = tmp_path / "private.png", tmp_path / "uploads" / "a.png"
+    for path in (outside, inside):
+        PIL.Image.new("RGB", (4, 4)).save(path)
+
+    def read(path, limit=100):
+        monkeypatch.setattr(app, "MAX_UPLOAD_PIXELS", limit)
+        files = {"background": None, "composite": None, "layers": []}
+        file = Namespace(path=str(path))
+        return app.read_drawing(
+            Namespace(**files | {part: [file] if part == "layers" else file}), lambda payload: "read"
+        )
+
+    assert read(inside) == "read" and app.read_drawing(None, None) is None
+    for path in (outside, tmp_path / "uploads" / ".." / "private.png", ""):
+        with pytest.raises(ValueError, match="Only pictures that were uploaded are read"):
+            read(path)
+    (tmp_path / "uploads" / "link.png").symlink_to(outside)
+    with pytest.raises(ValueError, match="Only pictures that were uploaded are read"):
+        read(tmp_path / "uploads" / "link.png")
+    with pytest.raises(ValueError, match="too large"):
+        read(inside, limit=15)
+
+
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory) -> Path:
     """Files, most of which are no usable pictures."""
