@@ -142,7 +142,7 @@ def test_another_weight_mode_or_size_is_another_encoding(base_folder, triptych_f
 
 
 def test_cache_is_reused_and_mended(base_folder, triptych_folder, tmp_path, caplog):
-    more = "--random_flip --caption_dropout 0.3 --semantic_dropout 0.3 --max_train_steps"
+    more = "--overwrite_output_dir --random_flip --caption_dropout 0.3 --semantic_dropout 0.3 --max_train_steps"
     expected = run(base_folder, tmp_path / "expected", *more.split(), 4, data=triptych_folder)
     out = tmp_path / "out"
     caplog.set_level(logging.INFO, logger="semantic_fill")
@@ -156,7 +156,8 @@ def test_cache_is_reused_and_mended(base_folder, triptych_folder, tmp_path, capl
     assert "14 found" in caplog.text and f"{files[0]} is damaged and is encoded again" in caplog.text
     # A longer prompt is another encoding.
     caplog.clear()
-    run(base_folder, out, "--max_train_steps", 1, "--max_sequence_length", 8, data=triptych_folder)
+    more = ["--overwrite_output_dir", "--max_train_steps", 1, "--max_sequence_length", 8]
+    run(base_folder, out, *more, data=triptych_folder)
     assert "6 found" in caplog.text and "3 to make" in caplog.text
 
 
