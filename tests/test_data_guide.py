@@ -201,6 +201,7 @@ FAULTS = {
     "different captions in two places": (triptychs() | {"metadata.jsonl": ROW, "0001.txt": "a road"}, {}),
     "two pictures for one text": (triptychs() | STREET | {"0001.jpg": 2}, {}),
     "a view without its partners": (views() | {"visible/0002.png": view(7)}, PROMPT),
+    "a link to a file elsewhere": ({"0001.png": Path("elsewhere.png")}, PROMPT),
     "text that is not UTF-8": (triptychs() | {"0001.txt": "Zürich".encode("cp1252")}, PROMPT),
     "a damaged metadata file": (triptychs() | {"metadata.jsonl": ROW + "{file_name"}, {}),
     "two views where three are needed": ({"0001.png": encode_picture(draw_view(0).resize((64, 32)))}, PROMPT),
@@ -229,7 +230,11 @@ def test_all_sentences_are_tried():
 def test_what_is_said(fault, tmp_path, monkeypatch):
     files, options = FAULTS[fault]
     monkeypatch.chdir(tmp_path)
-    write_files(Path("my_data"), files)
+    links = {name: target for name, target in files.items() if isinstance(target, Path)}
+    write_files(Path("my_data"), {name: content for name, content in files.items() if name not in links})
+    for name, target in links.items():
+        write_files(tmp_path, {target: 1})
+        Path("my_data", name).symlink_to(tmp_path / target)
     options = {"--train_data_dir": "my_data"} | options if "--dataset_name" not in options else options
     command = f"accelerate launch train_semantic_fill_lora.py {shlex.join(sum(options.items(), ()))} ..."
     with pytest.raises(ValueError) as error:
