@@ -1342,7 +1342,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 saved.register_to_config(**{name: self.config[name] for name in self._own_settings})
                 transformer._semantic_adapters = {}
                 saved.semantic_attention = module
-            if self._lora_names:
+            if transformer is not None:
                 # diffusers would save PEFT's names, which it cannot load.
                 stack.callback(transformer.register_state_dict_post_hook(_merge_loras).remove)
             super(FluxFillSemanticPipeline, saved).save_pretrained(save_directory, *args, **kwargs)
@@ -1493,21 +1493,21 @@ class _AttentionRecorder:
 
 
 def _merge_loras(transformer: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _) -> None:
-    """Replaces PEFT's entries in a state dict by those of a transformer that has its active LoRAs in its weights."""
-    layers: dict[str, Any] = {
-        name: layer for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)
-    }
-    for name, layer in layers.items():
-        here = f"{prefix}{name}."
-        entries = {key.removeprefix(here): state_dict.pop(key) for key in list(state_dict) if key.startswith(here)}
-        base = {k.removeprefix("base_layer."): value for k, value in entries.items() if k.startswith("base_layer.")}
-        acting = [] if layer.disable_adapters or layer.merged else layer.active_adapters
-        for adapter in acting:
-            if any(f".{adapter}." in key for key in entries):
-                if not base["weight"].is_floating_point():
-                    raise ValueError("A LoRA on quantized weights cannot be saved with them: unload it first.")
-                base["weight"] = base["weight"] + layer.get_delta_weight(adapter).to(base["weight"])
-        state_dict.update({here + key: value for key, value in base.items()})
+    """Gives a state dict the entries of a transformer that has its active LoRAs in its weights, instead of PEFT's."""
+    for name, module in transformer.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        # One layer at a time fits into any memory, and PEFT itself knows how each kind of LoRA is merged.
+        layer = copy.deepcopy(module)
+        if not layer.get_base_layer().weight.is_floating_point():
+            raise ValueError("A LoRA on quantized weights cannot be merged into them: unload it before you save.")
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        elif not layer.disable_adapters and not layer.merged:
+            layer.merge()
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{name}.")]:
+            del state_dict[key]
+        state_dict.update({f"{prefix}{name}.{key}": w for key, w in layer.get_base_layer().state_dict().items()})
 
 
 # Where a LoRA lies, as `load_lora_weights` takes it.

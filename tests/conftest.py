@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+from adapter_helpers import make_expected, make_loras  # noqa: E402
 from diffusers import FluxFillPipeline  # noqa: E402
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
 from helpers import write_triptychs  # noqa: E402
@@ -45,6 +46,18 @@ def base_folder(base, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def triptych_folder(tmp_path_factory) -> str:
     return str(write_triptychs(tmp_path_factory.mktemp("triptychs")))
+
+
+@pytest.fixture(scope="session")
+def loras(base, tmp_path_factory) -> dict:
+    """Trained LoRAs in several modes and an ordinary one, as `make_loras` names them."""
+    return make_loras(base, tmp_path_factory.mktemp("loras"))
+
+
+@pytest.fixture(scope="session")
+def expected(base, loras):
+    """What the base paints with some of the LoRAs, found out without adapters."""
+    return make_expected(base, loras)
 
 
 @pytest.fixture
