@@ -1498,7 +1498,7 @@ def _merge_loras(transformer: torch.nn.Module, state_dict: dict[str, torch.Tenso
         if not isinstance(module, BaseTunerLayer):
             continue
         # One layer at a time fits into any memory, and PEFT itself knows how each kind of LoRA is merged.
-        layer = copy.deepcopy(module)
+        layer: Any = copy.deepcopy(module)
         if not layer.get_base_layer().weight.is_floating_point():
             raise ValueError("A LoRA on quantized weights cannot be merged into them: unload it before you save.")
         if layer.disable_adapters and layer.merged:
