@@ -144,6 +144,8 @@ for name, status in (("gone", "404"), ("conflict", "409")):
 # The command that it advises uploads what the push would have uploaded.
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
 subprocess.run(re.search("with `(hf upload .*)`", said)[1], shell=True, check=True)
+said = refused(RuntimeError, lambda: push("public"))
+assert "--hub_private_repo was passed, but user/public exists and is public" in said, said
 for name in ("../up", "someone/else"):
     said = refused(RuntimeError, lambda: push(name))
     assert "--push_to_hub cannot write to" in said and "hf auth login" in said, said
@@ -170,7 +172,8 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
         save_model_card(folder / "README.md", options, 0.5, [Path("samples/step-000007.png")], code)
     (tmp_path / "out" / "checkpoint-1").mkdir()
     (tmp_path / "out" / "checkpoint-1" / "training_state.json").write_text("{}")
-    hub.add_repo("user/exists")
+    hub.add_repo("user/exists", private=True)
+    hub.add_repo("user/public")
     hub.fail("POST", "/once500/commit/", 500)
     hub.fail("POST", "/once-cut/commit/", "cut")
     hub.fail("POST", "/gone/commit/", 404)
