@@ -368,7 +368,7 @@ def main(args: argparse.Namespace) -> None:
     if args.base is None:
         stock = build_pipeline(args.preset, args.seed)
     else:
-        stock = FluxFillPipeline.from_pretrained(args.base, dtype=torch.float32)
+        stock = FluxFillPipeline.from_pretrained(args.base, dtype=torch.float32, use_safetensors=True)
     pipeline = FluxFillSemanticPipeline(**stock.components).to(args.device)
     data = Crops if args.train_data_dir is None else Triptychs
     crops = data(args.train_data_dir or "train", args.resolution, torch.device(args.device), args.seed)
