@@ -18,10 +18,10 @@ setup(
     py_modules=["pipeline_flux_fill_semantic", "semantic_attention", "train_semantic_fill_lora"],
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
-        "benchmarks": ["basemap-data", "matplotlib", "resvg-py", "scikit-image", "torchmetrics"],
+        "benchmarks": ["basemap-data", "resvg-py", "scikit-image"],
         "app": ["basemap-data", "gradio>=6"],
-        "demo": ["basemap-data", "matplotlib", "scikit-image"],
-        "evaluate": ["torchmetrics", "torchvision"],
+        "demo": ["basemap-data", "scikit-image"],
+        "evaluate": ["torchvision"],
         "test": [
             "bitsandbytes",
             "hypothesis",
@@ -30,7 +30,6 @@ setup(
             "pytest",
             "pytest-xdist",
             "scikit-image",
-            "torchmetrics",
         ],
         "quantization": ["bitsandbytes"],
         "tracking": ["wandb"],

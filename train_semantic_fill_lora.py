@@ -17,7 +17,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,21 @@ from semantic_fill import reports
 from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import load_datasets
-from semantic_fill.encoding import Encoder, SampleReader, encode_datasets
+from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
+from semantic_fill.files import ornament
 from semantic_fill.lora import add_lora, compiler_options
 from semantic_fill.memory import CHECKPOINTING, Plan, choose_plan
 from semantic_fill.options import ObjectiveOptions, Options
+from semantic_fill.page import painted_samples, write_page
 from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, push_checkpoint, push_to_hub, save_result, tracker_config
 from semantic_fill.rehearsal import rehearse, require_tracker
-from semantic_fill.sampling import ResumableBatchSampler, count_steps, prefetch, seed_of
+from semantic_fill.sampling import count_steps, plan_validation, prefetch, read_samples, seed_of
 from semantic_fill.sources import Source
+from semantic_fill.summary import Stopwatch, describe_run, summarize
 from semantic_fill.training_state import TrainingState, check_same_samples, refuse_untrained
-from semantic_fill.validation import paint_samples
+from semantic_fill.validation import HeldOut, extra_files, is_due, stops_early, validate
 from semantic_fill.weights import load_lora, load_module, load_weights
 
 
@@ -124,21 +127,8 @@ def timestep_shift_factor(shift: float | str, scheduler: FlowMatchEulerDiscreteS
     return mu if config["time_shift_type"] == "linear" else math.exp(mu)
 
 
-def add_noise(
-    x_0: torch.Tensor, generators: list[torch.Generator], objective: Objective
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Noise for latents.
-
-    Args:
-        x_0 (`torch.Tensor` of shape `(batch, tokens, 64)`): Packed latents.
-        generators (`list[torch.Generator]`): One for each sample, on the CPU.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Noise x_1 of the same shape in float32, timesteps t `(batch,)`
-        in (0, 1), and x_t = (1 - t) x_0 + t x_1 in the dtype of x_0.
-    """
-    options = objective.options
+def draw_timesteps(generators: list[torch.Generator], options: ObjectiveOptions) -> torch.Tensor:
+    """A timestep in (0, 1) of each generator, before timesteps are shifted."""
     density = [
         compute_density_for_timestep_sampling(
             weighting_scheme=options.weighting_scheme,
@@ -150,7 +140,29 @@ def add_noise(
         )
         for generator in generators
     ]
-    t = torch.cat(density).to(device=x_0.device, dtype=torch.float32)
+    return torch.cat(density)
+
+
+def add_noise(
+    x_0: torch.Tensor,
+    generators: list[torch.Generator],
+    objective: Objective,
+    timesteps: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Noise for latents.
+
+    Args:
+        x_0 (`torch.Tensor` of shape `(batch, tokens, 64)`): Packed latents.
+        generators (`list[torch.Generator]`): One for each sample, on the CPU.
+        timesteps (`torch.Tensor` of shape `(batch,)`, *optional*): Before their shift. Default: they are drawn.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Noise x_1 of the same shape in float32, timesteps t `(batch,)`
+        in (0, 1), and x_t = (1 - t) x_0 + t x_1 in the dtype of x_0.
+    """
+    t = draw_timesteps(generators, objective.options) if timesteps is None else timesteps
+    t = t.to(device=x_0.device, dtype=torch.float32)
     shift = objective.shift(x_0.shape[1])
     t = shift * t / (1 + (shift - 1) * t)
     x_1 = randn_tensor(x_0.shape, generator=generators, device=x_0.device, dtype=torch.float32)
@@ -160,13 +172,18 @@ def add_noise(
 
 
 def make_batch(
-    samples: list[dict], encoder: Encoder, objective: Objective, device: torch.device, dtype: torch.dtype
+    samples: list[dict],
+    encoder: Encoder,
+    objective: Objective,
+    device: torch.device,
+    dtype: torch.dtype,
+    timesteps: torch.Tensor | None = None,
 ) -> Batch:
     """Encodes read samples and adds noise. Every draw is a function of the seed and the sample's place in the run."""
     seed = objective.options.seed
     generators = [torch.Generator().manual_seed(seed_of(seed, "step", s["spec"].position)) for s in samples]
     encoded = encoder.encode_batch(samples, generators, device, dtype)
-    x_1, t, x_t = add_noise(encoded["x_0"], generators, objective)
+    x_1, t, x_t = add_noise(encoded["x_0"], generators, objective, timesteps)
     guidance = torch.full_like(t, objective.options.guidance_scale) if objective.guidance_embeds else None
     layout, loss_tokens = encoder.layout(samples), None
     if objective.options.loss_region == "target":
@@ -326,7 +343,7 @@ class Run:
     options: Options
     engine: Engine
     encoder: Encoder
-    held_out: Encoder | None
+    held_out: HeldOut | None
     objective: Objective
     model: torch.nn.Module  # as the engine wrapped it
     optimizer: torch.optim.Optimizer
@@ -334,6 +351,7 @@ class Run:
     checkpointer: Checkpointer
     state: TrainingState
     make_batch: Callable[[list[dict]], Batch]
+    stopwatch: Stopwatch
 
 
 def samples_per_step(options: Options, accelerator: Accelerator) -> int:
@@ -363,12 +381,13 @@ def assemble(
     """
     accelerator, device = engine.accelerator, engine.accelerator.device
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-    held_out = held_out_encoder = None
+    stopwatch = Stopwatch()
+    held_out_data = held_out_encoder = held_out = None
     if pipeline is None and encoder is None:
         rehearse(options, accelerator, dtype, build_model, build_optimizer, checkpoint)
     if encoder is None:
         pairs = not SEMANTIC_MODES[options.semantic_mode].uses_map
-        dataset, held_out = load_datasets(options, accelerator, pairs, source)
+        dataset, held_out_data = load_datasets(options, accelerator, pairs, source)
     else:
         dataset = encoder.dataset
     if options.max_train_steps is None:
@@ -377,8 +396,10 @@ def assemble(
         options = replace(options, max_train_steps=steps)
     if checkpoint is not None:
         check_same_samples(checkpoint, dataset.fingerprint(), options)
+    plan = plan_validation(options, held_out_data, samples_per_step(options, accelerator))
     if encoder is None:
-        encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, held_out, pipeline)
+        with stopwatch.part("encoding"):
+            encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, plan, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
         options = replace(options, **vars(plan_fast(options, encoder, device, dtype)))
@@ -405,20 +426,19 @@ def assemble(
     state = TrainingState() if checkpoint is None else checkpointer.restore(checkpoint)
     state.seed, state.samples = options.seed, dataset.fingerprint()
     objective = Objective(options, encoder.pipeline.scheduler, guidance_embeds)
-    batch_maker = functools.partial(make_batch, encoder=encoder, objective=objective, device=device, dtype=dtype)
-    return Run(
-        options,
-        engine,
-        encoder,
-        held_out_encoder,
-        objective,
-        model,
-        optimizer,
-        lr_scheduler,
-        checkpointer,
-        state,
-        batch_maker,
-    )
+    make = functools.partial(make_batch, objective=objective, device=device, dtype=dtype)
+    if plan is not None and held_out_encoder is not None:
+        held_out = HeldOut(
+            held_out_encoder,
+            plan,
+            engine,
+            draw_timesteps=functools.partial(draw_timesteps, options=options),
+            make_batch=functools.partial(make, encoder=held_out_encoder),
+            compare=lambda pred, batch: compare(pred, batch, objective),
+        )
+    make = functools.partial(make, encoder=encoder)
+    parts = (model, optimizer, lr_scheduler, checkpointer, state, make, stopwatch)
+    return Run(options, engine, encoder, held_out, objective, *parts)
 
 
 def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
@@ -447,8 +467,15 @@ def train(run: Run) -> None:
     batches = prefetch(run.make_batch, samples, accelerator.device)
     with StopSignals() as stop, contextlib.closing(batches), contextlib.closing(bar), contextlib.ExitStack() as stack:
         for step in range(first_step, options.max_train_steps + 1):
+            if is_due(run):
+                validate(run)
+            if stops_early(options, state):
+                if state.step % options.checkpointing_steps:
+                    run.checkpointer.save(state)
+                break
             if step == first_step + 2:
                 stack.enter_context(frozen_garbage())
+            run.stopwatch.start_step()
             losses = []
             for micro_step in range(options.gradient_accumulation_steps):
                 # Dropout is a function of the place in the run too, so a resumed run repeats it.
@@ -465,6 +492,8 @@ def train(run: Run) -> None:
             finite = math.isfinite(state.loss) and math.isfinite(norm)
             engine.step(run.optimizer, finite)
             state.step, state.samples_seen = step, state.samples_seen + samples_per_step(options, accelerator)
+            state.losses.append(state.loss)
+            run.stopwatch.end_step()
             if finite:
                 run.lr_scheduler.step()
                 bad_steps = 0
@@ -480,40 +509,11 @@ def train(run: Run) -> None:
             # A skipped step changed nothing, so the weights after it are good too. A longer run goes on from the last.
             if step % options.checkpointing_steps == 0 or step == options.max_train_steps or stopped_by or given_up:
                 run.checkpointer.save(state)
-            if options.validation_steps and step % options.validation_steps == 0:
-                paint_samples(engine.unwrap(run.model), run.held_out or run.encoder, step, engine, options)
-                accelerator.wait_for_everyone()
             if given_up:
-                raise RuntimeError(
-                    f"{bad_steps} steps in a row had a loss or gradient that is not finite, the last on rows"
-                    f" {sampler.rows_before(state.samples_seen)}. None of them was applied: checkpoint-{step} holds the last good"
-                    " weights. Lower --learning_rate, or look at these rows, and continue with"
-                    " --resume_from_checkpoint latest."
-                )
+                raise reports.give_up(state, bad_steps, sampler)
             if stopped_by:
                 logger.info(f"Stopped by {stopped_by} at step {step}. Continue with --resume_from_checkpoint latest.")
                 raise SystemExit(128 + stopped_by)
-
-
-def read_samples(run: Run) -> tuple[ResumableBatchSampler, Iterator[list[dict]]]:
-    """The order of the samples, and the samples read by the data loader."""
-    options, accelerator = run.options, run.engine.accelerator
-    sampler = ResumableBatchSampler(
-        run.encoder.dataset.groups(),
-        options.train_batch_size,
-        options.seed,
-        flip=0.5 if options.random_flip else 0.0,
-        drop_caption=options.caption_dropout,
-        drop_map=options.semantic_dropout,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        start=run.state.samples_seen,
-        accumulation_steps=options.gradient_accumulation_steps,
-    )
-    loader = torch.utils.data.DataLoader(
-        SampleReader(run.encoder), batch_sampler=sampler, collate_fn=list, num_workers=options.dataloader_num_workers
-    )
-    return sampler, iter(loader)
 
 
 # -- Main -------------------------------------------------------------------------------------------------------------
@@ -548,23 +548,20 @@ def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerat
 
 
 def finish(run: Run, repo_id: str | None) -> None:
-    """Paints once more, saves the result and uploads it to `repo_id`, if there is one."""
-    options, engine, accelerator = run.options, run.engine, run.engine.accelerator
-    refuse_untrained(run.state, run.lr_scheduler)
-    model, steps = engine.unwrap(run.model), options.max_train_steps
+    """Validates once more, saves the result and uploads it to `repo_id`, if there is one."""
+    options, engine, accelerator, state = run.options, run.engine, run.engine.accelerator, run.state
+    refuse_untrained(state, run.lr_scheduler)
+    model = engine.unwrap(run.model)
     weights = engine.weights(model)
-    # Model cards show samples. The last validation may have painted them already.
-    if steps % options.validation_steps if options.validation_steps else options.push_to_hub:
-        try:
-            paint_samples(model, run.held_out or run.encoder, steps, engine, options)
-        except torch.OutOfMemoryError as error:
-            logger.warning(f"No samples are painted, because memory ran out: {error}")
+    if is_due(run, last=True):
+        validate(run)
     if accelerator.is_main_process:
-        samples = sorted(Path(options.output_dir, "samples").glob("step-*.png"))
-        files = save_result(model, weights, run.state.loss, samples, options)
+        summary, samples = summarize(run), painted_samples(options, state)
+        files = save_result(model, weights, describe_run(state, summary), samples, options)
+        with ornament("The page of the run"):
+            write_page(options, state, summary)
         if repo_id is not None:
-            files += [f"samples/{sample.name}" for sample in samples]
-            push_to_hub(repo_id, files, options.output_dir)
+            push_to_hub(repo_id, files + extra_files(options, state), options.output_dir)
     # The other processes are done, but must not end the process group while the first one still saves.
     accelerator.wait_for_everyone()
     accelerator.end_training()

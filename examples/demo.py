@@ -6,7 +6,6 @@ the Americas, and leaves a page, a grid and the figures in the output folder.
 """
 
 import argparse
-import base64
 import html
 import io
 import json
@@ -31,6 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm.auto import tqdm
 
 from semantic_fill.data import read_triptychs
+from semantic_fill.page import draw_chart, draw_table, picture_url, thin_out, wrap_page
 
 
 matplotlib.use("Agg")
@@ -112,12 +112,6 @@ def figures(painted: list, views: list[dict]) -> dict[str, float]:
     return {"PSNR": float(np.mean(psnr)), "SSIM": float(np.mean(ssim)), "water IoU": float(np.mean(iou))}
 
 
-def data_url(picture: PIL.Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def as_picture(figure) -> PIL.Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, bbox_inches="tight")
@@ -150,20 +144,16 @@ def draw_grid(columns: dict[str, list], rows: int) -> PIL.Image.Image:
     return as_picture(figure)
 
 
-def draw_curves(args: argparse.Namespace) -> PIL.Image.Image:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+def draw_charts(args: argparse.Namespace) -> str:
+    """Losses and scale of both runs in HTML."""
+    losses, scales = {}, {}
     for mode in ("none", args.semantic_mode):
         events = EventAccumulator(str(args.output_dir / mode / "logs" / "semantic-fill")).Reload()
-        loss = [event.value for event in events.Scalars("loss")]
-        window = max(1, len(loss) // 20)
-        left.plot(np.convolve(loss, np.ones(window) / window, "valid"), label=mode)
-        if "scale/layer_0" in events.Tags()["scalars"]:
-            right.plot([event.value for event in events.Scalars("scale/layer_0")])
-    left.set(xlabel="step", ylabel="loss", title="Loss, running mean")
-    left.legend()
-    right.set(xlabel="step", ylabel="mean |scale|", title="Scale of the module")
-    figure.tight_layout()
-    return as_picture(figure)
+        for curves, tag in ((losses, "loss"), (scales, "scale/layer_0")):
+            if tag in events.Tags()["scalars"]:
+                found = events.Scalars(tag)
+                curves[mode] = thin_out([event.step for event in found], [event.value for event in found], points=20)
+    return draw_chart("Loss, mean of parts", losses) + draw_chart("Scale of the module", scales)
 
 
 def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> PIL.Image.Image:
@@ -189,23 +179,13 @@ def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> PIL.Image.
     return as_picture(figure)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Semantic fill: the Earth</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }}
-img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 13px }}
-table {{ border-collapse: collapse }} td, th {{ padding: .25em .9em; border-bottom: 1px solid #ccc; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }}
-</style></head><body>
-<h1>Semantic fill: hillshade to satellite</h1>
-<p>Both LoRAs were trained on Eurasia, Africa and Oceania, and painted the Americas. The hillshade does not tell land from
-water; the semantic map does. It entered in the mode <code>{mode}</code>.</p>
+PAGE = """<p>Both LoRAs were trained on Eurasia, Africa and Oceania, and painted the Americas. The hillshade does not tell land
+from water; the semantic map does. It entered in the mode <code>{mode}</code>.</p>
 <h2>Held-out pictures</h2><img alt="grid of paintings" src="{grid}">
 <h2>Figures on {count} held-out pictures</h2>{table}
 <p>Water is where blue is above red.</p>
-{recommended}<h2>Training</h2><img alt="loss and scale" src="{curves}">
+{recommended}<h2>Training</h2><div class="charts">{charts}</div>
 {attention}<h2>Commands</h2><pre>{commands}</pre>
-</body></html>
 """
 RECOMMENDED = """<p>{text}:</p><pre>{command}</pre>
 """
@@ -277,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
         columns[name] = paint(pipeline, views, which_map, scale, args)
 
     metrics = {name: figures(columns[name], views) for name in PAINTINGS}
-    grid, curves = draw_grid(columns, rows=min(8, len(views))), draw_curves(args)
+    grid = draw_grid(columns, rows=min(8, len(views)))
     save_small(grid, args.output_dir / "grid.png")
     attention, recommended = "", ""
     projection_demo = (
@@ -287,24 +267,21 @@ def main(args: argparse.Namespace) -> None:
         # A projection has no attention to show.
         picture = draw_attention(pipeline, views[0], args)
         picture.save(args.output_dir / "attention.png")
-        attention = ATTENTION.format(picture=data_url(picture))
+        attention = ATTENTION.format(picture=picture_url(picture))
         modes += ("projection",)
         recommended = RECOMMENDED.format(text=PROJECTION, command=html.escape(projection_demo))
-    header = "".join(f"<th>{name}</th>" for name in ("", *metrics["plain base"]))
-    table = f"<table><tr>{header}</tr>" + "".join(
-        f"<tr><td>{name}</td>" + "".join(f"<td>{value:.3f}</td>" for value in row.values()) + "</tr>"
-        for name, row in metrics.items()
-    )
+    rows = [(name, *(f"{value:.3f}" for value in row.values())) for name, row in metrics.items()]
     page = PAGE.format(
         mode=args.semantic_mode,
-        grid=data_url(grid),
-        curves=data_url(curves),
+        grid=picture_url(grid),
+        charts=draw_charts(args),
         attention=attention,
         recommended=recommended,
-        table=table + "</table>",
+        table=draw_table(("", *metrics["plain base"]), rows),
         count=len(views),
         commands=html.escape("\n\n".join(shlex.join(training_command(mode, str(base), args)) for mode in modes)),
     )
+    page = wrap_page("Semantic fill: hillshade to satellite", page)
     (args.output_dir / "index.html").write_text(page, encoding="utf-8")
     minutes = (time.monotonic() - start) / 60
     (args.output_dir / "metrics.json").write_text(json.dumps({"figures": metrics, "minutes": minutes}, indent=2))

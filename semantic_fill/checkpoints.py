@@ -6,9 +6,11 @@ and a manifest with the size and hash of every file. It is written beside its pl
 at all. Nothing is pickled: accelerate's own checkpoints are, and are tied to the engine that wrote them.
 """
 
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -55,6 +57,9 @@ LEFTOVER = re.compile(rf"\.({CHECKPOINT.pattern}|result|best)\.(part|old|gone)(-
 SAMPLE = re.compile(r"step-\d{6}\.png")
 # Numbers of the optimizer that a continued run may change.
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
+MODULE_FILES = [f"{SEMANTIC_SUBFOLDER}/{name}" for name in ("config.json", SAFETENSORS_WEIGHTS_NAME)]
+# Folder in the output folder for the weights of the lowest held-out loss.
+BEST = "best"
 
 
 class Checkpointer:
@@ -120,6 +125,8 @@ class Checkpointer:
         if "scaler" in state and scaler is not None:
             scaler.load_state_dict(scaler.state_dict() | state["scaler"])
         logger.info(f"Resuming from {folder} at step {progress.step}")
+        if self.engine.accelerator.is_main_process:
+            restore_best(folder, Path(self.options.output_dir))
         return progress
 
 
@@ -133,6 +140,9 @@ def save_checkpoint(model, weights: dict[str, torch.Tensor], state: dict, option
 
     def write(partial: Path) -> None:
         save_weights(model, weights, partial, options)
+        # A run that continues elsewhere, or from an earlier checkpoint, has the best weights of its own past.
+        if any(found.get("kept") for found in state["validations"]) and (output_dir / BEST).is_dir():
+            copy_weights(output_dir / BEST, partial / BEST)
         tensors = {}
         described = split_tensors(state, "state", tensors)
         safetensors.torch.save_file(tensors, partial / "training_state.safetensors")
@@ -163,6 +173,20 @@ def delete_checkpoint(folder: Path) -> None:
     logger.info(f"Deleted {folder}")
 
 
+def copy_weights(source: Path, folder: Path) -> None:
+    """Copies the files of trained weights, and nothing that may lie beside them."""
+    for name in (LORA_WEIGHT_NAME_SAFE, *MODULE_FILES):
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def restore_best(checkpoint: Path, output_dir: Path) -> None:
+    """Has `best/` hold what it held when the checkpoint was saved."""
+    if (checkpoint / BEST).is_dir():
+        replace_folder(output_dir / BEST, functools.partial(copy_weights, checkpoint / BEST))
+
+
 def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
@@ -182,7 +206,7 @@ def checkpoint_damage(folder: Path) -> str | None:
     try:
         mode = read_options(folder)["semantic_mode"]
         if mode in SEMANTIC_MODES and SEMANTIC_MODES[mode].module_class is not None:
-            needed |= {f"{SEMANTIC_SUBFOLDER}/{name}" for name in ("config.json", SAFETENSORS_WEIGHTS_NAME)}
+            needed |= set(MODULE_FILES)
         damage = manifest_damage(folder, needed)
         if damage is None:
             read_state(folder)
@@ -295,6 +319,9 @@ def check_earlier_run(folder: Path, options: Options) -> None:
             delete_checkpoint(path)
         for path in samples:
             path.unlink()
+        if (folder / "validation.jsonl").is_file():
+            for name in (BEST, "validation.jsonl", "samples/index.html"):
+                remove(folder / name)
     elif checkpoints or result.is_file():
         held = "checkpoints" if checkpoints else "the result"
         hint = "Continue it with --resume_from_checkpoint latest, or pass" if checkpoints else "Pass"

@@ -5,10 +5,10 @@ Latents and prompts are cached by what they depend on, never by the step that us
 of samples and serves later runs too. Each encoding is one file with a checksum.
 """
 
-import copy
 import functools
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from semantic_fill.files import (
 )
 from semantic_fill.memory import device_memory, parameter_bytes
 from semantic_fill.options import Options
-from semantic_fill.sampling import SampleSpec
+from semantic_fill.sampling import SampleSpec, ValidationPlan
 
 
 logger = get_logger(__name__)
@@ -239,9 +239,15 @@ class Encoder:
         """One sample: its encodings from the cache, or without a cache its views and caption."""
         prompt = "" if spec.drop_caption else self.dataset.caption(spec.index, spec.caption)
         if not self.cached:
-            return {"spec": spec, "views": self.dataset.views(spec.index, spec.flip), "prompt": prompt}
-        latents = read_encoding(self.latent_file(spec.index, spec.flip, spec.drop_map))
+            return {"spec": spec, "views": self._views(spec), "prompt": prompt}
+        latents = read_encoding(self.latent_file(spec.index, spec.flip, spec.drop_map, spec.map_index))
         return {"spec": spec, "encoded": latents | read_encoding(self.prompt_file(prompt))}
+
+    def _views(self, spec: SampleSpec) -> dict[str, torch.Tensor]:
+        views = self.dataset.views(spec.index, spec.flip)
+        if spec.map_index is not None:
+            views["semantic"] = self.dataset.views(spec.map_index, spec.flip)["semantic"]
+        return views
 
     # Encode: read samples become the model's inputs.
 
@@ -280,29 +286,32 @@ class Encoder:
     def _file(self, *key) -> Path:
         return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
 
-    def latent_file(self, index: int, flip: bool, drop_map: bool) -> Path:
+    def latent_file(self, index: int, flip: bool, drop_map: bool, map_index: int | None = None) -> Path:
         views = (*self.dataset.digests(index), *self.dataset.size(index))
-        return self._file(*views, self.latent_key, flip, drop_map and self.mode.map_on_canvas)
+        other = () if map_index is None else self.dataset.digests(map_index)
+        return self._file(*views, self.latent_key, flip, drop_map and self.mode.map_on_canvas, *other)
 
     def prompt_file(self, prompt: str) -> Path:
         return self._file(prompt, self.prompt_key)
 
-    def fill_cache(
-        self, accelerator: Accelerator, pictures: bool = True, flips: bool = False, dropped_maps: bool = False
-    ) -> None:
+    def specs(self, flips: bool = False, dropped_maps: bool = False) -> Iterator[SampleSpec]:
+        """Every sample, in all forms that training reads it in."""
+        drops = dropped_maps and self.mode.map_on_canvas
+        for index, flip, drop in itertools.product(range(len(self.dataset)), range(1 + flips), range(1 + drops)):
+            yield SampleSpec(0, index, bool(flip), False, bool(drop))
+
+    def fill_cache(self, accelerator: Accelerator, specs: Iterable[SampleSpec]) -> None:
         """
-        Encodes prompts, and with `pictures` samples, that are not in the cache. The processes share the work, so all of
-        them have to call this.
+        Encodes all prompts, and samples in the forms of `specs`, that are not in the cache. The processes share the work,
+        so all of them have to call this.
         """
         # All prompts come first, so that text encoders and VAE each move to the device once. Encoding one item at a time
         # needs the least memory, and no encoding depends on its neighbors.
         prompts = self.dataset.all_captions() | {""}
         jobs = {self.prompt_file(p): functools.partial(self.encode_prompts, [p]) for p in sorted(prompts)}
-        for index in range(len(self.dataset)) if pictures else ():
-            for flip in (False, True) if flips else (False,):
-                for drop in (False, True) if dropped_maps and self.mode.map_on_canvas else (False,):
-                    job = functools.partial(self._encode_sample, index, flip, drop)
-                    jobs[self.latent_file(index, flip, drop)] = job
+        for spec in specs:
+            path = self.latent_file(spec.index, spec.flip, spec.drop_map, spec.map_index)
+            jobs[path] = functools.partial(self._encode_sample, spec)
 
         # An encoding is read once to see that it is intact, by one process, and again only if its file has changed.
         memory = FileMemory(self.folder / MEMORY, MEMORY_VERSION)
@@ -333,9 +342,8 @@ class Encoder:
                 memory.put(path.name, file_stamp([path]), True)
             memory.save()
 
-    def _encode_sample(self, index: int, flip: bool, drop_map: bool) -> dict[str, torch.Tensor]:
-        views = self.dataset.views(index, flip)
-        return self.encode_views({name: view[None] for name, view in views.items()}, drop_map)
+    def _encode_sample(self, spec: SampleSpec) -> dict[str, torch.Tensor]:
+        return self.encode_views({name: view[None] for name, view in self._views(spec).items()}, spec.drop_map)
 
 
 def encode_datasets(
@@ -343,16 +351,16 @@ def encode_datasets(
     accelerator: Accelerator,
     dtype: torch.dtype,
     dataset: TriptychDataset,
-    held_out: TriptychDataset | None = None,
+    plan: ValidationPlan | None = None,
     pipeline: FluxFillSemanticPipeline | None = None,
 ) -> tuple[Encoder, Encoder | None]:
     """
-    Encodes all samples and the held-out data's prompts, with the encoders alone on the accelerator. Without a cache,
-    steps encode.
+    Encodes all samples, and what validation needs of the held-out ones, with the encoders alone on the accelerator.
+    Without a cache, steps encode.
     """
     from_files = pipeline is None
     pipeline = load_encoders(options, dtype) if pipeline is None else pipeline
-    captions = dataset.all_captions() | (set() if held_out is None else held_out.all_captions())
+    captions = dataset.all_captions() | (set() if plan is None else plan.dataset.all_captions())
     lengths = count_tokens(pipeline.tokenizer_2, captions)
     length = options.max_sequence_length
     if length == "auto":
@@ -367,28 +375,13 @@ def encode_datasets(
         )
     folder = Path(options.cache_root) if options.cache_latents else None
     encoder = Encoder(pipeline, dataset, length, folder, from_files)
-    held_out_encoder = None if held_out is None else Encoder(pipeline, held_out, length, folder, from_files)
+    held_out = None if plan is None else Encoder(pipeline, plan.dataset, length, folder, from_files)
     if not options.cache_latents:
         pipeline.to(accelerator.device)
-        return encoder, held_out_encoder
-    if held_out_encoder is not None:
-        held_out_encoder.fill_cache(accelerator, pictures=False)
-    encoder.fill_cache(accelerator, flips=options.random_flip, dropped_maps=options.semantic_dropout > 0)
+        return encoder, held_out
+    if plan is not None and held_out is not None:
+        held_out.fill_cache(accelerator, plan.specs())
+    encoder.fill_cache(accelerator, encoder.specs(options.random_flip, options.semantic_dropout > 0))
     release_encoders(pipeline)
     free_memory()
-    return encoder, held_out_encoder
-
-
-class SampleReader(torch.utils.data.Dataset):
-    """What the data loader's workers call: a `SampleSpec` in, a read sample out."""
-
-    def __init__(self, encoder: Encoder):
-        # Workers read and never encode, so they get no copy of the pipeline.
-        self.encoder = copy.copy(encoder)
-        self.encoder.pipeline = None
-
-    def __len__(self) -> int:
-        return len(self.encoder.dataset)
-
-    def __getitem__(self, spec: SampleSpec) -> dict:
-        return self.encoder.read(spec)
+    return encoder, held_out

@@ -186,6 +186,9 @@ class FSDP2Engine(Engine):
             fully_shard(model.semantic_attention, mesh=mesh)
         fully_shard(model, mesh=mesh)
         forward = model.forward
+        # The first call makes its module the root. Painting does not call this one, and may come before training does.
+        model.forward = lambda: None
+        model()
 
         def forward_in_autocast(*args, **kwargs):
             # As with DDP, each weight keeps its own dtype, and what is trained is float32.

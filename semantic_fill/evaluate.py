@@ -24,8 +24,6 @@ from typing import Any
 
 import diffusers
 import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageOps
 import torch
 import torchmetrics
 import transformers
@@ -39,16 +37,15 @@ from semantic_fill.data import TriptychDataset
 from semantic_fill.files import is_hub_id, printable
 from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks
 from semantic_fill.options import DataOptions, ModelOptions, option
+from semantic_fill.paintings import as_picture, draw_sheet
 from semantic_fill.publish import add_to_model_card, as_text
-from semantic_fill.sampling import seed_of
+from semantic_fill.sampling import MAPS, seed_of, wrong_maps
 from semantic_fill.tables import load_source
-from semantic_fill.validation import tile_pictures
 from semantic_fill.views import Palette, read_palette
 
 
 logger = logging.getLogger(__name__)
 
-MAPS = ("right", "wrong", "none")
 DTYPES = ("float32", "float16", "bfloat16")
 # Weights of earlier versions do not record the size of a view. It was the trainer's default then.
 UNRECORDED_SIZE = 512
@@ -233,15 +230,11 @@ def map_of(dataset: TriptychDataset, index: int, kind: str) -> torch.Tensor:
     The map `(3, height, width)` to paint a sample with. A wrong one is that of the next sample of this size with another
     map.
     """
-    own = dataset.views(index)["semantic"]
     if kind == "right":
-        return own
-    for offset in range(1, len(dataset)):
-        row = (index + offset) % len(dataset)
-        if dataset.size(row) == dataset.size(index):
-            other = dataset.views(row)["semantic"]
-            if not torch.equal(own, other):
-                return other
+        return dataset.views(index)["semantic"]
+    others = wrong_maps(dataset, [index])
+    if others:
+        return dataset.views(others[index])["semantic"]
     raise ValueError("A wrong map is another sample's, but all samples have the same one. Pass --maps right none.")
 
 
@@ -299,16 +292,9 @@ def table(report: dict) -> str:
 
 
 def draw_grid(columns: dict[str, list[torch.Tensor]]) -> PIL.Image.Image:
-    """8-bit pictures under the names of their columns. Small ones are enlarged."""
-    tiles = [PIL.Image.fromarray(tile.permute(1, 2, 0).numpy()) for row in zip(*columns.values()) for tile in row]
-    factor, header = -(-96 // tiles[0].width), 16
-    grid = tile_pictures(tiles, len(columns))
-    grid = PIL.ImageOps.scale(grid, factor, PIL.Image.Resampling.NEAREST)
-    sheet = PIL.Image.new("RGB", (grid.width, grid.height + header), "white")
-    sheet.paste(grid, (0, header))
-    for index, name in enumerate(columns):
-        PIL.ImageDraw.Draw(sheet).text((index * grid.width // len(columns) + 2, 2), name, fill="black")
-    return sheet
+    """8-bit pictures under the names of their columns."""
+    rows = zip(*columns.values())
+    return draw_sheet([{name: (as_picture(tile / 255), "") for name, tile in zip(columns, row)} for row in rows])
 
 
 def eval_results(report: dict) -> list[EvalResult]:

@@ -156,6 +156,19 @@ def device_memory(device: torch.device) -> tuple[float, float]:
     return free, free * (1 - SPARE_SHARE) - SPARE_BYTES
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process held at most: of the GPU, or without one of main memory. `None` where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    # Windows has no such module.
+    except ImportError:
+        return None
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
     """Bytes of the modules' parameters."""
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())

@@ -145,6 +145,16 @@ def classes_of(target: torch.Tensor, palette: Palette, rows: list[int]) -> torch
 # -- Figures ----------------------------------------------------------------------------------------------------------
 
 
+def likeness(painted: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """PSNR and SSIM `(batch,)` of pictures `(batch, 3, height, width)` in [0, 1]."""
+    # Torchmetrics also averages over places where the window of 11 pixels meets mirrored pixels.
+    places = structural_similarity_index_measure(painted, target, data_range=1.0, return_full_image=True)[1]
+    return {
+        "psnr": peak_signal_noise_ratio(painted, target, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+        "ssim": places[..., 5:-5, 5:-5].mean(dim=(1, 2, 3)),
+    }
+
+
 class Figures:
     """Gathers the figures of one kind of map, batch by batch."""
 
@@ -164,14 +174,8 @@ class Figures:
     @torch.no_grad()
     def add(self, painted: torch.Tensor, target: torch.Tensor, rows: list[int]) -> None:
         """Adds paintings and targets `(batch, 3, height, width)` in 8 bits, which are these rows of the data."""
-        columns = {}
         ours, theirs = painted.float() / 255, target.float() / 255
-        if "psnr" in self.metrics:
-            columns["psnr"] = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
-        if "ssim" in self.metrics:
-            # Torchmetrics also averages over places where the window of 11 pixels meets mirrored pixels.
-            places = structural_similarity_index_measure(ours, theirs, data_range=1.0, return_full_image=True)[1]
-            columns["ssim"] = places[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
+        columns = {name: values for name, values in likeness(ours, theirs).items() if name in self.metrics}
         if "lpips" in self.metrics:
             columns["lpips"] = self.networks["lpips"](ours.to(self.device), theirs.to(self.device))
         for metric in self.distances.values():

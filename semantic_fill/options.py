@@ -308,11 +308,10 @@ class OutputOptions(OptionGroup):
         0.0, below=1, help="Share of the samples that is held out, chosen by the content of their pictures."
     )
     validation_steps: int | None = option(
-        None,
-        at_least=1,
-        help="Optimizer steps between paintings of validation samples. They are also painted at the end, with"
-        " --push_to_hub in any case.",
+        None, at_least=1, help="Optimizer steps between validations, which measure held-out samples and paint some."
     )
+    keep_best: bool = option(False, help="Keep the weights of the lowest held-out loss in `best/`.")
+    early_stopping_patience: int | None = option(None, at_least=1, help="Validations without a gain that end the run.")
     num_validation_images: int = option(
         4, at_least=1, help="Samples painted, the first of the held-out data if there is any."
     )
@@ -385,6 +384,12 @@ class Options(
             raise ValueError(
                 "--validation_data_dir and --validation_fraction cannot go together: each says what is held out."
             )
+        held_out = self.validation_steps and (self.validation_data_dir or self.validation_fraction)
+        for name in ("keep_best", "early_stopping_patience"):
+            if getattr(self, name) and not held_out:
+                raise ValueError(
+                    f"--{name} needs --validation_steps, and --validation_data_dir or --validation_fraction."
+                )
         output = Path(self.output_dir)
         for name in ("train_data_dir", "validation_data_dir"):
             data = getattr(self, name)

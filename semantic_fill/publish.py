@@ -46,7 +46,7 @@ EVALUATION_START, EVALUATION_END = "<!-- evaluation: start -->\n", "<!-- evaluat
 
 
 def save_result(
-    model, weights: dict[str, torch.Tensor], loss: float, samples: list[Path], options: Options
+    model, weights: dict[str, torch.Tensor], report: str, samples: list[Path], options: Options
 ) -> list[str]:
     """
     Saves weights, pipeline code and model card to the output folder, in the place of an earlier result.
@@ -61,7 +61,7 @@ def save_result(
         (folder / "pipeline.py").write_bytes(code)
         # A card that cannot be written must not cost the weights.
         with ornament("The model card"):
-            save_model_card(folder / "README.md", options, loss, samples, code)
+            save_model_card(folder / "README.md", options, report, samples, code)
 
     with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
         return switch_result(Path(options.output_dir), write)
@@ -99,12 +99,12 @@ def as_string(value: str) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("`", "\\u0060")
 
 
-def save_model_card(path: Path, options: Options, loss: float, samples: list[Path], code: bytes) -> None:
+def save_model_card(path: Path, options: Options, report: str, samples: list[Path], code: bytes) -> None:
     """
     Writes the model card.
 
     Args:
-        loss (`float`): Loss of the last step.
+        report (`str`): What the run found out, from `reports.describe_run`.
         samples (`list[Path]`): Validation pictures, of which the last is shown.
         code (`bytes`): Content of the repository's `pipeline.py`, whose hash the card states.
     """
@@ -116,7 +116,9 @@ def save_model_card(path: Path, options: Options, loss: float, samples: list[Pat
     picture = ""
     if samples:
         sample = samples[-1]
-        picture = f"Visible view, map, painting and target:\n\n![{sample.stem}](samples/{sample.name})\n\n"
+        views = "map, paintings with it, with another sample's and without one" if mode.uses_map else "painting"
+        kind = "Held-out samples" if options.validation_data_dir or options.validation_fraction else "Training samples"
+        picture = f"{kind}: visible view, {views}, and target:\n\n![{sample.stem}](samples/{sample.name})\n\n"
     arguments = "\n".join(f"- `{name}`: `{as_code(value)}`" for name, value in public_config(options).items())
     prompt = as_string(options.instance_prompt or "...")
     size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
@@ -125,8 +127,9 @@ def save_model_card(path: Path, options: Options, loss: float, samples: list[Pat
 
 A LoRA{" and a semantic module" if mode.module_class else ""} for
 {f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{as_code(base_name)}`"}. It paints a second view of a scene beside the
-first, in the mode `{options.semantic_mode}`. It was trained for {options.max_train_steps} steps; the loss of the last step was {loss:.4f}.
+first, in the mode `{options.semantic_mode}`.
 
+{report}
 {picture}## Use
 
 ```python

@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""What a run says: its start-up lines, its steps, the shapes of a batch, and what would help when memory runs out."""
+"""What a run says: its start-up lines, its steps and validations, its summary, and what would help when memory runs out."""
 
 import contextlib
 import logging
@@ -11,11 +11,18 @@ import transformers
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
-from semantic_fill.checkpoints import TrainingState
 from semantic_fill.encoding import Encoder
-from semantic_fill.memory import CUDNN, Plan, Workload, empty_transformer, memory_advice, parameter_bytes
+from semantic_fill.memory import (
+    CUDNN,
+    Plan,
+    Workload,
+    empty_transformer,
+    memory_advice,
+    parameter_bytes,
+)
 from semantic_fill.options import Options
 from semantic_fill.sampling import ResumableBatchSampler
+from semantic_fill.training_state import TrainingState
 from semantic_fill.views import PANELS
 
 
@@ -74,6 +81,13 @@ def announce_run(run, samples_per_step: int) -> None:
         f"{len(encoder.dataset)} samples, {samples_per_step} a step, {options.max_train_steps} steps, timestep shift"
         f" {run.objective.shift(tokens):.3f}, {tokens} image tokens"
     )
+    if run.held_out is None:
+        logger.info(
+            "No samples are held out: losses and paintings are of samples that are trained on. To see whether the run"
+            " learns more than these, pass --validation_fraction 0.1, or --validation_data_dir with other samples."
+        )
+    elif options.validation_steps is None:
+        logger.info("The held-out loss is measured at the end. Pass --validation_steps to follow it")
     if options.compile and options.aspect_buckets:
         # Blocks see tokens in a row, so shapes of as many tokens share a graph.
         lengths = {layout.image_tokens for layout in encoder.used_layouts()}
@@ -95,11 +109,29 @@ def log_step(run, bar: tqdm, norm: float, skipped: int) -> None:
     if (distance := run.optimizer.param_groups[0].get("d")) is not None:
         logs["d*lr"] = rate = distance * rate
     shown = {"loss": f"{loss:.4f}", "lr": rate} | ({"scale": f"{scales[0]:.4f}"} if scales else {})
+    validations = run.state.validations
+    for name in ("loss", "map_worth") if validations else ():
+        if validations[-1].get(name) is not None:
+            shown[{"loss": "held_out"}.get(name, name)] = f"{validations[-1][name]:.4f}"
     bar.set_postfix(shown)
     run.engine.accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
     if step % 100 == 0:
         logger.info(f"[Step {step}] Loss: {loss:.4f}")
         log_scales(scales, logging.INFO, digits=3)
+
+
+def log_validation(run) -> None:
+    """Reports the held-out figures of a `Run`'s last validation to the log and the trackers."""
+    found = run.state.validations[-1]
+    names = {"loss": "right map", "wrong_map": "wrong map", "no_map": "no map"}
+    losses = {words: found[name] for name, words in names.items() if name in found}
+    if not losses:
+        return
+    shown = {words: "not finite" if loss is None else f"{loss:.4f}" for words, loss in losses.items()}
+    line = ", ".join(f"{loss} ({words})" for words, loss in shown.items()) if len(shown) > 1 else shown["right map"]
+    logger.info(f"[Step {found['step']}] Held-out loss: {line}")
+    values = {f"held_out/{name}": found[name] for name in (*names, "map_worth") if found.get(name) is not None}
+    run.engine.accelerator.log(values, step=found["step"])
 
 
 def explain_skipped_step(state: TrainingState, norm: float, overflowed: bool, sampler: ResumableBatchSampler) -> None:
@@ -109,6 +141,15 @@ def explain_skipped_step(state: TrainingState, norm: float, overflowed: bool, sa
     else:
         rows = sampler.rows_before(state.samples_seen)
         logger.warning(f"Step {state.step} skipped: loss {state.loss}, gradient norm {norm}, rows {rows}")
+
+
+def give_up(state: TrainingState, bad_steps: int, sampler: ResumableBatchSampler) -> RuntimeError:
+    """The error that ends a run after `--max_bad_steps`."""
+    return RuntimeError(
+        f"{bad_steps} steps in a row had a loss or gradient that is not finite, the last on rows"
+        f" {sampler.rows_before(state.samples_seen)}. None of them was applied: checkpoint-{state.step} holds the last good"
+        " weights. Lower --learning_rate, or look at these rows, and continue with --resume_from_checkpoint latest."
+    )
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""In which order samples are drawn, what is random about each of them, and preparing batches ahead.
+"""Which samples are drawn for training, in which order and how, and which ones validation takes; preparing batches ahead.
 
 A sample's row and random choices are functions of the seed and of the sample's position in the run. So resuming, and any
 number of processes, repeats exactly the same samples, which no sampler of PyTorch or accelerate promises.
 """
 
+import copy
 import hashlib
 import math
 import random
@@ -15,8 +16,21 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from accelerate.logging import get_logger
+
+from pipeline_flux_fill_semantic import SEMANTIC_MODES
+from semantic_fill.data import TriptychDataset
+from semantic_fill.options import Options
 
 
+logger = get_logger(__name__)
+
+# Kinds of maps that a sample is looked at with: its own, another sample's, or none.
+MAPS = ("right", "wrong", "none")
+# Validation takes less than one forward pass in so many that training takes.
+TRAINING_SHARE = 20
+# More rows say more than more timesteps, unless there are only few rows.
+USUAL_TIMESTEPS, MOST_TIMESTEPS = 4, 16
 Prepared = TypeVar("Prepared")
 
 
@@ -36,6 +50,8 @@ class SampleSpec:
     drop_map: bool
     # A random number in [0, 1) that chooses among the captions of a sample.
     caption: float = 0.0
+    # The sample whose map takes the place of its own, for validation.
+    map_index: int | None = None
 
 
 def count_steps(groups: list[int], samples_per_step: int, epochs: int) -> int:
@@ -138,6 +154,42 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
             first += self.num_processes * self.batch_size
 
 
+class SampleReader(torch.utils.data.Dataset):
+    """What the data loader's workers call: a `SampleSpec` in, a sample read by an `Encoder` out."""
+
+    def __init__(self, encoder):
+        # Workers read and never encode, so they get no copy of the pipeline.
+        self.encoder = copy.copy(encoder)
+        self.encoder.pipeline = None
+
+    def __len__(self) -> int:
+        return len(self.encoder.dataset)
+
+    def __getitem__(self, spec: SampleSpec) -> dict:
+        return self.encoder.read(spec)
+
+
+def read_samples(run) -> tuple[ResumableBatchSampler, Iterator[list[dict]]]:
+    """The order of a `Run`'s samples from its state on, and the samples read by the data loader."""
+    options, accelerator = run.options, run.engine.accelerator
+    sampler = ResumableBatchSampler(
+        run.encoder.dataset.groups(),
+        options.train_batch_size,
+        options.seed,
+        flip=0.5 if options.random_flip else 0.0,
+        drop_caption=options.caption_dropout,
+        drop_map=options.semantic_dropout,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        start=run.state.samples_seen,
+        accumulation_steps=options.gradient_accumulation_steps,
+    )
+    loader = torch.utils.data.DataLoader(
+        SampleReader(run.encoder), batch_sampler=sampler, collate_fn=list, num_workers=options.dataloader_num_workers
+    )
+    return sampler, iter(loader)
+
+
 def prefetch(
     prepare: Callable[[list[dict]], Prepared], samples: Iterator[list[dict]], device: torch.device
 ) -> Generator[Prepared]:
@@ -165,3 +217,88 @@ def prefetch(
             for tensor in filter(torch.is_tensor, vars(result).values()):
                 tensor.record_stream(current)
             yield result
+
+
+# -- Validation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """
+    What is measured at each validation.
+
+    Args:
+        dataset (`TriptychDataset`): The held-out samples.
+        rows (`list[int]`): Those of them that are measured.
+        wrong_maps (`dict[int, int]`): For each of them the sample whose map is its wrong one.
+        timesteps (`int`): Timesteps of each sample.
+        maps (`tuple[str, ...]`): Kinds of maps, out of `MAPS`.
+    """
+
+    dataset: TriptychDataset
+    rows: list[int]
+    wrong_maps: dict[int, int]
+    timesteps: int
+    maps: tuple[str, ...]
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of one sample."""
+        return len(self.maps) * len(self.rows) * self.timesteps
+
+    def spec(self, place: int, kind: str) -> SampleSpec:
+        """The sample at a place among `rows` times `timesteps`. Negative positions are no positions of training."""
+        row = self.rows[place // self.timesteps]
+        other = self.wrong_maps[row] if kind == "wrong" else None
+        return SampleSpec(-1 - place, row, False, False, drop_map=kind == "none", map_index=other)
+
+    def specs(self) -> list[SampleSpec]:
+        """Everything that has to be encoded."""
+        return [self.spec(i * self.timesteps, kind) for i in range(len(self.rows)) for kind in self.maps]
+
+
+def plan_validation(options: Options, dataset: TriptychDataset | None, samples_per_step: int) -> ValidationPlan | None:
+    """As many rows and timesteps of the held-out data as take less than a share of training's forward passes."""
+    if dataset is None:
+        return None
+    maps = MAPS if SEMANTIC_MODES[options.semantic_mode].uses_map else ("right",)
+    samples = samples_per_step * (options.validation_steps or options.max_train_steps)
+    pairs = max(1, (samples - 1) // (TRAINING_SHARE * len(maps)))
+    count = min(len(dataset), pairs // min(USUAL_TIMESTEPS, math.isqrt(pairs)))
+    timesteps = min(MOST_TIMESTEPS, pairs // count)
+    # Neighbors are often alike, so the rows are spread over the data.
+    rows = [place * len(dataset) // count for place in range(count)]
+    others = wrong_maps(dataset, rows) if "wrong" in maps else {}
+    if others:
+        rows = [row for row in rows if row in others]
+    elif "wrong" in maps:
+        maps = ("right", "none")
+        logger.info("There is no wrong map to compare with, because all held-out samples have the same one")
+    plan = ValidationPlan(dataset, rows, others, timesteps, maps)
+    share = plan.forwards / samples
+    logger.info(
+        f"Held-out loss: {len(maps)} maps x {len(rows)} of {len(dataset)} samples x {timesteps} timesteps ="
+        f" {plan.forwards} forward passes every {samples // samples_per_step} steps, {share:.1%} of training's {samples}"
+    )
+    return plan
+
+
+def wrong_maps(dataset: TriptychDataset, rows: list[int]) -> dict[int, int]:
+    """
+    The samples whose maps are the wrong ones of `rows`: for each row the next sample of its size with another map. Rows
+    without such a sample are left out.
+    """
+    maps, found = {}, {}
+
+    def content(row: int) -> bytes:
+        if row not in maps:
+            maps[row] = hashlib.sha256(dataset.views(row)["semantic"].numpy().tobytes()).digest()
+        return maps[row]
+
+    for row in rows:
+        others = ((row + offset) % len(dataset) for offset in range(1, len(dataset)))
+        fitting = (other for other in others if dataset.size(other) == dataset.size(row))
+        other = next((other for other in fitting if content(other) != content(row)), None)
+        if other is not None:
+            found[row] = other
+    return found

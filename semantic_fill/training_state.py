@@ -6,7 +6,7 @@ setting of this run, ask for memory, or be of a kind that fails later.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,32 @@ COUNTERS = {"lr_scheduler": {"last_epoch": 0, "_step_count": 0}, "scaler": {"sca
 
 @dataclass
 class TrainingState:
-    """How far a run is, and the loss of its last step."""
+    """How far a run is, and what it has found out on the way."""
 
     step: int = 0
     samples_seen: int = 0
-    loss: float = math.nan
+    loss: float = math.nan  # of the last step
     # What the order of the samples follows from. Checkpoints of earlier versions have neither.
     seed: int | None = None
     samples: str | None = None
+    losses: list[float] = field(default_factory=list)  # of all steps
+    validations: list[dict] = field(default_factory=list)  # as in `validation.jsonl`
+
+    @property
+    def best(self) -> dict | None:
+        """The validation with the lowest held-out loss, the first of equal ones."""
+        measured = [found for found in self.validations if found.get("loss") is not None]
+        return min(measured, key=lambda found: found["loss"], default=None)
+
+    @property
+    def kept(self) -> dict | None:
+        """The validation whose weights are in `best/`."""
+        kept = [found for found in self.validations if found.get("kept") and found.get("loss") is not None]
+        return kept[-1] if kept else None
+
+    @property
+    def validations_since_best(self) -> int:
+        return len(self.validations) - (0 if self.best is None else self.validations.index(self.best) + 1)
 
 
 def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -92,12 +110,12 @@ def read_state(folder: Path, tensors: bool = False) -> tuple[dict[str, Any], Tra
         state = join_tensors(read_json(file), found)
         if not isinstance(state, dict):
             raise ValueError("it holds no object")
-        for field in fields(TrainingState):
-            if field.type is int:
-                check_number(field.name, state.get(field.name), least=0, most=2**53, whole=True)
-            # The loss of a step that was skipped may be any number.
-            elif field.type is float and not isinstance(state.get(field.name), (int, float)):
-                raise ValueError(f"`{field.name}` has to be a number but is {state.get(field.name)!r:.100}")
+        for name in ("step", "samples_seen"):
+            check_number(name, state.get(name), least=0, most=2**53, whole=True)
+        # The loss of a step that was skipped may be any number.
+        if not isinstance(state.get("loss"), (int, float)):
+            raise ValueError(f"`loss` has to be a number but is {state.get('loss')!r:.100}")
+        check_history(state)
         for part, counters in COUNTERS.items():
             if part == "lr_scheduler" or part in state:
                 entries = state.get(part)
@@ -113,6 +131,25 @@ def read_state(folder: Path, tensors: bool = False) -> tuple[dict[str, Any], Tra
     except ValueError as error:
         raise ValueError(f"{file} cannot be used: {error}") from error
     return state, TrainingState(**{f.name: state[f.name] for f in fields(TrainingState) if f.name in state})
+
+
+def check_history(state: dict[str, Any]) -> None:
+    """
+    Checks the losses and validations of a state. Checkpoints of earlier versions have none.
+
+    Raises:
+        `ValueError`: if they are of other kinds than a run writes.
+    """
+    losses, validations = state.setdefault("losses", []), state.setdefault("validations", [])
+    if not isinstance(losses, list) or not all(isinstance(loss, (int, float)) for loss in losses):
+        raise ValueError("`losses` has to be a list of numbers")
+    for found in validations if isinstance(validations, list) else [None]:
+        if not isinstance(found, dict) or not isinstance(found.get("scales"), list):
+            raise ValueError("`validations` has to be a list of objects with `scales`")
+        check_number("step", found.get("step"), least=1, most=2**53, whole=True)
+        values = [value for name, value in found.items() if name != "scales"]
+        if not all(value is None or isinstance(value, (int, float)) for value in (*values, *found["scales"])):
+            raise ValueError("`validations` has to hold numbers")
 
 
 def check_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:

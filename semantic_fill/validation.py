@@ -1,102 +1,186 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Paintings of validation samples, made with the pipeline and the weights that are being trained."""
+"""Validation: the held-out loss with the right map, another sample's and none, the best weights, and when to stop.
 
+Rows, timesteps and noise are fixed when a run starts, and each forward pass takes one sample, whatever the number of
+processes. So two figures differ by the weights alone, and their gap is what the map is worth.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers.image_processor import VaeImageProcessor
+from accelerate.logging import get_logger
 
-from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_fill import reports
+from semantic_fill.checkpoints import BEST
 from semantic_fill.encoding import Encoder
 from semantic_fill.engines import Engine
-from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors, read_encoding
+from semantic_fill.files import (
+    CHECKPOINTS_REMAIN,
+    explain_write_errors,
+    list_files,
+    ornament,
+    replace_folder,
+    write_atomically,
+)
 from semantic_fill.options import Options
+from semantic_fill.page import painted_samples, write_page
+from semantic_fill.paintings import paint_samples
+from semantic_fill.sampling import ValidationPlan
+from semantic_fill.training_state import TrainingState
+from semantic_fill.weights import save_weights
 
 
-def paint_samples(model, encoder: Encoder, step: int, engine: Engine, options: Options) -> PIL.Image.Image | None:
+logger = get_logger(__name__)
+
+# Each kind of map, and what its loss is called in `validation.jsonl`.
+LOSSES = {"right": "loss", "wrong": "wrong_map", "none": "no_map"}
+
+
+# -- Measure ----------------------------------------------------------------------------------------------------------
+
+
+class HeldOut:
     """
-    Paints samples into `samples/` and into the trackers. Every process has to call it.
+    Measures the held-out loss.
 
     Args:
-        model (`SemanticFillModel`): The unwrapped model.
-
-    Returns:
-        `PIL.Image.Image`: Rows of visible view, map, painting and target; `None` on all but the main process.
+        encoder (`Encoder`):
+            Of the held-out data.
+        plan (`ValidationPlan`):
+            What is measured.
+        engine (`Engine`):
+            The run's engine.
+        draw_timesteps (`Callable`):
+            Random generators -> as many timesteps of training's distribution, before their shift.
+        make_batch (`Callable`):
+            Samples of `encoder` and `timesteps` -> a batch.
+        compare (`Callable`):
+            A prediction and its batch -> the loss.
     """
-    accelerator = engine.accelerator
-    # Sharded weights need every process to paint, and one of them keeps the picture.
-    if not (accelerator.is_main_process or engine.forward_is_collective):
-        return None
-    vae, vae_device = encoder.pipeline.vae, encoder.pipeline.vae.device
-    vae.to(accelerator.device)
-    model.eval()
-    try:
-        pictures = _paint(model, encoder, engine, options)
-    finally:
-        model.train()
-        vae.to(vae_device)
-    if not accelerator.is_main_process:
-        return None
-    grid = tile_pictures(pictures, columns=4)
-    folder = Path(options.output_dir, "samples")
-    with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"step-{step:06d}.png")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb  # pyright: ignore[reportMissingImports] It is optional.
 
-            tracker.log({"validation": wandb.Image(grid)}, step=step)
-    return grid
+    def __init__(
+        self,
+        encoder: Encoder,
+        plan: ValidationPlan,
+        engine: Engine,
+        draw_timesteps: Callable[[list[torch.Generator]], torch.Tensor],
+        make_batch: Callable[..., Any],
+        compare: Callable[[torch.Tensor, Any], torch.Tensor],
+    ):
+        self.encoder, self.plan, self.engine = encoder, plan, engine
+        self.make_batch, self.compare = make_batch, compare
+        # The middles of equal parts of the distribution, whatever distribution it is.
+        draws = draw_timesteps([torch.Generator().manual_seed(seed) for seed in range(1000)]).sort().values
+        self.timesteps = draws[[(2 * k + 1) * len(draws) // (2 * plan.timesteps) for k in range(plan.timesteps)]]
+
+    @torch.no_grad()
+    def measure(self, model) -> dict[str, float]:
+        """
+        The losses by their names in `LOSSES`, and with a wrong map `map_worth`, which is the loss of the wrong map minus
+        that of the right one. Every process has to call it, and gets the same figures.
+
+        Args:
+            model (`SemanticFillModel`): The unwrapped model.
+        """
+        accelerator, maps = self.engine.accelerator, self.plan.maps
+        places, processes = len(self.plan.rows) * self.plan.timesteps, accelerator.num_processes
+        own = range(accelerator.process_index, -(-places // processes) * processes, processes)
+        model.eval()
+        try:
+            # Where there is no sample left for a process it takes one again, because a forward may be a collective.
+            losses = [torch.stack([self._loss(model, place % places, kind) for kind in maps]) for place in own]
+        finally:
+            model.train()
+        gathered: Any = accelerator.gather(torch.stack(losses)[None])
+        table = gathered.transpose(0, 1).reshape(-1, len(maps))[:places].tolist()
+        # An exact sum does not depend on the order.
+        figures = {LOSSES[kind]: math.fsum(column) / places for kind, column in zip(maps, zip(*table))}
+        if "wrong_map" in figures:
+            figures["map_worth"] = figures["wrong_map"] - figures["loss"]
+        return figures
+
+    def _loss(self, model, place: int, kind: str) -> torch.Tensor:
+        sample = self.encoder.read(self.plan.spec(place, kind))
+        batch = self.make_batch([sample], timesteps=self.timesteps[[place % self.plan.timesteps]])
+        return self.compare(model(batch), batch).float()
 
 
-@torch.no_grad()
-def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[PIL.Image.Image]:
-    components = dict(encoder.pipeline.components)
-    if encoder.cached:
-        # The text encoders were released, and the prompts' encodings are in the cache.
-        components |= {"text_encoder": None, "text_encoder_2": None}
-    pipeline = FluxFillSemanticPipeline(
-        **components | {"transformer": model.transformer, "semantic_attention": model.semantic_attention},
-        semantic_mode=options.semantic_mode,
-        fusion_alpha=options.fusion_alpha,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for index in range(min(options.num_validation_images, len(encoder.dataset))):
-        views, caption = encoder.dataset.views(index), encoder.dataset.caption(index)
-        if encoder.cached:
-            prompt: dict[str, Any] = read_encoding(encoder.prompt_file(caption))
-            prompt = {name: tensor[None].to(engine.accelerator.device) for name, tensor in prompt.items()}
-        else:
-            prompt = encoder.encode_prompts([caption])
-        with engine.autocast():
-            output: Any = pipeline(
-                image=views["visible"],
-                semantic_image=views["semantic"] if encoder.mode.uses_map else None,
-                num_inference_steps=options.validation_inference_steps,
-                guidance_scale=options.validation_guidance_scale,
-                max_sequence_length=encoder.max_sequence_length,
-                generator=torch.Generator().manual_seed(options.seed),
-                output_type="pt",
-                **prompt,
+# -- Validate ---------------------------------------------------------------------------------------------------------
+
+
+def is_due(run, last: bool = False) -> bool:
+    """Whether a `Run` has not had the validation of its step yet. One that ends here validates for its card."""
+    options, state = run.options, run.state
+    if state.validations and state.validations[-1]["step"] == state.step:
+        return False
+    if last and (options.validation_steps or options.push_to_hub or run.held_out is not None):
+        return True
+    return bool(options.validation_steps and state.step and state.step % options.validation_steps == 0)
+
+
+def validate(run) -> None:
+    """
+    Measures, keeps the best weights, paints and draws the page of a `Run`. Every process has to call it.
+
+    A checkpoint of the same step comes before, so that nothing here can cost it. A run that continues from there
+    validates first.
+    """
+    options, state, accelerator = run.options, run.state, run.engine.accelerator
+    model = run.engine.unwrap(run.model)
+    since = state.step - (state.validations[-1]["step"] if state.validations else 0)
+    recent = [loss for loss in state.losses[-since:] if math.isfinite(loss)]
+    found: dict[str, Any] = {"step": state.step, "training_loss": math.fsum(recent) / len(recent) if recent else None}
+    if run.held_out is not None:
+        measured = run.held_out.measure(model)
+        # JSON has no word for what is not a number.
+        found |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
+    kept, loss = state.kept, found.get("loss")
+    state.validations.append(found | {"scales": model.scales()})
+    reports.log_validation(run)
+    if options.keep_best and loss is not None and (kept is None or loss < kept["loss"]):
+        keep_best(run)
+    if accelerator.is_main_process:
+        path = Path(options.output_dir, "validation.jsonl")
+        lines = "".join(f"{json.dumps(validation)}\n" for validation in state.validations)
+        with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
+            write_atomically(path, lambda part: part.write_text(lines, encoding="utf-8"))
+    with ornament("Painting validation samples"):
+        paint_samples(run)
+    if accelerator.is_main_process:
+        with ornament("The page of the run"):
+            write_page(options, state)
+    accelerator.wait_for_everyone()
+
+
+def keep_best(run) -> None:
+    """Replaces the weights in `best/` by those of the last validation. Every process has to call it."""
+    options, state, model = run.options, run.state, run.engine.unwrap(run.model)
+    weights, found = run.engine.weights(model), state.validations[-1]
+    found["kept"] = True
+    if run.engine.accelerator.is_main_process:
+        with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
+            replace_folder(
+                Path(options.output_dir, BEST), functools.partial(save_weights, model, weights, options=options)
             )
-        # Pairs have no map to show.
-        semantic = views.get("semantic", torch.full_like(views["visible"], 0.5))
-        row = torch.stack([views["visible"], semantic, output.images[0].float().cpu(), views["target"]])
-        pictures += VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(row))
-    return pictures
+        logger.info(f"{BEST}/ holds the weights of step {state.step}: the lowest held-out loss, {found['loss']:.4f}")
 
 
-def tile_pictures(pictures: list[PIL.Image.Image], columns: int) -> PIL.Image.Image:
-    """Pictures row by row in one. All cells have the size of the largest picture."""
-    width, height = (max(sides) for sides in zip(*(picture.size for picture in pictures)))
-    grid = PIL.Image.new("RGB", (columns * width, len(pictures) // columns * height))
-    for index, picture in enumerate(pictures):
-        grid.paste(picture, (index % columns * width, index // columns * height))
-    return grid
+def stops_early(options: Options, state: TrainingState) -> bool:
+    """Whether as many validations as `--early_stopping_patience` have not lowered the held-out loss."""
+    patience = options.early_stopping_patience
+    if patience is None or state.validations_since_best < patience:
+        return False
+    best = f"{state.best['loss']:.4f} of step {state.best['step']}" if state.best else "any finite loss"
+    logger.info(f"Stopped early at step {state.step}: {patience} validations did not come below {best}")
+    return True
+
+
+def extra_files(options: Options, state: TrainingState) -> list[str]:
+    """The paintings and the best weights of this run, by their names in the output folder."""
+    folder, kept = Path(options.output_dir), list_files(Path(options.output_dir, BEST)) if state.kept else []
+    return [path.relative_to(folder).as_posix() for path in (*painted_samples(options, state), *kept)]

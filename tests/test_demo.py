@@ -40,7 +40,7 @@ def test_the_demo_trains_paints_and_leaves_a_page(base_folder, tmp_path, mode):
     assert config["_class_name"] == expected and config.get("position", "rope") == "rope"
     assert not (folder / "none" / "semantic_attention").exists()
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + (mode == "cross_attention")
+    assert page.count("data:image/png;base64,") == 1 + (mode == "cross_attention") and page.count("svg+xml") == 2
     assert page.count(f"--semantic_mode {mode}") == 1 and page.count("--semantic_mode none") == 1
     # The default demo names the better way, and the command that shows it.
     hint = "python examples/demo.py --semantic_mode projection --output_dir demo-projection"

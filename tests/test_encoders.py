@@ -70,7 +70,7 @@ def fill(large_t5, base_folder, triptych_folder, tmp_path, monkeypatch):
         pipeline.text_encoder_2 = copy.deepcopy(large_t5)
         dataset = read_dataset(options)
         encoder = Encoder(pipeline, dataset, options.max_sequence_length, tmp_path / str(room))
-        encoder.fill_cache(accelerator)
+        encoder.fill_cache(accelerator, encoder.specs())
         return {path.name: path.read_bytes() for path in encoder.folder.glob("*.safetensors")}, pipeline
 
     return fill

@@ -28,9 +28,9 @@ from transformers import T5TokenizerFast
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
-from semantic_fill.encoding import Encoder, SampleReader, load_encoders
+from semantic_fill.encoding import Encoder, load_encoders
 from semantic_fill.files import checksum, is_intact, read_encoding, write_atomically
-from semantic_fill.sampling import SampleSpec
+from semantic_fill.sampling import SampleReader, SampleSpec
 
 
 def make_encoder(options, cache_dir=None) -> Encoder:
@@ -56,7 +56,7 @@ def test_cached_encodings_are_those_that_are_made_when_needed(base_folder, tript
         encoder = make_encoder(options, cache_dir)
         if cache_dir is not None:
             fresh_state()
-            encoder.fill_cache(Accelerator(cpu=True), flips=True, dropped_maps=True)
+            encoder.fill_cache(Accelerator(cpu=True), encoder.specs(flips=True, dropped_maps=True))
             # 6 pictures, mirrored too, with and without their map where it lies on the canvas, and 3 prompts.
             assert len(encodings(cache_dir)) == 12 * (1 + SEMANTIC_MODES[mode].map_on_canvas) + 3
         reader = SampleReader(encoder)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.engines import FSDP2Engine, find_engine
+from semantic_fill.paintings import paint_samples
 
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -116,13 +117,15 @@ def process_group():
 @pytest.mark.parametrize("mode", ["cross_attention", "projection", "in_context"])
 def test_fsdp2_trains_and_saves_what_one_process_does(base_folder, triptych_folder, tmp_path, mode):
     more = ["--semantic_mode", mode, "--max_train_steps", 3, "--checkpointing_steps", 2, "--learning_rate", 1e-2]
-    more += ["--cache_root", tmp_path / "cache"]
+    more += ["--cache_root", tmp_path / "cache", "--validation_inference_steps", 1, "--num_validation_images", 1]
     expected = run(base_folder, tmp_path / "one", *more, data=triptych_folder)
     options = arguments(base_folder, tmp_path / "sharded", *more, data=triptych_folder)
     fresh_state()
     with process_group():
         sharded = trainer.assemble(options, FSDP2Engine(Accelerator(cpu=True), options))
         assert all(isinstance(parameter, DTensor) for parameter in sharded.model.parameters())
+        # A run that continues may paint first.
+        paint_samples(sharded)
         trainer.train(sharded)
         trainer.finish(sharded, None)
     files = [LORA_FILE] if mode == "in_context" else [LORA_FILE, MODULE_FILE]

@@ -122,9 +122,10 @@ def test_held_out_samples_are_painted_and_not_trained_on(base_folder, tmp_path):
     out = run(base_folder, tmp_path / "out", *more, "--validation_inference_steps", 1, data=data)
     train, held_out = load_data(tmp_path, data, "--validation_fraction", 0.4)
     painted = np.asarray(PIL.Image.open(out / "samples" / "step-000002.png"))
-    assert np.array_equal(painted[:, :32], pixels_of(held_out.views(0)["visible"]))
-    # Only what is trained on is encoded, and the prompts of all.
-    assert len(list((out / "cache").glob("*.safetensors"))) == len(train) + 3
+    # Below the title, three times as large.
+    assert np.array_equal(painted[16:112:3, :96:3], pixels_of(held_out.views(0)["visible"]))
+    # What is trained on is encoded, one held-out sample with its own map and with a wrong one, and the prompts of all.
+    assert len(list((out / "cache").glob("*.safetensors"))) == len(train) + 2 + 3
 
 
 def test_validation_data_in_tables(tmp_path):

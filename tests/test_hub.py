@@ -169,7 +169,7 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
         folder = Path(options.output_dir)
         folder.mkdir()
         (folder / "pipeline.py").write_bytes(code)
-        save_model_card(folder / "README.md", options, 0.5, [Path("samples/step-000007.png")], code)
+        save_model_card(folder / "README.md", options, "What it found.\n", [Path("samples/step-000007.png")], code)
     (tmp_path / "out" / "checkpoint-1").mkdir()
     (tmp_path / "out" / "checkpoint-1" / "training_state.json").write_text("{}")
     hub.add_repo("user/exists", private=True)

@@ -214,6 +214,16 @@ RULES = [
         "--validation_data_dir v --validation_fraction 0",
     ),
     (
+        "--keep_best --validation_fraction 0.1",
+        "--keep_best needs --validation_steps, and --validation_data_dir or --validation_fraction",
+        "--keep_best --validation_fraction 0.1 --validation_steps 5",
+    ),
+    (
+        "--early_stopping_patience 2 --validation_steps 5",
+        "--early_stopping_patience needs --validation_steps, and --validation_data_dir or --validation_fraction",
+        "--early_stopping_patience 2 --validation_steps 5 --validation_data_dir v",
+    ),
+    (
         "--train_data_dir . --output_dir ./out/x",
         "--output_dir out/x cannot lie in --train_data_dir .",
         "--train_data_dir configs --output_dir ./out/x",

@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """Runs as users start them: launched processes, signals, and the way over the Hub."""
 
+import io
 import json
 import os
 import re
@@ -9,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from helpers import (
@@ -17,6 +20,8 @@ from helpers import (
     MODULE_FILE,
     ON_CPU,
     ROOT,
+    arguments,
+    assemble,
     assert_ended_well,
     assert_same_weights,
     command,
@@ -24,6 +29,7 @@ from helpers import (
     run,
     spoil,
     weights_of,
+    write_files,
     write_triptychs,
 )
 from hub_server import HubServer
@@ -74,8 +80,11 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
         assert all(path.is_file() for path in notes), done.stderr
         return tmp_path / name / "out", done, [json.loads(path.read_text()) for path in notes]
 
-    paint = ["--validation_steps", 7, "--validation_inference_steps", 2, "--num_validation_images", 1]
-    two, done, ranks = watch("two", [[1, 12, "nan"]], *paint)
+    # 3 maps of one sample at one timestep are less than 5 % of the 56 samples of training.
+    held_out = write_files(tmp_path / "held out", {f"{seed}.png": seed for seed in (100, 101, 102)})
+    validation = ["--validation_data_dir", held_out, "--instance_prompt", "caption 0", "--validation_steps", 7]
+    paint = ["--validation_inference_steps", 2, "--num_validation_images", 1]
+    two, done, ranks = watch("two", [[1, 12, "nan"]], *validation, *paint)
     assert_ended_well(done, processes=2)
     assert "8 a step" in done.stderr
     assert_close_weights(one / "checkpoint-5", two / "checkpoint-5")
@@ -83,6 +92,14 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     assert ranks[0]["norms"] == pytest.approx(norms, rel=1e-3, nan_ok=True) and len(norms) == 7
     assert (two / "samples" / "step-000007.png").is_file()
     check_what_each_did(ranks, two, tmp_path / "cache")
+    # One process measures the same. Its matrix products may round the last bit of a float32 in another way.
+    more = [*RUN, "--train_batch_size", 4, "--cache_root", tmp_path / "cache", *validation]
+    alone = assemble(
+        arguments(base_folder, tmp_path / "alone", *more, data=triptych_folder), checkpoint=two / "checkpoint-7"
+    )
+    (found,) = map(json.loads, (two / "validation.jsonl").read_text().splitlines())
+    measured = alone.held_out.measure(alone.model)
+    assert len(measured) == 4 and {name: found[name] for name in measured} == pytest.approx(measured, abs=1e-6)
     # One process lists the folder. Each of them checks some of the pictures, and none is checked twice.
     names = [Path(path).name for rank in ranks for path in rank["checked"]]
     assert sorted(names) == [*(f"{index:03d}.png" for index in range(6)), "metadata.jsonl"]
@@ -193,7 +210,9 @@ names["painted"].save(output)
 def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path, repo):
     out = tmp_path / "out"
     more = ["--max_train_steps", 2, "--train_batch_size", 1, "--semantic_scale_learning_rate", 1, "--push_to_hub"]
-    more += ["--hub_model_id", repo, "--validation_inference_steps", 1]
+    more += ["--hub_model_id", repo, "--validation_inference_steps", 1, "--keep_best", "--validation_steps", 2]
+    held_out = write_files(tmp_path / "held out", {"a.png": 100, "b.png": 101})
+    more += ["--validation_data_dir", held_out, "--instance_prompt", "x"]
     flux = "black-forest-labs/FLUX.1-Fill-dev"
     with HubServer(token="hf_planted_secret") as hub:
         files = (path for path in Path(base_folder).rglob("*") if path.is_file())
@@ -211,9 +230,21 @@ def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path, r
             assert path.is_dir() or b"hf_planted_secret" not in path.read_bytes()
         assert "hf_planted_secret" not in done.stderr + done.stdout
 
-        # Painted for the card, without being asked to.
-        assert "![step-000002](samples/step-000002.png)" in hub.files(repo)["README.md"].decode()
-        assert hub.files(repo)["samples/step-000002.png"].startswith(b"\x89PNG")
+        # The card shows the figures and the paintings with the right map, a wrong one and none.
+        pushed = hub.files(repo)
+        content, (found,) = pushed["README.md"].decode(), map(json.loads, open(out / "validation.jsonl"))
+        losses = " | ".join(f"{found[name]:.4f}" for name in ("loss", "wrong_map", "no_map", "map_worth"))
+        assert "| step | right map | wrong map | no map | what the map is worth |" in content
+        assert f"| 2 | {losses} |" in content and "- samples seen: 2\n" in content
+        assert (
+            "Held-out samples: visible view, map, paintings with it, with another sample's and without one" in content
+        )
+        assert "![step-000002](samples/step-000002.png)" in content
+        with PIL.Image.open(io.BytesIO(pushed["samples/step-000002.png"])) as sheet:
+            assert sheet.size == (6 * 96, 16 + 2 * (96 + 16))
+        for file in (LORA_FILE, MODULE_FILE):
+            best, last = (safetensors.torch.load(pushed[name]) for name in (f"best/{file}", file))
+            assert best.keys() == last.keys() and all(torch.equal(best[name], last[name]) for name in last)
         card = tmp_path / "card.md"
         card.write_bytes(hub.files(repo)["README.md"])
         pictures = []

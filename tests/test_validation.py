@@ -5,18 +5,27 @@ import numpy as np
 import PIL.Image
 from helpers import draw_triptych, run
 
-from semantic_fill.validation import tile_pictures
+from semantic_fill.paintings import draw_sheet
 
 
-def test_cells_have_the_size_of_the_largest_picture():
-    colors = [
-        PIL.Image.new("RGB", size, color) for size, color in (((2, 3), "red"), ((4, 1), "lime"), ((1, 1), "blue"))
+def test_cells_have_the_size_of_the_largest_picture_and_small_ones_are_enlarged():
+    def cell(size, color, note=""):
+        return PIL.Image.new("RGB", size, color), note
+
+    rows = [
+        {"a": cell((16, 24), "red"), "c": cell((32, 8), "lime")},
+        {"a": cell((8, 8), "blue"), "b": cell((16, 24), "red", "a note"), "c": cell((1, 1), "lime")},
     ]
-    grid = np.asarray(tile_pictures([*colors, colors[0]], columns=2))
-    assert grid.shape == (6, 8, 3)
-    assert (grid[:3, :2] == [255, 0, 0]).all() and (grid[:1, 4:] == [0, 255, 0]).all()
-    assert (grid[3:4, :1] == [0, 0, 255]).all() and (grid[3:, 4:6] == [255, 0, 0]).all()
-    assert (grid > 0).any(axis=-1).sum() == 6 + 4 + 1 + 6
+    sheet = np.asarray(draw_sheet(rows))
+    # Cells of 32x24 three times as large, below the names of the columns, each above the place of its note.
+    assert sheet.shape == (16 + 2 * (72 + 16), 3 * 96, 3)
+    first, second = sheet[16:104], sheet[104:]
+    assert (first[:72, :48] == [255, 0, 0]).all() and (first[:24, 192:] == [0, 255, 0]).all()
+    assert (first[:, 96:192] == 255).all() and (first[72:] == 255).all()
+    assert (second[:24, :24] == [0, 0, 255]).all() and (second[:72, 96:144] == [255, 0, 0]).all()
+    assert (second[:3, 192:195] == [0, 255, 0]).all() and (second[3:, 192:] == 255).all()
+    assert (second[72:, 96:192] < 255).any() and (second[72:, :96] == 255).all()
+    assert all((sheet[:16, left : left + 96] < 255).any() for left in (0, 96, 192))
 
 
 def test_samples_of_several_shapes_are_shown_in_their_own(base_folder, tmp_path):
@@ -28,11 +37,15 @@ def test_samples_of_several_shapes_are_shown_in_their_own(base_folder, tmp_path)
     more += " --validation_inference_steps 1 --num_validation_images 2"
     out = run(base_folder, tmp_path / "out", *more.split(), data=data, resolution=48)
     sheet = np.asarray(PIL.Image.open(out / "samples" / "step-000001.png"))
-    assert sheet.shape == (2 * 64, 4 * 64, 3)
+    # The columns are visible view, map, the paintings with it and without one, and the target. Neither sample has a wrong
+    # map, because no other one has its size. Cells of 64x64 are twice as large, under a title and above their notes.
+    assert sheet.shape == (16 + 2 * (128 + 16), 5 * 128, 3)
     for row, (height, width) in enumerate(shapes):
         views = np.split(np.asarray(draw_triptych(row, height, width)), 3, axis=1)
-        # The columns are visible view, map, painting and target.
-        for column, view in ((0, views[0]), (1, views[2]), (3, views[1])):
-            assert np.array_equal(sheet[64 * row :, 64 * column :][:height, :width], view)
-        painting = sheet[64 * row :, 128:][:height, :width]
-        assert painting.std() > 0
+        cells = sheet[16 + 144 * row : 144 * (row + 1)]
+        painted, unguided = [cells[::2, left : left + 128 : 2][:height, :width] for left in (256, 384)]
+        for left, view in ((0, views[0]), (128, views[2]), (512, views[1])):
+            assert np.array_equal(cells[::2, left : left + 128 : 2][:height, :width], view)
+        # The gate is still nearly closed.
+        assert painted.std() > 0 and abs(painted.astype(int) - unguided).max() < 64
+        assert (sheet[144 * (row + 1) : 144 * (row + 1) + 16, 256:384] < 255).any()

@@ -87,8 +87,10 @@ def note_rows(batch, samples, **kwargs):
     seen["rows"] += [sample["spec"].position for sample in samples]
 
 
-def note_encoding(result, encoder, index, *args):
-    seen["encoded"].append(index)
+def note_encoding(result, encoder, spec):
+    # Held-out samples have no position in training.
+    if spec.position >= 0:
+        seen["encoded"].append(spec.index)
     note_time("encoded")
 
 
@@ -101,8 +103,18 @@ def note_backward(result, *args):
 
 
 def note_log(result, accelerator, values, **kwargs):
-    seen["logged"].append(values["loss"])
-    seen["norms"].append(values["gradient_norm"])
+    # Validations log too.
+    if "gradient_norm" in values:
+        seen["logged"].append(values["loss"])
+        seen["norms"].append(values["gradient_norm"])
+
+
+def validate_unwatched(run, validate=trainer.validate):
+    """What a validation draws, encodes and computes is none of training's."""
+    before = {name: len(notes) for name, notes in seen.items() if name != "written"}
+    validate(run)
+    for name, count in before.items():
+        del seen[name][count:]
 
 
 def hook_ddp(prepared, *args):
@@ -132,6 +144,7 @@ def main() -> None:
     watch(Accelerator, "log", note_log)
     trainer.compare = with_faults(trainer.compare, {call: kind for at, call, kind in json.loads(faults) if at == rank})
     watch(trainer, "compare", lambda loss, *args: seen["losses"].append(loss.item()))
+    trainer.validate = validate_unwatched
     sys.addaudithook(note_files)
     options = trainer.parse_args(arguments)
     # A launcher ends all processes when the first one ends, which would cost the notes.

@@ -1,0 +1,181 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The page of a run, `samples/index.html`: its curves and its paintings, in one file that needs no other.
+
+It is drawn anew from the run's state at each validation. The demo's page is made of the same parts.
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from semantic_fill.checkpoints import BEST
+from semantic_fill.files import write_atomically
+from semantic_fill.options import Options
+from semantic_fill.training_state import TrainingState
+
+
+# A curve with more points is drawn as means over equal parts.
+MOST_POINTS = 200
+# More paintings than these would make the page too large to send.
+MOST_SHEETS, SHEET_WIDTH = 12, 1200
+# Name -> steps and values.
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1, h2, p, figcaption { overflow-wrap: anywhere } img { max-width: 100%; height: auto } figure { margin: 1.5em 0 }
+pre { background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 13px }
+table { border-collapse: collapse; display: block; overflow-x: auto; white-space: nowrap }
+table { margin: 0 } figure { overflow-x: auto } figure img { max-width: max(100%, 600px) }
+td, th { padding: .25em .9em; border-bottom: 1px solid #ccc; text-align: right }
+td:first-child, th:first-child { text-align: left }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 1em }
+"""
+
+
+# -- Parts ------------------------------------------------------------------------------------------------------------
+
+
+def wrap_page(title: str, body: str) -> str:
+    """A whole page of a title, which is text, and a body, which is HTML."""
+    title = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>\n'
+        f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{body}</body></html>\n"
+    )
+
+
+def picture_url(picture: PIL.Image.Image, form: str = "PNG", **options) -> str:
+    """A picture as an URL that holds it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def draw_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts in HTML."""
+
+    def line(kind: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>\n"
+
+    heading = line("th", head) if head else ""
+    return f"<table>\n{heading}{''.join(line('td', row) for row in rows)}</table>\n"
+
+
+def draw_chart(title: str, curves: Curves) -> str:
+    """Curves over steps, as a picture in HTML."""
+    figure = Figure(figsize=(4.6, 3), layout="constrained")
+    axes = figure.subplots()
+    for name, (steps, values) in curves.items():
+        few = len(steps) < 30
+        axes.plot(steps, values, label=name, marker="." if few else None, linewidth=1.5 if few else 0.8)
+    axes.set(title=title, xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    url = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img alt="{html.escape(title)}" src="{url}">\n'
+
+
+def thin_out(
+    steps: Sequence[float], values: Sequence[float], points: int = MOST_POINTS
+) -> tuple[list[float], list[float]]:
+    """A curve of at most so many points: means over equal parts, without values that are not finite."""
+    pairs = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
+    parts = np.array_split(np.array(pairs, float).reshape(-1, 2), min(points, max(1, len(pairs))))
+    means = [part.mean(axis=0).tolist() for part in parts if len(part)]
+    return [step for step, _ in means], [value for _, value in means]
+
+
+# -- The page of a run ------------------------------------------------------------------------------------------------
+
+
+def curve_of(state: TrainingState, name: str) -> tuple[list[float], list[float]]:
+    """One of the figures of the validations, where it was measured."""
+    found = [(v["step"], v[name]) for v in state.validations if v.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def run_charts(state: TrainingState) -> str:
+    """The charts of a run, those that it has figures for."""
+    first = state.step - len(state.losses) + 1
+    losses = {"training": thin_out(range(first, state.step + 1), state.losses)}
+    names = {"training_loss": "training, mean", "loss": "held out", "wrong_map": "held out, wrong map"}
+    names |= {"no_map": "held out, no map"}
+    losses |= {label: curve_of(state, name) for name, label in names.items()}
+    scales = [v["scales"] for v in state.validations]
+    layers = {f"layer {index}": values for index, values in enumerate(zip(*scales))}
+    steps = [v["step"] for v in state.validations]
+    charts = {
+        "Loss": losses,
+        "What the map is worth (wrong minus right)": {"map": curve_of(state, "map_worth")},
+        "Scale of the module": {name: (steps, values) for name, values in layers.items()},
+    }
+    drawn = {title: {n: curve for n, curve in curves.items() if curve[0]} for title, curves in charts.items()}
+    return "".join(draw_chart(title, curves) for title, curves in drawn.items() if curves)
+
+
+def run_table(state: TrainingState) -> str:
+    names = {"step": "step", "training_loss": "training loss", "loss": "held-out loss", "wrong_map": "wrong map"}
+    names |= {"no_map": "no map", "map_worth": "worth of the map"}
+    names = {name: head for name, head in names.items() if any(v.get(name) is not None for v in state.validations)}
+    rows = []
+    for v in state.validations:
+        cells = [v.get(name) for name in names]
+        rows.append(["" if c is None else str(c) if isinstance(c, int) else f"{c:.4f}" for c in cells])
+        if v is state.best:
+            rows[-1][0] += " (best)"
+    return draw_table(list(names.values()), rows)
+
+
+def painted_samples(options: Options, state: TrainingState) -> list[Path]:
+    """The paintings of this run, from the oldest to the newest."""
+    folder = Path(options.output_dir, "samples")
+    files = [folder / f"step-{validation['step']:06d}.png" for validation in state.validations]
+    return [path for path in files if path.is_file()]
+
+
+def draw_run_page(options: Options, state: TrainingState, summary: dict[str, str]) -> str:
+    """The page as HTML. A run that is over has a `summary`."""
+    mode, best = html.escape(options.semantic_mode), state.best
+    body = [f"<p>Mode <code>{mode}</code>, step {state.step} of {options.max_train_steps}.</p>\n"]
+    if not any("loss" in validation for validation in state.validations):
+        body.append("<p>No samples are held out: everything here is of samples that are trained on.</p>\n")
+    if best is not None:
+        kept = f" Its weights are in <code>{BEST}/</code>." if best is state.kept else ""
+        body.append(f"<p>The lowest held-out loss is {best['loss']:.4f}, of step {best['step']}.{kept}</p>\n")
+    body.append(f'<div class="charts">\n{run_charts(state)}</div>\n')
+    if summary:
+        body.append(f"<h2>Summary</h2>\n{draw_table((), list(summary.items()))}")
+    if state.validations:
+        body.append(f"<h2>Validations</h2>\n{run_table(state)}<h2>Paintings</h2>\n")
+    files = painted_samples(options, state)[::-1]
+    # Evenly spread, with the newest and the oldest.
+    chosen = {round(i * (len(files) - 1) / (MOST_SHEETS - 1)) for i in range(MOST_SHEETS)} if files else set()
+    for path in (files[index] for index in sorted(chosen)):
+        with PIL.Image.open(path) as sheet:
+            sheet = sheet.convert("RGB")
+        sheet.thumbnail((SHEET_WIDTH, 4 * SHEET_WIDTH))
+        url = picture_url(sheet, "WEBP", quality=80)
+        title = f"Step {int(path.stem.removeprefix('step-'))}"
+        body.append(f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="{url}"></figure>\n')
+    return wrap_page(f"Semantic fill: {Path(options.output_dir).resolve().name}", "".join(body))
+
+
+def write_page(options: Options, state: TrainingState, summary: dict[str, str] | None = None) -> None:
+    """Writes the page into `samples/`. A run that is over has a `summary`."""
+    text, folder = draw_run_page(options, state, summary or {}), Path(options.output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "index.html", lambda path: path.write_text(text, encoding="utf-8"))

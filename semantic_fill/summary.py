@@ -1,0 +1,95 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""What a run sums up at its end: what it took, and which weights it leaves, for the log, the model card and the page."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterator
+
+from accelerate.logging import get_logger
+
+from semantic_fill.checkpoints import BEST
+from semantic_fill.memory import peak_memory
+from semantic_fill.training_state import TrainingState
+
+
+logger = get_logger(__name__)
+
+
+class Stopwatch:
+    """Seconds that the parts of a run took, counted from when it is made."""
+
+    def __init__(self):
+        self.begin = time.perf_counter()
+        self.parts: dict[str, float] = {}
+        self.steps: list[float] = []
+        self.first_step, self.step_begin = math.nan, math.nan
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.parts[name] = time.perf_counter() - begin
+
+    def start_step(self) -> None:
+        self.step_begin = time.perf_counter()
+        if not self.steps:
+            self.first_step = self.step_begin - self.begin
+
+    def end_step(self) -> None:
+        self.steps.append(time.perf_counter() - self.step_begin)
+
+
+def summarize(run) -> dict[str, str]:
+    """What a `Run` took since it was started. Logs it, and returns it for the card and the page."""
+    watch, device = run.stopwatch, run.engine.accelerator.device
+    summary = {}
+    if watch.steps:
+        # The first step also compiles, and chooses kernels.
+        usual = statistics.median(watch.steps[1:] or watch.steps)
+        encoding = f"{watch.parts.get('encoding', 0):.1f} s of them to encode"
+        summary["time to the first step"] = f"{watch.first_step:.1f} s, {encoding}"
+        summary["compile time"] = (
+            f"{max(0, watch.steps[0] - usual):.1f} s, which the first step took beyond a usual one"
+        )
+        summary["steps a second"] = f"{1 / usual:.2f}, without validations and checkpoints"
+    memory = peak_memory(device)
+    if memory is not None:
+        summary["peak memory"] = f"{memory / 2**30:.1f} GiB of the {'GPU' if device.type == 'cuda' else 'process'}"
+    summary["samples seen"] = str(run.state.samples_seen)
+    logger.info(f"Summary: {'; '.join(f'{name} {value}' for name, value in summary.items())}")
+    return summary
+
+
+def describe_weights(state: TrainingState) -> str:
+    """Which weights the output folder holds, and where the best are."""
+    text = f"The weights are those of step {state.step}, the last one, whose training loss was {state.loss:.4f}."
+    best, kept = state.best, state.kept
+    if best is None:
+        return f"{text} No held-out loss was measured."
+    if best["step"] == state.step:
+        text += f" Their held-out loss, {best['loss']:.4f}, is the lowest of {len(state.validations)} validations."
+    else:
+        text += f" The lowest held-out loss of {len(state.validations)} validations is that of step {best['step']}."
+    if kept is not None:
+        text += f" `{BEST}/` holds the weights of step {kept['step']}, because their held-out loss was the lowest."
+        text += f' `load_lora_weights` takes them with `subfolder="{BEST}"`.'
+    return text
+
+
+def describe_run(state: TrainingState, summary: dict[str, str]) -> str:
+    """What a run found out, as markdown for the model card."""
+    names = {"step": "step", "loss": "right map", "wrong_map": "wrong map", "no_map": "no map"}
+    names |= {"map_worth": "what the map is worth"}
+    measured = [found for found in state.validations if found.get("loss") is not None]
+    lines = [describe_weights(state), ""]
+    if measured:
+        names = {name: head for name, head in names.items() if name in measured[-1]}
+        lines += ["Held-out loss:", "", f"| {' | '.join(names.values())} |", "| --- " * len(names) + "|"]
+        steps = {measured[-1]["step"], *([state.best["step"]] if state.best else [])}
+        for found in (validation for validation in measured if validation["step"] in steps):
+            cells = ["not finite" if found[name] is None else f"{found[name]:.4f}" for name in list(names)[1:]]
+            lines.append(f"| {found['step']} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in summary.items()), ""])
