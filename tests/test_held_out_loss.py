@@ -297,7 +297,7 @@ def test_a_long_run_has_a_small_page(tmp_path, monkeypatch):
     for row in validations:
         PIL.Image.new("RGB", (2400, 40)).save(tmp_path / "samples" / f"step-{row['step']:06d}.png")
     losses = [float("nan"), *np.linspace(1, 0, 49999).tolist()]
-    text = page.draw_run_page(options, TrainingState(50000, 0, 0.1, losses, validations), {})
+    text = page.draw_run_page(options, TrainingState(50000, losses=losses, validations=validations), {})
     shown = Page(text)
     assert sum("webp" in link for link in shown.links) == 12 and len(text) < 500_000
     assert "Step 500" in shown.text and "Step 50000" in shown.text
