@@ -554,7 +554,8 @@ def finish(run: Run, repo_id: str | None) -> None:
     model = engine.unwrap(run.model)
     weights = engine.weights(model)
     if is_due(run, last=True):
-        validate(run)
+        with ornament("The last validation"):
+            validate(run)
     if accelerator.is_main_process:
         summary, samples = summarize(run), painted_samples(options, state)
         files = save_result(model, weights, describe_run(state, summary), samples, options)
