@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import PartialState
 from helpers import ROOT, arguments, assemble, assert_same_weights, draw_triptych, run, write_triptychs
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
@@ -128,6 +129,8 @@ def test_timesteps_are_the_middles_of_equal_parts_of_training_s_distribution(
 def test_validation_takes_less_than_5_percent_of_training(
     base_folder, tmp_path, monkeypatch, caplog, rows, mode, maps, samples_per_step, steps
 ):
+    # The logger asks which process this is.
+    PartialState()
     caplog.set_level("INFO", logger="semantic_fill")
     monkeypatch.setattr(sampling, "wrong_maps", lambda dataset, rows: {row: row + 1 for row in rows})
     options = arguments("x", tmp_path, "--semantic_mode", mode, "--validation_steps", steps, data=tmp_path / "data")
