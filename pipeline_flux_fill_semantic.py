@@ -1004,8 +1004,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
         # 2. Match pictures, maps and prompts
         per_prompt = num_images_per_prompt or 1
-        # `FluxFillPipeline` paints as many pictures as one prompt asks for, with a picture to fill for each.
-        if max(num_images, num_maps) > 1 and (translates or per_prompt == 1):
+        # `FluxFillPipeline` paints as many pictures as one prompt asks for, with a picture to fill for each. Several maps
+        # ask for as many prompts.
+        if max(num_images, num_maps) > 1 and (translates or per_prompt == 1 or num_maps > 1):
             prompt, prompt_2 = (
                 [text] * max(num_images, num_maps) if isinstance(text, str) else text for text in (prompt, prompt_2)
             )

@@ -23,14 +23,9 @@ import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_attention import file_hash
 from semantic_fill import checkpoints
-from semantic_fill.checkpoints import (
-    TrainingState,
-    checkpoint_damage,
-    claim_output_dir,
-    find_checkpoint,
-)
+from semantic_fill.checkpoints import checkpoint_damage, claim_output_dir, find_checkpoint
 from semantic_fill.files import list_files
-from semantic_fill.training_state import check_optimizer_state, join_tensors, split_tensors
+from semantic_fill.training_state import check_optimizer_state, join_tensors, read_state, split_tensors
 
 
 MODULES = {
@@ -291,11 +286,13 @@ def test_a_whole_checkpoint_stands_at_every_moment(one_step, tmp_path, monkeypat
 
     PartialState()
     monkeypatch.setattr(checkpoints, "save_weights", save_weights)
-    monkeypatch.setattr(checkpoints, "fixed_options", lambda *args: {})
+    fixed = json.loads((one_step / "checkpoint-1" / "options.json").read_text())
+    monkeypatch.setattr(checkpoints, "fixed_options", lambda *args: fixed)
     monkeypatch.setattr(os, "replace", look(replace))
     monkeypatch.setattr(os, "fsync", look(fsync))
     monkeypatch.setattr(shutil, "rmtree", look(shutil.rmtree))
-    state = vars(TrainingState(step=2, samples_seen=4, loss=1.0))
+    state, _ = read_state(one_step / "checkpoint-1", tensors=True)
+    state |= {"step": 2, "samples_seen": 4}
     assert checkpoints.save_checkpoint(None, {}, state, options) == out / "checkpoint-2"
     assert out in flushed
     assert [1] in moments and moments[-1] == [2] and [] not in moments and [1, 2] in moments

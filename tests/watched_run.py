@@ -31,7 +31,8 @@ reductions = 0
 
 
 def note_files(event, arguments):
-    if event == "open":
+    # An opener opens a second time, without a mode.
+    if event == "open" and arguments[1]:
         seen["read"].append(str(arguments[0]))
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         seen["written"].append(str(arguments[0]))
