@@ -161,7 +161,7 @@ def test_a_second_signal_and_one_while_encoding_end_the_run_at_once(
         ("checkpoint", 1, LimitFileSize(100_000), "File too large"),
         ("checkpoint", 3, Fail(errno.ENOSPC), "No space left on device"),
         ("checkpoint", 3, Fail(errno.EROFS), "Read-only file system"),
-        ("result", 3, Fail(errno.ENOSPC), "No space left on device"),
+        ("result", 1, Fail(errno.ENOSPC), "No space left on device"),
     ],
 )
 def test_full_disk_and_read_only_output(
