@@ -84,6 +84,8 @@ logger = logging.get_logger(__name__)
 SEMANTIC_SUBFOLDER = "semantic_attention"
 # The key in the LoRA file's safetensors metadata that says how the map entered in training.
 SEMANTIC_METADATA_KEY = "semantic_fill"
+# What the configuration of a pipeline, an adapter and the metadata of a LoRA file all say.
+SETTINGS = ("semantic_mode", "fusion_alpha", "max_sequence_length")
 # Longest side of a view in pixels that weights may name.
 MAX_SIDE = 16384
 
@@ -210,7 +212,7 @@ class SemanticAdapter:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the configuration of a pipeline has as well."""
-        return {name: getattr(self, name) for name in ("semantic_mode", "fusion_alpha", "max_sequence_length")}
+        return {name: getattr(self, name) for name in SETTINGS}
 
 
 class _LoraState(NamedTuple):
@@ -530,7 +532,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     @property
     def _own_settings(self) -> dict[str, Any]:
-        return {name: self._internal_dict[name] for name in ("semantic_mode", "fusion_alpha", "max_sequence_length")}
+        return {name: self._internal_dict[name] for name in SETTINGS}
 
     @property
     def semantic_attention(self) -> Any:
@@ -1637,7 +1639,7 @@ def _read_settings(file: _LoraFile) -> dict[str, Any]:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {file.path}: {error}"
         ) from error
-    known = ("semantic_mode", "fusion_alpha", "max_sequence_length", "height", "width")
+    known = (*SETTINGS, "height", "width")
     unknown = sorted(settings.keys() - set(known))
     if unknown:
         logger.warning(f"{file.path} says what this version does not know, and it is ignored: {str(unknown)[:200]}")

@@ -394,8 +394,9 @@ def assemble(
         # New options are checked again, which may end the run and so comes before the encoding.
         steps = count_steps(dataset.groups(), samples_per_step(options, accelerator), options.num_train_epochs)
         options = replace(options, max_train_steps=steps)
+    samples = dataset.fingerprint()
     if checkpoint is not None:
-        check_same_samples(checkpoint, dataset.fingerprint(), options)
+        check_same_samples(checkpoint, samples, options)
     plan = plan_validation(options, held_out_data, samples_per_step(options, accelerator))
     if encoder is None:
         with stopwatch.part("encoding"):
@@ -424,7 +425,7 @@ def assemble(
     model, optimizer = engine.prepare(model, optimizer)
     checkpointer = Checkpointer(engine, engine.unwrap(model), optimizer, lr_scheduler, options, on_checkpoint)
     state = TrainingState() if checkpoint is None else checkpointer.restore(checkpoint)
-    state.seed, state.samples = options.seed, dataset.fingerprint()
+    state.seed, state.samples = options.seed, samples
     objective = Objective(options, encoder.pipeline.scheduler, guidance_embeds)
     make = functools.partial(make_batch, objective=objective, device=device, dtype=dtype)
     if plan is not None and held_out_encoder is not None:

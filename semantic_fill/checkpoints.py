@@ -21,10 +21,9 @@ import safetensors.torch
 import torch
 from accelerate.logging import get_logger
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 
-from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER
+from pipeline_flux_fill_semantic import SEMANTIC_MODES
 from semantic_attention import file_hash, manifest_damage
 from semantic_fill.engines import Engine
 from semantic_fill.files import (
@@ -46,7 +45,7 @@ from semantic_fill.training_state import (
     read_state,
     split_tensors,
 )
-from semantic_fill.weights import complete_result, save_weights
+from semantic_fill.weights import MODULE_FILES, complete_result, save_weights
 
 
 logger = get_logger(__name__)
@@ -57,7 +56,6 @@ LEFTOVER = re.compile(rf"\.({CHECKPOINT.pattern}|result|best)\.(part|old|gone)(-
 SAMPLE = re.compile(r"step-\d{6}\.png")
 # Numbers of the optimizer that a continued run may change.
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
-MODULE_FILES = [f"{SEMANTIC_SUBFOLDER}/{name}" for name in ("config.json", SAFETENSORS_WEIGHTS_NAME)]
 # Folder in the output folder for the weights of the lowest held-out loss.
 BEST = "best"
 

@@ -125,7 +125,7 @@ class TriptychDataset(torch.utils.data.Dataset):
             if options.aspect_buckets
             else [(options.resolution, options.width)]
         )
-        self._groups = self.groups()
+        self._groups, self._map_hashes = self.groups(), {}
         palette = None if options.palette is None else read_palette(options.palette)
         self.palette = choose_label_colors(source, findings, palette, others)
 
@@ -166,6 +166,13 @@ class TriptychDataset(torch.utils.data.Dataset):
         for index in range(len(self)):
             digest.update(repr((self.digests(index), self.size(index), self.captions(index))).encode())
         return digest.hexdigest()
+
+    def map_hash(self, index: int) -> bytes:
+        """A hash of the pixels of a sample's map, which is read once."""
+        if index not in self._map_hashes:
+            pixels = self.views(index)["semantic"].numpy().tobytes()
+            self._map_hashes[index] = hashlib.sha256(pixels).digest()
+        return self._map_hashes[index]
 
     def views(self, index: int, flip: bool = False) -> dict[str, torch.Tensor]:
         """The views by their names in `PANELS`. The semantic one is missing from pairs."""

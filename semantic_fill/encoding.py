@@ -5,6 +5,7 @@ Latents and prompts are cached by what they depend on, never by the step that us
 of samples and serves later runs too. Each encoding is one file with a checksum.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -191,7 +192,7 @@ class Encoder:
         self.dataset, self.max_sequence_length = dataset, max_sequence_length
         self.mode = SEMANTIC_MODES[pipeline.config["semantic_mode"]]
         self.cached, self.folder = cache_dir is not None, cache_dir or Path()
-        self.layouts = {size: Layout(pipeline, *size, len(self.mode.panels)) for size in dataset.sizes}
+        self.layouts = self._layouts()
         if self.cached:
             vae = pipeline.vae
             # The map's tokens are cached after scaling, so the scaling belongs to the key.
@@ -204,6 +205,16 @@ class Encoder:
             self.prompt_key = (*(fingerprint(e, memory) for e in text_encoders), words, max_sequence_length)
             if memory is not None:
                 memory.save()
+
+    def over(self, dataset: TriptychDataset) -> "Encoder":
+        """The same encoder for other samples. The hashes of its models, which take long, are shared."""
+        other = copy.copy(self)
+        other.dataset = dataset
+        other.layouts = other._layouts()
+        return other
+
+    def _layouts(self) -> dict[tuple[int, int], Layout]:
+        return {size: Layout(self.pipeline, *size, len(self.mode.panels)) for size in self.dataset.sizes}
 
     def used_layouts(self) -> list[Layout]:
         """The canvases that samples of the data set have."""
@@ -375,7 +386,7 @@ def encode_datasets(
         )
     folder = Path(options.cache_root) if options.cache_latents else None
     encoder = Encoder(pipeline, dataset, length, folder, from_files)
-    held_out = None if plan is None else Encoder(pipeline, plan.dataset, length, folder, from_files)
+    held_out = None if plan is None else encoder.over(plan.dataset)
     if not options.cache_latents:
         pipeline.to(accelerator.device)
         return encoder, held_out

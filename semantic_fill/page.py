@@ -54,11 +54,16 @@ def wrap_page(title: str, body: str) -> str:
     )
 
 
+def data_url(kind: str, data: bytes) -> str:
+    """An URL that holds a picture of a kind, such as `png`."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def picture_url(picture: PIL.Image.Image, form: str = "PNG", **options) -> str:
     """A picture as an URL that holds it."""
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(form.lower(), buffer.getvalue())
 
 
 def draw_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,8 +90,7 @@ def draw_chart(title: str, curves: Curves) -> str:
         axes.legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    url = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<img alt="{html.escape(title)}" src="{url}">\n'
+    return f'<img alt="{html.escape(title)}" src="{data_url("svg+xml", buffer.getvalue())}">\n'
 
 
 def thin_out(
@@ -140,10 +144,14 @@ def run_table(state: TrainingState) -> str:
     return draw_table(list(names.values()), rows)
 
 
+def sample_file(options: Options, step: int) -> Path:
+    """Where the paintings of a step are."""
+    return Path(options.output_dir, "samples", f"step-{step:06d}.png")
+
+
 def painted_samples(options: Options, state: TrainingState) -> list[Path]:
     """The paintings of this run, from the oldest to the newest."""
-    folder = Path(options.output_dir, "samples")
-    files = [folder / f"step-{validation['step']:06d}.png" for validation in state.validations]
+    files = [sample_file(options, validation["step"]) for validation in state.validations]
     return [path for path in files if path.is_file()]
 
 

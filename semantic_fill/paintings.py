@@ -5,7 +5,6 @@ Each sample is painted from the same noise with its own map, with another sample
 changes can be seen.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.encoding import Encoder
@@ -20,6 +20,7 @@ from semantic_fill.engines import Engine
 from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors, read_encoding
 from semantic_fill.metrics import likeness
 from semantic_fill.options import Options
+from semantic_fill.page import sample_file
 from semantic_fill.sampling import wrong_maps
 
 
@@ -57,10 +58,10 @@ def paint_samples(run) -> PIL.Image.Image | None:
     if not accelerator.is_main_process:
         return None
     sheet = draw_sheet(rows)
-    folder = Path(options.output_dir, "samples")
+    file = sample_file(options, step)
     with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f"step-{step:06d}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(file)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("validation", np.asarray(sheet), step, dataformats="HWC")
@@ -124,7 +125,7 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[di
 
 def as_picture(view: torch.Tensor) -> PIL.Image.Image:
     """A view `(3, height, width)` in [0, 1] as a picture."""
-    return PIL.Image.fromarray((view * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(view[None]))[0]
 
 
 def draw_sheet(rows: list[dict[str, Cell]]) -> PIL.Image.Image:

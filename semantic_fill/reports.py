@@ -22,7 +22,7 @@ from semantic_fill.memory import (
 )
 from semantic_fill.options import Options
 from semantic_fill.sampling import ResumableBatchSampler
-from semantic_fill.training_state import TrainingState
+from semantic_fill.training_state import LOSS_LABELS, TrainingState
 from semantic_fill.views import PANELS
 
 
@@ -123,14 +123,13 @@ def log_step(run, bar: tqdm, norm: float, skipped: int) -> None:
 def log_validation(run) -> None:
     """Reports the held-out figures of a `Run`'s last validation to the log and the trackers."""
     found = run.state.validations[-1]
-    names = {"loss": "right map", "wrong_map": "wrong map", "no_map": "no map"}
-    losses = {words: found[name] for name, words in names.items() if name in found}
+    losses = {words: found[name] for name, words in LOSS_LABELS.items() if name in found}
     if not losses:
         return
     shown = {words: "not finite" if loss is None else f"{loss:.4f}" for words, loss in losses.items()}
     line = ", ".join(f"{loss} ({words})" for words, loss in shown.items()) if len(shown) > 1 else shown["right map"]
     logger.info(f"[Step {found['step']}] Held-out loss: {line}")
-    values = {f"held_out/{name}": found[name] for name in (*names, "map_worth") if found.get(name) is not None}
+    values = {f"held_out/{name}": found[name] for name in (*LOSS_LABELS, "map_worth") if found.get(name) is not None}
     run.engine.accelerator.log(values, step=found["step"])
 
 

@@ -288,17 +288,11 @@ def wrong_maps(dataset: TriptychDataset, rows: list[int]) -> dict[int, int]:
     The samples whose maps are the wrong ones of `rows`: for each row the next sample of its size with another map. Rows
     without such a sample are left out.
     """
-    maps, found = {}, {}
-
-    def content(row: int) -> bytes:
-        if row not in maps:
-            maps[row] = hashlib.sha256(dataset.views(row)["semantic"].numpy().tobytes()).digest()
-        return maps[row]
-
+    found = {}
     for row in rows:
         others = ((row + offset) % len(dataset) for offset in range(1, len(dataset)))
         fitting = (other for other in others if dataset.size(other) == dataset.size(row))
-        other = next((other for other in fitting if content(other) != content(row)), None)
+        other = next((other for other in fitting if dataset.map_hash(other) != dataset.map_hash(row)), None)
         if other is not None:
             found[row] = other
     return found

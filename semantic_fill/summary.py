@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 
 from semantic_fill.checkpoints import BEST
 from semantic_fill.memory import peak_memory
-from semantic_fill.training_state import TrainingState
+from semantic_fill.training_state import LOSS_LABELS, TrainingState
 
 
 logger = get_logger(__name__)
@@ -80,8 +80,7 @@ def describe_weights(state: TrainingState) -> str:
 
 def describe_run(state: TrainingState, summary: dict[str, str]) -> str:
     """What a run found out, as markdown for the model card."""
-    names = {"step": "step", "loss": "right map", "wrong_map": "wrong map", "no_map": "no map"}
-    names |= {"map_worth": "what the map is worth"}
+    names = {"step": "step", **LOSS_LABELS, "map_worth": "what the map is worth"}
     measured = [found for found in state.validations if found.get("loss") is not None]
     lines = [describe_weights(state), ""]
     if measured:

@@ -24,6 +24,9 @@ logger = get_logger(__name__)
 # What is taken from the states of schedule and gradient scaler, with the least accepted value.
 COUNTERS = {"lr_scheduler": {"last_epoch": 0, "_step_count": 0}, "scaler": {"scale": 1e-30, "_growth_tracker": 0}}
 
+# The held-out losses of a validation by their names, and what they are called.
+LOSS_LABELS = {"loss": "right map", "wrong_map": "wrong map", "no_map": "no map"}
+
 
 @dataclass
 class TrainingState:
