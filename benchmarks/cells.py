@@ -95,6 +95,8 @@ def build(
     key = (task, options.semantic_mode)
     run = assemble(options, tracker, encoder=encoders.get(key), build_model=build_model)
     encoders[key] = run.encoder
+    # Nothing goes on from a cell, and the checkpoint of a variant's module would not be the trainer's.
+    run.checkpointer.save = lambda state: None
     return run, tracker
 
 

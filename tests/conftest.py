@@ -14,15 +14,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 from adapter_helpers import make_expected, make_loras  # noqa: E402
 from diffusers import FluxFillPipeline  # noqa: E402
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry  # noqa: E402
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
 from helpers import write_triptychs  # noqa: E402
 from small_flux_fill import build_pipeline  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Has the compiler forget the shapes that a test has shown it, which would change what later tests compile."""
+def fresh_libraries():
+    """
+    Has the compiler forget the shapes that a test has shown it, which would change what later tests compile, and diffusers
+    the attention that a test chose, which it takes for all later models.
+    """
     yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 

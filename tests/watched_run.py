@@ -148,8 +148,9 @@ def main() -> None:
     trainer.validate = validate_unwatched
     sys.addaudithook(note_files)
     options = trainer.parse_args(arguments)
-    # A launcher ends all processes when the first one ends, which would cost the notes.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A launcher ends all processes when the first one ends, which would cost the notes. The trainer leaves signals alone
+    # that it was started to ignore.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         trainer.main(options)
     finally:
