@@ -58,6 +58,7 @@ if TYPE_CHECKING or __package__:
         check_number,
         current_result,
         load_semantic_module,
+        open_file,
         parse_json,
         read_header,
     )
@@ -72,6 +73,7 @@ else:
     check_number = _semantic_attention.check_number
     current_result = _semantic_attention.current_result
     load_semantic_module = _semantic_attention.load_semantic_module
+    open_file = _semantic_attention.open_file
     parse_json = _semantic_attention.parse_json
     read_header = _semantic_attention.read_header
 
@@ -300,7 +302,6 @@ def panel_positions(rows: int, columns: int, num_panels: int, device: torch.devi
 # What is read as a picture, MPO as JPEG. Pillow also knows formats that start another program, such as PostScript, and many that
 # hardly anyone has tested.
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-MAX_PICTURE_BYTES = 512 * 2**20
 
 
 def require_8bit(picture: PIL.Image.Image) -> None:
@@ -392,14 +393,7 @@ def _read(
     try:
         if isinstance(source, PIL.Image.Image):
             return convert(_upright(source))
-        if not isinstance(source, bytes) and os.path.exists(source) and not os.path.isfile(source):
-            # Reading a pipe would never end, nor would reading some devices.
-            raise ValueError("is no regular file")
-        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-        if size > MAX_PICTURE_BYTES:
-            raise ValueError(f"has {size} bytes, but at most {MAX_PICTURE_BYTES} are accepted")
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with PIL.Image.open(file, formats=PICTURE_FORMATS) as picture:
+        with open_file(source) as file, PIL.Image.open(file, formats=PICTURE_FORMATS) as picture:
             limit = PIL.Image.MAX_IMAGE_PIXELS
             # Between one and two times its limit, Pillow only warns.
             if limit is not None and picture.width * picture.height > limit:

@@ -13,6 +13,7 @@ downloaded files that pipeline, trainer, evaluation, page and converter share.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -45,6 +46,8 @@ SEMANTIC_POSITIONS = ("none", "rope")
 ROPE_THETA = 100
 # The last commit that can use every module ever saved, for messages about modules that this version cannot use.
 LAST_COMMIT_FOR_OLD_MODULES = "bd5985d"
+# Pictures, texts and other files of somebody else's data that are larger are not read.
+MAX_FILE_BYTES = 512 * 2**20
 # JSON of a download that is larger or nested deeper is refused. The largest that the trainer writes, the description of
 # an optimizer's state for all layers of FLUX, has less than 1 MiB and a depth of 14.
 MAX_JSON_BYTES = 16 * 2**20
@@ -55,25 +58,47 @@ RESULT_ON_ITS_WAY = ".result"
 
 
 # -- What was downloaded ----------------------------------------------------------------------------------------------
-#
-# Weights come with files that say how to use them, and anyone may have written those. Each door that reads them calls
-# these functions before it acts on what they say. All raise a `ValueError` that names the file.
 
 
-def regular_file_size(path: str | os.PathLike) -> int:
+def open_file(source: bytes | str | os.PathLike, most: float = MAX_FILE_BYTES) -> io.BytesIO | io.BufferedReader:
     r"""
-    Returns the size of a file in bytes.
+    Opens a file that somebody else wrote. Pictures, texts, JSON and weights are all read through this function.
+
+    Args:
+        source (`bytes`, `str` or `os.PathLike`):
+            The path of the file, or its content.
+        most (`float`, defaults to 512 MiB):
+            Largest size in bytes.
 
     Raises:
-        `ValueError`: There is no such file, or it is a pipe or a device, which might never end.
+        `ValueError`: It is a pipe or a device, which might never end, or it is too large. The message reads after the
+            file's name.
+        `OSError`: It cannot be opened.
     """
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is no regular file.")
-    return status.st_size
+    if isinstance(source, bytes):
+        file, size = io.BytesIO(source), len(source)
+    else:
+        # Opening a pipe would otherwise wait for a writer. The file that was opened is the one that is checked.
+        file = open(source, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            file.close()
+            raise ValueError("is no regular file")
+    if size > most:
+        file.close()
+        raise ValueError(f"has {size} bytes, but at most {most} are accepted")
+    return file
+
+
+def read_file(path: str | os.PathLike, most: float = MAX_FILE_BYTES) -> bytes:
+    r"""Reads a file that [`open_file`] opens."""
+    with open_file(path, most) as file:
+        return file.read()
+
+
+# Weights come with files that say how to use them, and anyone may have written those. Each door that reads them calls
+# the functions below before it acts on what they say. All raise a `ValueError` that names the file.
 
 
 def parse_json(text: str | bytes, name: str | os.PathLike) -> Any:
@@ -106,9 +131,11 @@ def parse_json(text: str | bytes, name: str | os.PathLike) -> Any:
 
 def read_json(path: str | os.PathLike) -> Any:
     r"""Reads a regular file with `parse_json`."""
-    if regular_file_size(path) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES} bytes.")
-    return parse_json(Path(path).read_bytes(), path)
+    try:
+        text = read_file(path, MAX_JSON_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return parse_json(text, path)
 
 
 def check_number(
@@ -138,11 +165,11 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], di
     Raises:
         `ValueError`: It is no regular safetensors file.
     """
-    regular_file_size(path)
     try:
+        open_file(path, most=math.inf).close()
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no safetensors file that can be read: {error}") from error
 
 
@@ -161,8 +188,8 @@ def check_finite(tensors: dict[str, torch.Tensor], name: str | os.PathLike) -> N
 
 
 def file_hash(path: str | os.PathLike) -> str:
-    r"""Returns the SHA-256 of a file as hexadecimal digits."""
-    with open(path, "rb") as file:
+    r"""Returns the SHA-256 of a regular file as hexadecimal digits."""
+    with open_file(path, most=math.inf) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -197,7 +224,9 @@ def manifest_damage(folder: str | os.PathLike, needed: set[str], needed_only: bo
             # Links stay possible, because the cache of the Hub is made of them.
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 return f"manifest.json names {name!r:.200}, which lies outside of the folder"
-            if regular_file_size(path) != entry[0] or file_hash(path) != entry[1]:
+            if not path.is_file():
+                return f"{name} is missing or no regular file"
+            if path.stat().st_size != entry[0] or file_hash(path) != entry[1]:
                 return f"{name} is not what was written"
     except (OSError, ValueError) as error:
         return str(error)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from semantic_fill.files import read_bytes
+from semantic_attention import open_file, read_file
 
 
 def read_text(path: Path) -> str:
@@ -23,9 +23,11 @@ def read_text(path: Path) -> str:
     """
     try:
         # Ends of lines become those of this language, as in any text file.
-        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig").read()
+        return io.TextIOWrapper(io.BytesIO(read_file(path)), encoding="utf-8-sig").read()
     except UnicodeError as error:
         raise ValueError(f"{path} is not encoded as UTF-8: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def read_captions(path: Path, lines: bool) -> list[str]:
@@ -45,7 +47,8 @@ def read_metadata(path: Path) -> list[dict]:
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.read_table(path).to_pylist()
+            with open_file(path) as file:
+                return pyarrow.parquet.read_table(file).to_pylist()
         # Arrow raises errors of many kinds.
         except Exception as error:
             raise ValueError(f"{path} cannot be read: {error}") from error

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import time
 import uuid
 import zlib
@@ -26,7 +25,6 @@ from huggingface_hub.utils import validate_repo_id
 
 logger = get_logger(__name__)
 
-MAX_FILE_BYTES = 512 * 2**20
 CHECKPOINTS_REMAIN = "Earlier checkpoints are intact: continue with --resume_from_checkpoint latest."
 
 
@@ -122,23 +120,6 @@ def replace_folder(place: Path, write: Callable[[Path], Any]) -> None:
     os.replace(partial, place)
     flush_to_disk(place.parent)
     remove(replaced)
-
-
-def read_bytes(path: Path) -> bytes:
-    """
-    The content of a regular file of somebody else's data.
-
-    Raises:
-        `ValueError`: if it is a pipe, a device or larger than 512 MiB. The reason reads after the name of the file.
-    """
-    # The file that was opened is the one that is checked. Opening a pipe would otherwise wait for a writer.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is no regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"has {status.st_size} bytes, but at most {MAX_FILE_BYTES} are accepted")
-        return file.read()
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from semantic_attention import read_file
 from semantic_fill.captions import as_captions, read_captions, read_metadata
-from semantic_fill.files import file_stamp, read_bytes
+from semantic_fill.files import file_stamp
 from semantic_fill.options import DataOptions
 from semantic_fill.views import PANELS
 
@@ -32,8 +33,6 @@ SPLITS = {
 }
 # Files that people keep beside pictures. They are no part of the data and not worth a word.
 IGNORED_NAMES = frozenset(("Thumbs.db", "desktop.ini", ".DS_Store", "README.md", ".gitattributes"))
-
-
 LEADS_OUT = "is a link that leads out of the data set's folder. Pass --follow_links to read it"
 
 
@@ -118,7 +117,7 @@ class FolderSource(Source):
         return self.samples[index][1]
 
     def pictures(self, index: int) -> list[bytes]:
-        return [read_bytes(path) for path in self.files(index)]
+        return [read_file(path) for path in self.files(index)]
 
     def own_captions(self, index: int) -> Sequence[Any]:
         return self.samples[index][2]

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageColor
 
-from semantic_fill.files import read_bytes
+from semantic_fill.captions import read_text
 
 
 PANELS = ("visible", "target", "semantic")
@@ -101,7 +101,7 @@ def read_palette(path: str | Path) -> Palette:
         `ValueError`: if the file is no such palette.
     """
     try:
-        data = json.loads(read_bytes(Path(path)).decode("utf-8-sig"))
+        data = json.loads(read_text(Path(path)))
         pairs = data.items() if isinstance(data, dict) else enumerate(data)
         palette = {
             str(name): PIL.ImageColor.getrgb(color)[:3] if isinstance(color, str) else tuple(color)

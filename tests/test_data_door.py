@@ -4,17 +4,17 @@
 import io
 import json
 import os
+from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 from helpers import draw_triptych, encode_picture, write_files
 
-import pipeline_flux_fill_semantic
 from pipeline_flux_fill_semantic import read_picture
-from semantic_fill import files
-from semantic_fill.captions import read_text
-from semantic_fill.files import FileMemory, fingerprint, read_bytes
+from semantic_attention import open_file, read_file, read_json
+from semantic_fill.captions import read_metadata, read_text
+from semantic_fill.files import FileMemory, fingerprint
 from semantic_fill.options import DataOptions
 from semantic_fill.sources import list_folder
 from semantic_fill.tables import find_tables
@@ -69,21 +69,24 @@ def test_a_linked_folder_and_a_snapshot_of_the_hub_are_read(tmp_path):
     assert not listed(snapshot).problems and len(listed(snapshot)) == 1
 
 
-def test_pipes_devices_and_huge_files_are_not_read(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "large").write_bytes(b"x" * 11)
-    for module, name in ((files, "MAX_FILE_BYTES"), (pipeline_flux_fill_semantic, "MAX_PICTURE_BYTES")):
-        monkeypatch.setattr(module, name, 10)
+@pytest.mark.parametrize("read", [read_file, read_picture, read_text, read_palette, read_metadata, read_json])
+def test_pipes_devices_and_huge_files_are_not_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.parquet")
+    # The file has this length, but takes no space.
+    (tmp_path / "large.parquet").touch()
+    os.truncate(tmp_path / "large.parquet", 2**29 + 1)
     for path, reason in (
-        (tmp_path / "pipe", "is no regular file"),
-        ("/dev/zero", "is no regular file"),
-        (tmp_path / "large", "has 11 bytes"),
+        (tmp_path / "pipe.parquet", "is no regular file"),
+        (Path("/dev/zero"), "is no regular file"),
+        (tmp_path / "large.parquet", "has 536870913 bytes, but at most (536870912|16777216) are accepted"),
     ):
-        for read in (read_bytes, read_text, read_picture, read_palette):
-            with pytest.raises((ValueError, OSError), match=f"{reason}|no regular file"):
-                read(type(tmp_path)(path))
-    with pytest.raises(ValueError, match="has 11 bytes"):
-        read_picture(b"x" * 11)
+        with pytest.raises(ValueError, match=reason):
+            read(path)
+
+
+def test_pipes_are_no_tables_and_the_limit_holds_for_what_tables_hold(tmp_path):
+    with pytest.raises(ValueError, match="has 11 bytes, but at most 10 are accepted"):
+        open_file(b"x" * 11, most=10)
     os.mkfifo(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="train.parquet is no regular file"):
         find_tables(tmp_path, "train")

@@ -275,7 +275,7 @@ def test_a_manifest_names_regular_files_of_its_folder_only(tmp_path, name):
     (tmp_path / "outside").write_text("x")
     os.mkfifo(folder / "pipe")
     (folder / "manifest.json").write_text(json.dumps({name: [1, file_hash(tmp_path / "outside")]}))
-    assert manifest_damage(folder, set()) is not None
+    assert name in manifest_damage(folder, set())
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"a": 3}', '{"a": [1]}', DEEP, "[" * 100_000])
