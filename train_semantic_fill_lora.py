@@ -569,7 +569,9 @@ def finish(run: Run, repo_id: str | None) -> None:
     accelerator.end_training()
 
 
-def main(options: Options) -> None:
+def main(options: Options | None = None) -> None:
+    """A whole run, of the options of the command line where none are given."""
+    options = options or parse_args()
     accelerator = setup(options)
     engine = find_engine(accelerator, options)
     with contextlib.ExitStack() as stack:
@@ -593,4 +595,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

@@ -375,8 +375,13 @@ def main(options: EvaluationOptions) -> dict:
     return report
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # The table has arrows, which a terminal of another encoding cannot show.
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] It is a text stream.
     main(parse_args())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,80 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""The wheel and the sdist: what they hold, and that the wheel alone trains and paints from another folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+
+MODULES = {"pipeline_flux_fill_semantic.py", "semantic_attention.py", "train_semantic_fill_lora.py"}
+PACKAGE = {f"semantic_fill/{path.name}" for path in (ROOT / "semantic_fill").glob("*.py")} | {"semantic_fill/py.typed"}
+BUILD = "import setuptools.build_meta as backend; backend.build_sdist('dist'); backend.build_wheel('dist')"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The sdist and the wheel, built from a copy, because a build leaves files behind."""
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    for folder in ("semantic_fill", "tests"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("[!.]*"):
+        if path.is_file():
+            shutil.copy(path, source)
+    subprocess.run([sys.executable, "-c", BUILD], cwd=source, check=True, capture_output=True)
+    (sdist,), (wheel,) = (list((source / "dist").glob(pattern)) for pattern in ("*.tar.gz", "*.whl"))
+    return sdist, wheel
+
+
+def test_the_wheel_holds_what_runs_and_nothing_else(built):
+    with zipfile.ZipFile(built[1]) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+    assert names == MODULES | PACKAGE
+
+
+def test_the_sdist_holds_what_builds_the_wheel(built):
+    with tarfile.open(built[0]) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    names = {name for name in names if name and "egg-info" not in name}
+    texts = {"README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md"}
+    made = {"PKG-INFO", "setup.cfg", "semantic_fill"}
+    assert names == MODULES | PACKAGE | texts | made | {
+        "setup.py",
+        "pyproject.toml",
+        "requirements.txt",
+        "MANIFEST.in",
+    }
+
+
+def test_the_wheel_alone_trains_and_evaluates(built, base_folder, triptych_folder, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, built[1]]
+    subprocess.run(install, check=True, capture_output=True)
+
+    def call(name, *options):
+        command = [sys.executable, site / "bin" / name, *map(str, options)]
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    sizes = ("--resolution", 32, "--max_sequence_length", 16)
+    paths = ("--pretrained_model_name_or_path", base_folder, "--train_data_dir", triptych_folder)
+    call("semantic-fill-train", *paths, *sizes, "--rank", 4, "--max_train_steps", 1, "--report_to", "none")
+    trained = elsewhere / "semantic-fill-lora"
+    call("semantic-fill-evaluate", "--trained", trained, *paths, "--maps", "right", "--num_inference_steps", 1)
+    assert (trained / "pytorch_lora_weights.safetensors").is_file()
+    assert (elsewhere / "evaluation" / "evaluation.json").is_file()
+    # It ran what was installed and not this checkout.
+    where = "import train_semantic_fill_lora as t, semantic_fill as s; print(t.__file__, s.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    found = subprocess.run(
+        [sys.executable, "-c", where], cwd=elsewhere, env=environment, capture_output=True, text=True
+    )
+    assert found.stdout.count(str(site)) == 2
