@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test demo lint clean
+.PHONY: test demo lint docs clean
 
 # torch comes first and in its exact version, because an open range takes gigabytes of CUDA on a machine without a GPU.
 $(VENV)/installed: setup.py requirements.txt constraints.txt
@@ -24,5 +24,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The layout of the repository is kept, so that the documents' links to each other and to code hold.
+docs: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt zensical mkdocstrings-python
+	rm -rf build/docs
+	mkdir -p build/docs
+	cp --parents *.md docs/*.md docs/*.png docs/*/*.md benchmarks/RESULTS.md examples/base/README.md examples/*.py build/docs
+	$(BIN)/python docs/options.py > build/docs/docs/reference/options.md
+	$(BIN)/zensical build --strict
+
 clean:
-	rm -rf $(VENV) demo *.egg-info
+	rm -rf $(VENV) build demo *.egg-info
