@@ -262,8 +262,13 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
     if dataset is None:
         return None
     maps = MAPS if SEMANTIC_MODES[options.semantic_mode].uses_map else ("right",)
-    samples = samples_per_step * (options.validation_steps or options.max_train_steps)
-    pairs = max(1, (samples - 1) // (TRAINING_SHARE * len(maps)))
+    steps = options.max_train_steps
+    interval = options.validation_steps or steps
+    validations, samples = -(-steps // interval), samples_per_step * steps
+    # The last validation may follow soon after another one. A fifth is left for it, so that all but short runs measure the
+    # same, however long they are.
+    share = min(samples - 1, samples_per_step * 4 * interval * validations // 5) // TRAINING_SHARE
+    pairs = max(1, share // (validations * len(maps)))
     count = min(len(dataset), pairs // min(USUAL_TIMESTEPS, math.isqrt(pairs)))
     timesteps = min(MOST_TIMESTEPS, pairs // count)
     # Neighbors are often alike, so the rows are spread over the data.
@@ -275,11 +280,17 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
         maps = ("right", "none")
         logger.info("There is no wrong map to compare with, because all held-out samples have the same one")
     plan = ValidationPlan(dataset, rows, others, timesteps, maps)
-    share = plan.forwards / samples
+    taken = validations * plan.forwards
     logger.info(
         f"Held-out loss: {len(maps)} maps x {len(rows)} of {len(dataset)} samples x {timesteps} timesteps ="
-        f" {plan.forwards} forward passes every {samples // samples_per_step} steps, {share:.1%} of training's {samples}"
+        f" {plan.forwards} forward passes, in {validations} validations {taken / samples:.1%} of training's {samples}"
     )
+    if taken * TRAINING_SHARE >= samples:
+        enough = -(-TRAINING_SHARE * 5 * len(maps) // (4 * samples_per_step))
+        logger.info(
+            f"That is the least that can be measured. It is below {1 / TRAINING_SHARE:.0%} with --validation_steps {enough}"
+            " in a run of as many steps."
+        )
     return plan
 
 

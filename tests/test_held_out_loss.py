@@ -2,6 +2,7 @@
 """The held-out loss: what it measures, what it costs, that it changes nothing, what is kept by it and what it shows."""
 
 import html.parser
+import io
 import json
 import re
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from helpers import ROOT, arguments, assemble, assert_same_weights, draw_triptych, run, write_triptychs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_fill import page, sampling, validation
 from semantic_fill.sampling import plan_validation
@@ -63,8 +66,8 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("mode", sorted(SEMANTIC_MODES.keys() - {"cross_attention"}))
 def test_a_wrong_map_is_that_of_another_sample_and_none_is_none(base_folder, triptych_folder, tmp_path, cache, mode):
     """The loss with a wrong map is that with the right map of data whose maps were exchanged."""
-    # 3 maps of 3 samples at 2 timesteps are 18 of the 20 forward passes that validation may have.
-    more = [*cache, "--semantic_mode", mode, "--validation_steps", 200, "--instance_prompt", "x"]
+    # 3 maps of 3 samples at 2 timesteps are 18 of the 20 forward passes that one validation may have.
+    more = [*cache, "--semantic_mode", mode, "--max_train_steps", 250, "--instance_prompt", "x"]
     more.append("--validation_data_dir")
 
     def measure(name, replace_map, *others):
@@ -103,7 +106,7 @@ def test_a_wrong_map_is_that_of_another_sample_and_none_is_none(base_folder, tri
 def test_timesteps_are_the_middles_of_equal_parts_of_training_s_distribution(
     base_folder, triptych_folder, tmp_path, cache
 ):
-    more = [*cache, "--validation_steps", 10000, "--timestep_shift", "none", "--validation_data_dir"]
+    more = [*cache, "--max_train_steps", 10000, "--timestep_shift", "none", "--validation_data_dir"]
     more.append(write_triptychs(tmp_path / "held out", 2))
     uniform = torch.arange(1, 32, 2) / 32
     normal = torch.distributions.Normal(0, 1).icdf(uniform).sigmoid()
@@ -125,25 +128,43 @@ def test_timesteps_are_the_middles_of_equal_parts_of_training_s_distribution(
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("mode, maps", [("none", 1), ("projection", 3)])
-@pytest.mark.parametrize("samples_per_step, steps", [(1, 1), (4, 20), (4, 100), (7, 333), (64, 1000)])
+@pytest.mark.parametrize(
+    "samples_per_step, interval, steps",
+    [(1, 1, 1), (4, 20, 20), (4, 100, 1000), (7, 333, 334), (64, 1000, 5999), (4, 1000, 100), (4, None, 500)],
+)
 def test_validation_takes_less_than_5_percent_of_training(
-    base_folder, tmp_path, monkeypatch, caplog, rows, mode, maps, samples_per_step, steps
+    base_folder, tmp_path, monkeypatch, caplog, rows, mode, maps, samples_per_step, interval, steps
 ):
     # The logger asks which process this is.
     PartialState()
     caplog.set_level("INFO", logger="semantic_fill")
     monkeypatch.setattr(sampling, "wrong_maps", lambda dataset, rows: {row: row + 1 for row in rows})
-    options = arguments("x", tmp_path, "--semantic_mode", mode, "--validation_steps", steps, data=tmp_path / "data")
-    plan = plan_validation(options, range(rows), samples_per_step)
-    samples = samples_per_step * steps
+    often = () if interval is None else ("--validation_steps", interval)
+
+    def plan_of(steps, often=often):
+        more = ("--semantic_mode", mode, "--max_train_steps", steps, *often)
+        return plan_validation(arguments("x", tmp_path, *more, data=tmp_path / "data"), range(rows), samples_per_step)
+
+    plan = plan_of(steps)
+    samples, validations = samples_per_step * steps, len({*range(interval or steps, steps, interval or steps), steps})
     assert plan.forwards == maps * len(plan.rows) * plan.timesteps and len(plan.rows) == len(set(plan.rows))
-    assert 20 * plan.forwards < samples or plan.forwards == maps
-    # It uses what it may, unless there are too few rows.
-    assert 20 * maps * (len(plan.rows) + 1) * plan.timesteps >= samples or len(plan.rows) == rows
+    small = 20 * validations * plan.forwards < samples
+    assert small or plan.forwards == maps
+    # It uses most of what it may, unless there are too few rows.
+    more = 20 * validations * maps * (len(plan.rows) + 1) * plan.timesteps
+    assert 4 * more >= 3 * samples or len(plan.rows) == rows
+    # A longer run measures the same.
+    assert interval is None or steps < 4 * interval or plan == plan_of(2 * steps + 1)
     assert len({spec.position for spec in plan.specs()}) == len(plan.rows)
     assert max(spec.position for spec in plan.specs()) < 0 <= min(plan.rows) <= max(plan.rows) < rows
-    assert f"= {plan.forwards} forward passes every {steps} steps, {plan.forwards / samples:.1%} of" in caplog.text
-    assert plan_validation(options, None, samples_per_step) is None
+    share = f"{validations * plan.forwards / samples:.1%} of training's {samples}"
+    assert f"= {plan.forwards} forward passes, in {validations} validations {share}" in caplog.text
+    enough = re.search(r"It is below 5% with --validation_steps (\d+) in a run of as many steps", caplog.text)
+    assert (enough is None) == small
+    if enough is not None:
+        enough, least = int(enough[1]), plan_of(int(enough[1]), ("--validation_steps", enough[1]))
+        assert 20 * least.forwards < samples_per_step * enough
+    assert plan_validation(None, None, samples_per_step) is None
 
 
 def test_one_map_for_all_has_no_wrong_one(base_folder, triptych_folder, tmp_path, cache, caplog):
@@ -155,14 +176,21 @@ def test_one_map_for_all_has_no_wrong_one(base_folder, triptych_folder, tmp_path
     assert "There is no wrong map to compare with, because all held-out samples have the same one" in caplog.text
 
 
-def test_training_does_not_notice(base_folder, triptych_folder, tmp_path, without_paintings):
+def test_training_does_not_notice(base_folder, triptych_folder, tmp_path, monkeypatch, without_paintings):
     more = ["--max_train_steps", 4, "--random_flip", "--lora_dropout", 0.3, "--semantic_dropout", 0.5]
     plain = run(base_folder, tmp_path / "plain", *more, data=triptych_folder)
     more += ["--validation_data_dir", write_with_maps(tmp_path / "held out", range(100, 103), own_map)]
     more += ["--validation_steps", 1, "--instance_prompt", "x"]
+    shown = []
+    monkeypatch.setattr(trainer.tqdm, "set_postfix", lambda bar, values: shown.append(values))
     measured = run(base_folder, tmp_path / "measured", *more, data=triptych_folder)
-    assert len((measured / "validation.jsonl").read_text().splitlines()) == 4
     assert_same_weights(plain, measured)
+    # The progress bar shows the figures of the last validation.
+    found = list(map(json.loads, (measured / "validation.jsonl").read_text().splitlines()))
+    assert len(found) == len(shown) == 4 and "held_out" not in shown[0] and "map_worth" not in shown[0]
+    for values, row in zip(shown[1:], found):
+        assert values["held_out"] == f"{row['loss']:.4f}"
+        assert values["map_worth"] == f"{row['map_worth']:.4f}"
 
 
 def test_what_the_map_is_worth_tells_runs_apart(tmp_path, without_paintings):
@@ -263,6 +291,20 @@ def test_the_log_and_the_card_say_it(overfit, base_folder, triptych_folder, tmp_
         f"Stopped early at step {last['step']}: 1 validations did not come below {best['loss']:.4f} of" in caplog.text
     )
     assert f"samples seen {2 * last['step']}" in caplog.text and "No samples are held out" not in caplog.text
+
+
+def test_trackers_get_the_figures_and_the_paintings(overfit):
+    out, _, found = overfit
+    events = EventAccumulator(str(out / "logs" / "semantic-fill"), {"images": 0})
+    events.Reload()
+    for name in ("loss", "wrong_map", "no_map", "map_worth"):
+        logged = {event.step: event.value for event in events.Scalars(f"held_out/{name}")}
+        assert logged == pytest.approx({row["step"]: row[name] for row in found}, rel=1e-6)
+    paintings = {event.step: event.encoded_image_string for event in events.Images("validation")}
+    assert list(paintings) == [row["step"] for row in found]
+    for step, data in paintings.items():
+        saved = PIL.Image.open(out / "samples" / f"step-{step:06d}.png")
+        assert np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(data))), np.asarray(saved))
 
 
 class Page(html.parser.HTMLParser):
