@@ -64,7 +64,9 @@ class EvaluationOptions(ModelOptions, DataOptions, MetricOptions):
     resolution: int = option(None, help="Height of a panel in pixels. Default: what the weights were trained at.")
     width: int = option(None, help="Width of a panel. Default: --resolution, or what the weights were trained at.")
     maps: tuple[str, ...] | None = option(None, choices=MAPS, help="Default: all that have an effect.")
-    semantic_scale: float = option(1.0, at_least=-math.inf, help="Strength of the guidance.")
+    semantic_scale: float = option(
+        1.0, at_least=-math.inf, help="Strength of the guidance. 0 drops a map, and maps on the canvas take 0 or 1."
+    )
     num_inference_steps: int = option(28, at_least=1, help="Denoising steps.")
     guidance_scale: float = option(30.0, help="Guidance scale.")
     seed: int = option(0, help="The noise of a sample follows from it and from the sample's row alone.")
@@ -147,10 +149,19 @@ def choose_maps(options: EvaluationOptions, mode: str) -> list[str]:
     The kinds of maps to paint with.
 
     Raises:
-        `ValueError`: if one was asked for that the mode has no use for.
+        `ValueError`: if one was asked for that the mode has no use for, or a scale.
     """
-    uses_map = SEMANTIC_MODES[mode].uses_map
-    kinds = [name for name in MAPS if name in (options.maps or (MAPS if uses_map else ("none",)))]
+    uses_map, scale = SEMANTIC_MODES[mode].uses_map, options.semantic_scale
+    if not uses_map and scale != 1:
+        raise ValueError(f'--semantic_scale {scale:g} has no effect, because `semantic_mode="{mode}"` uses no map.')
+    if SEMANTIC_MODES[mode].map_on_canvas and scale not in (0, 1):
+        raise ValueError(
+            f'--semantic_scale has to be 0 or 1 with `semantic_mode="{mode}"`, which has the map on its canvas, but is'
+            f" {scale:g}."
+        )
+    # A scale of 0 drops the map.
+    default = MAPS if uses_map and scale != 0 else ("none",)
+    kinds = [name for name in MAPS if name in (options.maps or default)]
     if not uses_map and kinds != ["none"]:
         raise ValueError(
             f'--maps {" ".join(kinds)} needs weights that use a map, but `semantic_mode="{mode}"` uses none.'

@@ -24,7 +24,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_fill import evaluate, metrics, publish
 from semantic_fill.sampling import seed_of
 
@@ -343,6 +343,18 @@ def test_what_does_not_fit_the_data_is_refused_before_painting(base_folder, file
     plain = run(base_folder, files / "no_map", "--max_train_steps", 1, "--semantic_mode", "none", data=triptych_folder)
     with pytest.raises(ValueError, match='--maps right needs weights that use a map, but `semantic_mode="none"`'):
         evaluated("--trained", plain, "--maps", "right")
+    with pytest.raises(
+        ValueError, match='--semantic_scale 1.25 has no effect, because `semantic_mode="none"` uses no'
+    ):
+        evaluated("--trained", plain, "--semantic_scale", 1.25)
+    # Not every mode has weights here.
+    for mode in ("in_context", "pixel_fusion"):
+        with pytest.raises(ValueError, match=f'--semantic_scale has to be 0 or 1 with `semantic_mode="{mode}"`.* 0.5'):
+            evaluate.choose_maps(arguments(base_folder, files, "--semantic_scale", 0.5), mode)
+    for mode in sorted(SEMANTIC_MODES.keys() - {"none"}):
+        assert evaluate.choose_maps(arguments(base_folder, files, "--semantic_scale", 0), mode) == ["none"]
+    scaled = arguments(base_folder, files, "--semantic_scale", 1.25)
+    assert evaluate.choose_maps(scaled, "projection") == ["right", "wrong", "none"]
 
 
 def test_the_card_over_the_hub(base_folder, files, tmp_path):
