@@ -37,7 +37,8 @@ table { border-collapse: collapse; display: block; overflow-x: auto; white-space
 table { margin: 0 } figure { overflow-x: auto } figure img { max-width: max(100%, 600px) }
 td, th { padding: .25em .9em; border-bottom: 1px solid #ccc; text-align: right }
 td:first-child, th:first-child { text-align: left }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 1em }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)) }
+.charts { gap: 1em; align-items: start }
 """
 
 
@@ -72,13 +73,12 @@ def draw_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(kind: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>\n"
 
-    heading = line("th", head) if head else ""
-    return f"<table>\n{heading}{''.join(line('td', row) for row in rows)}</table>\n"
+    return f"<table>\n{line('th', head)}{''.join(line('td', row) for row in rows)}</table>\n"
 
 
 def draw_chart(title: str, curves: Curves) -> str:
     """Curves over steps, as a picture in HTML."""
-    figure = Figure(figsize=(4.6, 3), layout="constrained")
+    figure = Figure(figsize=(4.6, 3.4 if len(curves) > 1 else 3), layout="constrained")
     axes = figure.subplots()
     for name, (steps, values) in curves.items():
         few = len(steps) < 30
@@ -87,7 +87,8 @@ def draw_chart(title: str, curves: Curves) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
-        axes.legend(fontsize="small")
+        # On the axes it would cover curves.
+        figure.legend(fontsize="small", ncols=2, loc="outside lower center")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return f'<img alt="{html.escape(title)}" src="{data_url("svg+xml", buffer.getvalue())}">\n'
@@ -166,7 +167,8 @@ def draw_run_page(options: Options, state: TrainingState, summary: dict[str, str
         body.append(f"<p>The lowest held-out loss is {best['loss']:.4f}, of step {best['step']}.{kept}</p>\n")
     body.append(f'<div class="charts">\n{run_charts(state)}</div>\n')
     if summary:
-        body.append(f"<h2>Summary</h2>\n{draw_table((), list(summary.items()))}")
+        items = "".join(f"<li>{html.escape(f'{name}: {value}')}</li>\n" for name, value in summary.items())
+        body.append(f"<h2>Summary</h2>\n<ul>\n{items}</ul>\n")
     if state.validations:
         body.append(f"<h2>Validations</h2>\n{run_table(state)}<h2>Paintings</h2>\n")
     files = painted_samples(options, state)[::-1]
