@@ -16,7 +16,6 @@ import functools
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,13 +33,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxFillPi
 from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
-from diffusers.loaders.lora_base import _best_guess_weight_name as guess_weight_name
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import logging, replace_example_docstring
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore Found at run time.
 
@@ -50,32 +46,40 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 # `pipeline.py` has the other file's source in place of this statement.
 if TYPE_CHECKING or __package__:
     from .semantic_attention import (
+        SEMANTIC_SUBFOLDER,
+        AttentionRecorder,
+        LoraFile,
         SemanticAttentionModel,
         SemanticAttentionOutput,
         SemanticProjectionModel,
-        check_finite,
+        check_lora,
+        check_lora_fits,
         check_manifest,
         check_number,
-        current_result,
+        find_lora_file,
         load_semantic_module,
         open_file,
         parse_json,
-        read_header,
+        safetensors_name,
     )
 else:
     import semantic_attention as _semantic_attention
 
+    SEMANTIC_SUBFOLDER = _semantic_attention.SEMANTIC_SUBFOLDER
+    AttentionRecorder = _semantic_attention.AttentionRecorder
+    LoraFile = _semantic_attention.LoraFile
     SemanticAttentionModel = _semantic_attention.SemanticAttentionModel
     SemanticAttentionOutput = _semantic_attention.SemanticAttentionOutput
     SemanticProjectionModel = _semantic_attention.SemanticProjectionModel
-    check_finite = _semantic_attention.check_finite
+    check_lora = _semantic_attention.check_lora
+    check_lora_fits = _semantic_attention.check_lora_fits
     check_manifest = _semantic_attention.check_manifest
     check_number = _semantic_attention.check_number
-    current_result = _semantic_attention.current_result
+    find_lora_file = _semantic_attention.find_lora_file
     load_semantic_module = _semantic_attention.load_semantic_module
     open_file = _semantic_attention.open_file
     parse_json = _semantic_attention.parse_json
-    read_header = _semantic_attention.read_header
+    safetensors_name = _semantic_attention.safetensors_name
 
 # `save_pretrained` records the component as ["semantic_attention", "SemanticAttentionModel"]. A pipeline loaded
 # through `custom_pipeline=` must be able to import that name where the package is not installed.
@@ -83,7 +87,6 @@ sys.modules.setdefault("semantic_attention", sys.modules[SemanticAttentionModel.
 
 logger = logging.get_logger(__name__)
 
-SEMANTIC_SUBFOLDER = "semantic_attention"
 # The key in the LoRA file's safetensors metadata that says how the map entered in training.
 SEMANTIC_METADATA_KEY = "semantic_fill"
 # What the configuration of a pipeline, an adapter and the metadata of a LoRA file all say.
@@ -1116,7 +1119,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             raise ValueError(
                 f"`layer` has to be within [{-len(module.layers)}, {len(module.layers) - 1}] but is {layer}."
             )
-        recorder = _AttentionRecorder(self, module, points, steps, layer, average_heads, chunk_size)
+        recorder = AttentionRecorder(self, module, points, steps, layer, average_heads, chunk_size)
         self._attention_observer = recorder
         try:
             images = self(*args, **kwargs)[0]
@@ -1143,7 +1146,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
                 A file, folder or Hub repository in any format that [`FluxFillPipeline`] loads, as safetensors, or a
-                state dict. The module of a trained LoRA is looked for in the folder `semantic_attention` beside it.
+                state dict. Of a pickle `x.bin`, only `x.safetensors` beside it is read. The module of a trained LoRA is
+                looked for in the folder `semantic_attention` beside it.
             adapter_name (`str`, *optional*), hotswap (`bool`, defaults to `False`), kwargs (*optional*):
                 As in [`~loaders.FluxLoraLoaderMixin.load_lora_weights`].
 
@@ -1155,8 +1159,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         source: Any = pretrained_model_name_or_path_or_dict
         adapter = None
         if not isinstance(source, dict):
-            location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
-            file = _find_lora_file(source, **location)
+            file = find_lora_file(source, kwargs)
             source, adapter = file.path, self._read_adapter(file)
         before = self._lora_names
         active = self.transformer.active_adapters() if before else []
@@ -1205,8 +1208,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         source: Any = pretrained_model_name_or_path_or_dict
         name = "The state dict"
         if not isinstance(source, dict):
-            location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
-            source = name = _find_lora_file(source, **location).path
+            source = name = find_lora_file(source, kwargs).path
             check_manifest(source)
             # Otherwise diffusers takes what is no safetensors file for a pickle.
             kwargs["use_safetensors"] = True
@@ -1238,7 +1240,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         check_lora_fits(state_dict, transformer)
         super().load_lora_into_transformer(state_dict, network_alphas, transformer, *args, **kwargs)
 
-    def _read_adapter(self, file: "_LoraFile") -> SemanticAdapter | None:
+    def _read_adapter(self, file: LoraFile) -> SemanticAdapter | None:
         """Reads what a trained LoRA brings beside its layers. An ordinary one brings nothing."""
         settings = _read_settings(file)
         if "semantic_mode" not in settings:
@@ -1381,8 +1383,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             save_function (`Callable`, *optional*):
                 Writes the file, and gets the state dict and a path. It cannot write the metadata of a trained LoRA.
             safe_serialization (`bool`, defaults to `True`):
-                `False` changes the default name to `pytorch_lora_weights.bin`. That is a safetensors file as well,
-                because this class reads no pickles. For other tools, `save_function=torch.save` writes one.
+                `False` writes a pickle, `pytorch_lora_weights.bin`, as [`FluxFillPipeline`] does, and the same weights
+                beside it as safetensors, which are what this class loads. A trained LoRA has to be safetensors.
             semantic_attention (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
                 The module, saved under `semantic_attention/`. It has to be of the mode's class.
             semantic_mode (`str`, *optional*), fusion_alpha (`float`, defaults to 0.5), max_sequence_length (`int`,
@@ -1393,10 +1395,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 Size of a view in training, in pixels.
 
         Raises:
-            `ValueError`: The mode is unknown, the module is not of its class, `save_function` would lose the mode, or
-                there are no layers.
+            `ValueError`: The mode is unknown, the module is not of its class, the format would lose the mode, or there
+                are no layers.
         """
-        metadata = {"format": "pt"}
         if semantic_mode is not None or semantic_attention is not None:
             semantic_mode = semantic_mode or "cross_attention"
             module_class = _get_mode(semantic_mode).module_class
@@ -1405,11 +1406,15 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     f"`semantic_attention` has to be {f'a `{module_class.__name__}`' if module_class else 'None'} with"
                     f' `semantic_mode="{semantic_mode}"` but is {type(semantic_attention).__name__}.'
                 )
-            if save_function is not None:
-                raise ValueError(
-                    f'`save_function` has to be None with `semantic_mode="{semantic_mode}"`, which is written as'
-                    f" metadata, but is {save_function!r}."
-                )
+            for name, value, needed in (
+                ("save_function", save_function, None),
+                ("safe_serialization", safe_serialization, True),
+            ):
+                if value is not needed:
+                    raise ValueError(
+                        f'`{name}` has to be {needed} with `semantic_mode="{semantic_mode}"`, which is written as'
+                        f" metadata of a safetensors file, but is {value!r}."
+                    )
             trained_with = {
                 "semantic_mode": semantic_mode,
                 "fusion_alpha": fusion_alpha,
@@ -1417,76 +1422,32 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             }
             sizes = {"height": height, "width": width}
             trained_with |= {name: size for name, size in sizes.items() if size is not None}
-            metadata[SEMANTIC_METADATA_KEY] = json.dumps(trained_with)
+            metadata = {"format": "pt", SEMANTIC_METADATA_KEY: json.dumps(trained_with)}
+            configs = {
+                "transformer": transformer_lora_adapter_metadata,
+                "text_encoder": text_encoder_lora_adapter_metadata,
+            }
+            lora_config = {f"{part}.{k}": v for part, config in configs.items() for k, v in (config or {}).items()}
+            if lora_config:
+                metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(lora_config, indent=2, sort_keys=True, default=sorted)
+            save_function = functools.partial(safetensors.torch.save_file, metadata=metadata)
         if not is_main_process:
             return
-        configs = {
-            "transformer": transformer_lora_adapter_metadata,
-            "text_encoder": text_encoder_lora_adapter_metadata,
-        }
-        lora_config = {f"{part}.{k}": v for part, config in configs.items() for k, v in (config or {}).items()}
-        if lora_config:
-            metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(lora_config, indent=2, sort_keys=True, default=sorted)
-        super().save_lora_weights(
+        stock: Any = super()
+        save = functools.partial(
+            stock.save_lora_weights,
             save_directory,
-            transformer_lora_layers=transformer_lora_layers,  # pyright: ignore[reportArgumentType] It may be None.
-            text_encoder_lora_layers=text_encoder_lora_layers,  # pyright: ignore[reportArgumentType] It may be None.
-            weight_name=weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME),
-            save_function=save_function or functools.partial(safetensors.torch.save_file, metadata=metadata),
+            transformer_lora_layers=transformer_lora_layers,
+            text_encoder_lora_layers=text_encoder_lora_layers,
+            save_function=save_function,
+            transformer_lora_adapter_metadata=transformer_lora_adapter_metadata,
+            text_encoder_lora_adapter_metadata=text_encoder_lora_adapter_metadata,
         )
+        save(weight_name=weight_name, safe_serialization=safe_serialization)
+        if not safe_serialization and save_function is None:
+            save(weight_name=safetensors_name(weight_name or LORA_WEIGHT_NAME))
         if semantic_attention is not None:
             semantic_attention.save_pretrained(os.path.join(save_directory, SEMANTIC_SUBFOLDER))
-
-
-class _AttentionRecorder:
-    """Collects the heat maps of [`FluxFillSemanticPipeline.semantic_attention_maps`] while a call runs."""
-
-    def __init__(self, pipeline, module, points, steps, layer: int, average_heads: bool, chunk_size: int):
-        self.pipeline, self.module = pipeline, module
-        self.points = [(x, y) for x, y in points]
-        self.steps: Any = steps if steps is None else list(steps)
-        self.layer, self.average_heads, self.chunk_size = layer, average_heads, chunk_size
-        self.size: Any = None
-        self.calls, self.maps = 0, {}
-        if not self.points or self.steps == []:
-            raise ValueError(f"`points` and `steps` have to hold at least one but are {points!r} and {steps!r}.")
-
-    def start(self, canvas: _Canvas) -> None:
-        """Resolves points and steps, which needs the size of the view and the number of steps of the call."""
-        patch, num_steps = self.pipeline.patch_size, self.pipeline.num_timesteps
-        self.size = width, height = canvas.columns * patch, canvas.rows * patch
-        for x, y in self.points:
-            if not (0 <= x < width and 0 <= y < height):
-                raise ValueError(f"`points` has to lie within the view's {width}x{height} but has {(x, y)}.")
-        steps = range(num_steps) if self.steps is None else self.steps
-        for step in steps:
-            if not -num_steps <= step < num_steps:
-                raise ValueError(f"`steps` has to be within [{-num_steps}, {num_steps - 1}] but has {step}.")
-        self.steps = [step % num_steps for step in steps]
-        self.tokens = [
-            (int(y) // patch * canvas.panels + canvas.target) * canvas.columns + int(x) // patch
-            for x, y in self.points
-        ]
-
-    def __call__(self, hidden_states, guides: list[_Guide], positions, canvas: _Canvas) -> None:
-        """Records one step. The arguments are what the modules are about to see."""
-        if self.calls == 0:
-            self.start(canvas)
-        if self.calls in self.steps:
-            guide = next(guide for guide in guides if guide.module is self.module)
-            _, part, _ = self.module.split_input(hidden_states)
-            chunks = []
-            for chunk in self.module.attention_maps(
-                part, guide.semantic_tokens, positions, guide.scale, self.layer, self.tokens, self.chunk_size
-            ):
-                chunk = chunk.unflatten(-1, (canvas.rows, canvas.panels, canvas.columns)).sum(dim=-2).transpose(1, 2)
-                chunks.append((chunk.mean(dim=2) if self.average_heads else chunk).cpu())
-            self.maps[self.calls] = torch.cat(chunks, dim=1).numpy()
-        self.calls += 1
-
-    def output(self, images) -> SemanticAttentionOutput:
-        maps = np.stack([self.maps[step] for step in self.steps], axis=1)
-        return SemanticAttentionOutput(images=images, maps=maps, points=self.points, steps=self.steps, size=self.size)
 
 
 def _merge_loras(transformer: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _) -> None:
@@ -1505,86 +1466,6 @@ def _merge_loras(transformer: torch.nn.Module, state_dict: dict[str, torch.Tenso
         for key in [key for key in state_dict if key.startswith(f"{prefix}{name}.")]:
             del state_dict[key]
         state_dict.update({f"{prefix}{name}.{key}": w for key, w in layer.get_base_layer().state_dict().items()})
-
-
-# Where a LoRA lies, as `load_lora_weights` takes it.
-LOCATION_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", "cache_dir", "force_download", "proxies")
-LOCATION_ARGUMENTS += ("local_files_only", "token", "revision")
-
-
-class _LoraFile(NamedTuple):
-    """A LoRA file on this machine, and the folder or Hub repository that it comes from."""
-
-    path: str
-    metadata: dict[str, str]
-    source: str
-    subfolder: str
-    hub_arguments: dict[str, Any]
-
-    @property
-    def module_folder(self) -> str:
-        """Where in `source` the module of a trained LoRA lies."""
-        return "/".join(filter(None, (self.subfolder, SEMANTIC_SUBFOLDER)))
-
-    @property
-    def has_module(self) -> bool:
-        """Whether there is a module beside the LoRA."""
-        return _resolve_file(self.source, self.module_folder, "config.json", self.hub_arguments) is not None
-
-
-def _find_lora_file(
-    source: str | os.PathLike,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    use_safetensors: bool | None = None,
-    proxies: Any = None,
-    **hub_arguments,
-) -> _LoraFile:
-    """Finds a LoRA file, downloads it if it is on the Hub, and refuses pickles by whatever name."""
-    source, subfolder, name = str(source), subfolder or "", weight_name or LORA_WEIGHT_NAME_SAFE
-    if os.path.isfile(source):
-        source, subfolder, name = os.path.dirname(source) or ".", "", os.path.basename(source)
-    path = _resolve_file(source, subfolder, name, hub_arguments)
-    if path is None and weight_name is None:
-        # `FluxFillPipeline` chooses with this private function among files that have names of their own.
-        folder = os.path.join(source, subfolder) if os.path.isdir(source) else source
-        with contextlib.suppress(IndexError):
-            name = guess_weight_name(folder, ".safetensors", hub_arguments.get("local_files_only", False)) or name
-        path = _resolve_file(source, subfolder, name, hub_arguments)
-    if use_safetensors is False:
-        reason = "`use_safetensors` is False"
-    elif path is None:
-        reason = f"{os.path.join(source, subfolder)!r} has no {name!r}"
-        if name.endswith(".safetensors"):
-            raise FileNotFoundError(f"`pretrained_model_name_or_path_or_dict` has to hold a LoRA, but {reason}.")
-    else:
-        try:
-            return _LoraFile(path, read_header(path)[1], source, subfolder, hub_arguments)
-        except ValueError as error:
-            reason = str(error)
-    raise ValueError(
-        f"`weight_name` has to be a safetensors file, because unpickling runs code from the file, but {reason}."
-    )
-
-
-def _resolve_file(source: str, subfolder: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:
-    """Returns the local path of a file of a folder or Hub repository, or `None` if there is no such file."""
-    source = current_result(source)
-    if os.path.isdir(source):
-        path = os.path.join(source, subfolder, filename)
-        return path if os.path.isfile(path) else None
-    try:
-        return hf_hub_download(source, filename, subfolder=subfolder or None, **hub_arguments)
-    except HFValidationError as error:
-        raise ValueError(
-            "`pretrained_model_name_or_path_or_dict` has to be a folder, a file, a Hub repository or a state dict, with"
-            f" `weight_name` for a file in it, but is {source!r}."
-        ) from error
-    except LocalEntryNotFoundError:
-        # It is a kind of `EntryNotFoundError`, but it says that the Hub was out of reach, not that a file is missing.
-        raise
-    except EntryNotFoundError:
-        return None
 
 
 def read_trained_settings(
@@ -1610,12 +1491,14 @@ def read_trained_settings(
         `ValueError`: The file is damaged or a pickle, names an unknown mode, or states a number that cannot be.
     """
     try:
-        return _read_settings(_find_lora_file(source, weight_name, subfolder, **hub_arguments))
+        return _read_settings(
+            find_lora_file(source, {"weight_name": weight_name, "subfolder": subfolder, **hub_arguments})
+        )
     except FileNotFoundError:
         return {}
 
 
-def _read_settings(file: _LoraFile) -> dict[str, Any]:
+def _read_settings(file: LoraFile) -> dict[str, Any]:
     """Reads and checks what a LoRA file says about its training. Nothing else does."""
     try:
         settings = parse_json(file.metadata.get(SEMANTIC_METADATA_KEY, "{}"), SEMANTIC_METADATA_KEY)
@@ -1643,146 +1526,6 @@ def _read_settings(file: _LoraFile) -> dict[str, Any]:
             if file.has_module:
                 settings["semantic_mode"] = "cross_attention"
     return {name: settings[name] for name in known if name in settings}
-
-
-# -- What a downloaded LoRA says --------------------------------------------------------------------------------------
-
-# A name of layers. PEFT takes other texts for regular expressions, which can run for years. `^` marks a whole name.
-LITERAL_NAME = re.compile(r"\^?\w[\w.]{0,255}")
-# Fields of PEFT's configuration that say where a LoRA comes from, and that nothing here acts on.
-LORA_ORIGIN = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-LORA_SWITCHES = {"fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"}
-LORA_NAMES = {"target_modules", "exclude_modules"}
-# These start with random weights or zeros. Others compute something from the base model or change it.
-LORA_STARTS = (True, False, "gaussian", "orthogonal")
-
-
-def check_lora_config(config: Any, rank: int) -> dict[str, Any]:
-    r"""
-    Checks the configuration that a LoRA file holds, before PEFT acts on it.
-
-    Args:
-        config (`dict`):
-            Fields of a `peft.LoraConfig`.
-        rank (`int`):
-            The largest rank among the file's weights.
-
-    Returns:
-        `dict[str, Any]`: The fields that this version of PEFT knows. Those that it does not know have to be empty.
-
-    Raises:
-        `ValueError`: A field has a wrong type or range, or holds a regular expression instead of a name.
-    """
-    if not isinstance(config, dict):
-        raise ValueError(f"its LoRA configuration is no JSON object but {config!r:.100}")
-    defaults = LoraConfig().to_dict()
-
-    def check_names(field: str, names: Any) -> None:
-        listed = [] if names is None or names == "all-linear" else names
-        if not isinstance(listed, list) or not all(isinstance(n, str) and LITERAL_NAME.fullmatch(n) for n in listed):
-            raise ValueError(f"`{field}` has to be a list of names but is {names!r:.100}")
-
-    for field, value in config.items():
-        if field in LORA_ORIGIN:
-            continue
-        if field in LORA_SWITCHES:
-            if not isinstance(value, bool):
-                raise ValueError(f"`{field}` has to be true or false but is {value!r:.100}")
-        elif field in LORA_NAMES:
-            check_names(field, value)
-        elif field in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(value or {}, dict):
-                raise ValueError(f"`{field}` has to be a JSON object but is {value!r:.100}")
-            check_names(field, list(value or {}))
-            for number in (value or {}).values():
-                _check_rank_or_alpha(field, number, rank)
-        elif field in ("r", "lora_alpha"):
-            _check_rank_or_alpha(field, value, rank)
-        elif field == "lora_dropout":
-            check_number(field, value, least=0, most=1)
-        elif field == "init_lora_weights" and not any(value is start or value == start for start in LORA_STARTS):
-            raise ValueError(f"`{field}` has to be one of {LORA_STARTS} but is {value!r:.100}")
-        elif field == "bias" and value not in ("none", "all", "lora_only"):
-            raise ValueError(f"`{field}` has to be none, all or lora_only but is {value!r:.100}")
-        elif field not in ("init_lora_weights", "bias") and value and value != defaults.get(field):
-            raise ValueError(f"`{field}` is {value!r:.100}, which is not supported here")
-    return {field: value for field, value in config.items() if field in defaults}
-
-
-def _check_rank_or_alpha(field: str, value: Any, rank: int) -> None:
-    if field in ("r", "rank_pattern"):
-        check_number(field, value, least=1, most=rank, whole=True)
-    else:
-        check_number(field, value)
-
-
-def check_lora(state_dict: dict[str, torch.Tensor], metadata: Any, name: str) -> dict[str, Any] | None:
-    r"""
-    Checks a LoRA that was read, before it touches a model.
-
-    Args:
-        state_dict (`dict[str, torch.Tensor]`):
-            Its weights in diffusers' or another layout.
-        metadata (`dict`, *optional*):
-            What its file says, `{"transformer.r": 16}`.
-        name (`str`):
-            What messages call it.
-
-    Returns:
-        `dict[str, Any]` or `None`: The metadata, without empty fields that this version of PEFT does not know.
-
-    Raises:
-        `ValueError`: A weight is not finite, or the metadata cannot be.
-    """
-    check_finite(state_dict, name)
-    if metadata is None:
-        return None
-    try:
-        if not isinstance(metadata, dict):
-            raise ValueError(f"its metadata is no JSON object but {metadata!r:.100}")
-        rank = max((min(weight.shape) for weight in state_dict.values() if weight.ndim > 1), default=1)
-        components: dict[str, dict] = {}
-        for key, value in metadata.items():
-            component, _, field = key.partition(".")
-            components.setdefault(component, {})[field] = value
-        return {
-            f"{component}.{field}": value
-            for component, config in components.items()
-            for field, value in check_lora_config(config, rank).items()
-        }
-    except ValueError as error:
-        raise ValueError(f"{name} holds a LoRA that cannot be used: {error}.") from error
-
-
-def check_lora_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
-    r"""
-    Compares a LoRA in diffusers' layout with the transformer's layers, before any of them changes.
-
-    Raises:
-        `ValueError`: It names layers, but none of these, or a weight has another shape than the layer that it names.
-    """
-    layers, found = dict(transformer.named_modules()), False
-    for key, weight in state_dict.items():
-        name = re.split(r"\.lora|\.lokr", key.removeprefix("transformer."))[0]
-        layer = layers.get(name) if key.startswith("transformer.") else None
-        inputs, outputs = (getattr(layer, side, None) for side in ("in_features", "out_features"))
-        found = found or inputs is not None or key.startswith("text_encoder.")
-        if weight.ndim != 2 or inputs is None:
-            continue
-        down = ".lora_A." in key or ".lora.down." in key
-        up = ".lora_B." in key or ".lora.up." in key
-        side, wanted = (weight.shape[1], inputs) if down else (weight.shape[0], outputs)
-        if (down or up) and side != wanted:
-            raise ValueError(
-                f"The LoRA does not fit this model: {key[:200]!r} has the shape {tuple(weight.shape)}, but the layer has"
-                f" {inputs} inputs and {outputs} outputs."
-            )
-    # Without names of layers, diffusers only warns.
-    if not found and any(".lora" in key or ".lokr" in key for key in state_dict):
-        raise ValueError(
-            f"The LoRA matches no layer of this model. It was made for another one: its first weights are"
-            f" {[key[:100] for key in state_dict][:3]}."
-        )
 
 
 def _count_pictures(view: PipelineImageInput | None) -> int:

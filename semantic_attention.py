@@ -8,20 +8,22 @@ Both have the same interface (`enhance`, `scales`, `describe`), so the pipeline 
 they hold. Both have gates that start at exactly zero, as ControlNet's zero convolutions do
 (https://huggingface.co/papers/2302.05543): an untrained module leaves the base model unchanged.
 
-This file stands apart from the pipeline so that the trainer can publish the two as one file. It also holds the checks of
-downloaded files that pipeline, trainer, evaluation, page and converter share.
+This file stands apart from the pipeline so that the trainer can publish the two as one file. It also finds and checks
+downloaded files, for pipeline, trainer, evaluation, page and converter.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -32,6 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import _best_guess_weight_name as guess_weight_name
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
@@ -39,6 +43,9 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 # Private, and what diffusers itself finds the file of a model with, on disk and on the Hub.
 from diffusers.utils.hub_utils import _add_variant, _get_model_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
 
 
 SEMANTIC_POSITIONS = ("none", "rope")
@@ -55,6 +62,8 @@ MAX_JSON_DEPTH = 32
 MAX_MODULE_SIZE = 4096
 # The trainer's result, whole, while its files are put into the place of an earlier result.
 RESULT_ON_ITS_WAY = ".result"
+# Where a trained folder has the module.
+SEMANTIC_SUBFOLDER = "semantic_attention"
 
 
 # -- What was downloaded ----------------------------------------------------------------------------------------------
@@ -296,6 +305,237 @@ def check_module_files(model_class: type, config_file: str | os.PathLike, weight
             f" has {shapes.get(name)}."
         )
     check_finite(safetensors.torch.load_file(weights_file), weights_file)
+
+
+# -- Where a LoRA lies ------------------------------------------------------------------------------------------------
+
+LOCATION_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", "cache_dir", "force_download", "proxies")
+LOCATION_ARGUMENTS += ("local_files_only", "token", "revision")
+
+
+class LoraFile(NamedTuple):
+    """A LoRA file on this machine, and the folder or Hub repository that it comes from."""
+
+    path: str
+    metadata: dict[str, str]
+    source: str
+    subfolder: str
+    hub_arguments: dict[str, Any]
+
+    @property
+    def module_folder(self) -> str:
+        """Where in `source` the module of a trained LoRA lies."""
+        return "/".join(filter(None, (self.subfolder, SEMANTIC_SUBFOLDER)))
+
+    @property
+    def has_module(self) -> bool:
+        """Whether there is a module beside the LoRA."""
+        return resolve_file(self.source, self.module_folder, "config.json", self.hub_arguments) is not None
+
+
+def safetensors_name(name: str) -> str:
+    """The name of the safetensors file that holds the same weights as a pickle."""
+    return f"{os.path.splitext(name)[0]}.safetensors"
+
+
+def find_lora_file(source: str | os.PathLike, arguments: dict[str, Any]) -> LoraFile:
+    r"""
+    Finds a LoRA file, downloads it if it is on the Hub, and refuses pickles by whatever name.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A file, folder or Hub repository.
+        arguments (`dict[str, Any]`):
+            Arguments of `load_lora_weights`. Those that say where the LoRA lies are taken out.
+
+    Raises:
+        `FileNotFoundError`: There is no LoRA.
+        `ValueError`: It is no safetensors file.
+    """
+    hub_arguments = {name: arguments.pop(name) for name in LOCATION_ARGUMENTS if name in arguments}
+    weight_name, subfolder = hub_arguments.pop("weight_name", None), hub_arguments.pop("subfolder", None) or ""
+    use_safetensors, _ = hub_arguments.pop("use_safetensors", None), hub_arguments.pop("proxies", None)
+    source, name = str(source), weight_name or LORA_WEIGHT_NAME_SAFE
+    if os.path.isfile(source):
+        source, subfolder, name = os.path.dirname(source) or ".", "", os.path.basename(source)
+    path = resolve_file(source, subfolder, name, hub_arguments)
+    if path is None and weight_name is None:
+        # `FluxFillPipeline` chooses with this private function among files that have names of their own.
+        folder = os.path.join(source, subfolder) if os.path.isdir(source) else source
+        with contextlib.suppress(IndexError):
+            name = guess_weight_name(folder, ".safetensors", hub_arguments.get("local_files_only", False)) or name
+        path = resolve_file(source, subfolder, name, hub_arguments)
+    elif name.endswith(".bin"):
+        # Where the same weights lie in both formats, no pickle has to be read.
+        path = resolve_file(source, subfolder, safetensors_name(name), hub_arguments) or path
+    if use_safetensors is False:
+        reason = "`use_safetensors` is False"
+    elif path is None:
+        reason = f"{os.path.join(source, subfolder)!r} has no {name!r}"
+        if name.endswith(".safetensors"):
+            raise FileNotFoundError(f"`pretrained_model_name_or_path_or_dict` has to hold a LoRA, but {reason}.")
+    else:
+        try:
+            return LoraFile(path, read_header(path)[1], source, subfolder, hub_arguments)
+        except ValueError as error:
+            reason = str(error)
+    raise ValueError(
+        f"`weight_name` has to be a safetensors file, because unpickling runs code from the file, but {reason}."
+    )
+
+
+def resolve_file(source: str, subfolder: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:
+    """Returns the local path of a file of a folder or Hub repository, or `None` if there is no such file."""
+    source = current_result(source)
+    if os.path.isdir(source):
+        path = os.path.join(source, subfolder, filename)
+        return path if os.path.isfile(path) else None
+    try:
+        return hf_hub_download(source, filename, subfolder=subfolder or None, **hub_arguments)
+    except HFValidationError as error:
+        raise ValueError(
+            "`pretrained_model_name_or_path_or_dict` has to be a folder, a file, a Hub repository or a state dict, with"
+            f" `weight_name` for a file in it, but is {source!r}."
+        ) from error
+    except LocalEntryNotFoundError:
+        # It is a kind of `EntryNotFoundError`, but it says that the Hub was out of reach, not that a file is missing.
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+# -- What a downloaded LoRA says --------------------------------------------------------------------------------------
+
+# A name of layers. PEFT takes other texts for regular expressions, which can run for years. `^` marks a whole name.
+LITERAL_NAME = re.compile(r"\^?\w[\w.]{0,255}")
+# Fields of PEFT's configuration that say where a LoRA comes from, and that nothing here acts on.
+LORA_ORIGIN = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+LORA_SWITCHES = {"fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"}
+LORA_NAMES = {"target_modules", "exclude_modules"}
+LORA_PATTERNS = {"rank_pattern", "alpha_pattern"}
+LORA_BIASES = ("none", "all", "lora_only")
+# These start with random weights or zeros. Others compute something from the base model or change it.
+LORA_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def check_lora_config(config: Any, rank: int) -> dict[str, Any]:
+    r"""
+    Checks the configuration that a LoRA file holds, before PEFT acts on it.
+
+    Args:
+        config (`dict`):
+            Fields of a `peft.LoraConfig`.
+        rank (`int`):
+            The largest rank among the file's weights.
+
+    Returns:
+        `dict[str, Any]`: The fields that this version of PEFT knows. Those that it does not know have to be empty.
+
+    Raises:
+        `ValueError`: A field has a wrong type or range, or holds a regular expression instead of a name.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"its LoRA configuration is no JSON object but {config!r:.100}")
+    defaults = LoraConfig().to_dict()
+
+    def are_names(names: Any) -> bool:
+        return all(isinstance(name, str) and LITERAL_NAME.fullmatch(name) for name in names)
+
+    # What each field accepts: a test and its words, and the range of its numbers.
+    tests: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(LORA_SWITCHES, (lambda v: isinstance(v, bool), "true or false")),
+        **dict.fromkeys(
+            LORA_NAMES,
+            (lambda v: v in (None, "all-linear") or isinstance(v, list) and are_names(v), "a list of names"),
+        ),
+        **dict.fromkeys(
+            LORA_PATTERNS, (lambda v: not v or isinstance(v, dict) and are_names(v), "a JSON object of names")
+        ),
+        "bias": (lambda v: v in LORA_BIASES, f"one of {LORA_BIASES}"),
+        "init_lora_weights": (lambda v: v in LORA_STARTS, f"one of {LORA_STARTS}"),
+    }
+    ranks: dict[str, Any] = {"least": 1, "most": rank, "whole": True}
+    ranges = {"r": ranks, "rank_pattern": ranks, "lora_alpha": {}, "alpha_pattern": {}}
+    ranges["lora_dropout"] = {"least": 0, "most": 1}
+    for field, value in config.items():
+        fits, accepted = tests.get(field, (None, ""))
+        if fits is not None and not fits(value):
+            raise ValueError(f"`{field}` has to be {accepted} but is {value!r:.100}")
+        if field in ranges:
+            for number in (value or {}).values() if field in LORA_PATTERNS else [value]:
+                check_number(field, number, **ranges[field])
+        elif fits is None and field not in LORA_ORIGIN and value and value != defaults.get(field):
+            raise ValueError(f"`{field}` is {value!r:.100}, which is not supported here")
+    return {field: value for field, value in config.items() if field in defaults}
+
+
+def check_lora(state_dict: dict[str, torch.Tensor], metadata: Any, name: str) -> dict[str, Any] | None:
+    r"""
+    Checks a LoRA that was read, before it touches a model.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            Its weights in diffusers' or another layout.
+        metadata (`dict`, *optional*):
+            What its file says, `{"transformer.r": 16}`.
+        name (`str`):
+            What messages call it.
+
+    Returns:
+        `dict[str, Any]` or `None`: The metadata, without empty fields that this version of PEFT does not know.
+
+    Raises:
+        `ValueError`: A weight is not finite, or the metadata cannot be.
+    """
+    check_finite(state_dict, name)
+    if metadata is None:
+        return None
+    try:
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its metadata is no JSON object but {metadata!r:.100}")
+        rank = max((min(weight.shape) for weight in state_dict.values() if weight.ndim > 1), default=1)
+        components: dict[str, dict] = {}
+        for key, value in metadata.items():
+            component, _, field = key.partition(".")
+            components.setdefault(component, {})[field] = value
+        return {
+            f"{component}.{field}": value
+            for component, config in components.items()
+            for field, value in check_lora_config(config, rank).items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{name} holds a LoRA that cannot be used: {error}.") from error
+
+
+def check_lora_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
+    r"""
+    Compares a LoRA in diffusers' layout with the transformer's layers, before any of them changes.
+
+    Raises:
+        `ValueError`: It names layers, but none of these, or a weight has another shape than the layer that it names.
+    """
+    layers, found = dict(transformer.named_modules()), False
+    for key, weight in state_dict.items():
+        name = re.split(r"\.lora|\.lokr", key.removeprefix("transformer."))[0]
+        layer = layers.get(name) if key.startswith("transformer.") else None
+        inputs, outputs = (getattr(layer, side, None) for side in ("in_features", "out_features"))
+        found = found or inputs is not None or key.startswith("text_encoder.")
+        if weight.ndim != 2 or inputs is None:
+            continue
+        down = ".lora_A." in key or ".lora.down." in key
+        up = ".lora_B." in key or ".lora.up." in key
+        side, wanted = (weight.shape[1], inputs) if down else (weight.shape[0], outputs)
+        if (down or up) and side != wanted:
+            raise ValueError(
+                f"The LoRA does not fit this model: {key[:200]!r} has the shape {tuple(weight.shape)}, but the layer has"
+                f" {inputs} inputs and {outputs} outputs."
+            )
+    # Without names of layers, diffusers only warns.
+    if not found and any(".lora" in key or ".lokr" in key for key in state_dict):
+        raise ValueError(
+            f"The LoRA matches no layer of this model. It was made for another one: its first weights are"
+            f" {[key[:100] for key in state_dict][:3]}."
+        )
 
 
 # -- Layers -----------------------------------------------------------------------------------------------------------
@@ -943,3 +1183,54 @@ class SemanticAttentionOutput(BaseOutput):
             share = np.bincount(tokens[left], minlength=rows * columns) / area
             mass["other"] = mass.get("other", 0) + flat_maps @ share
         return mass
+
+
+class AttentionRecorder:
+    r"""Collects the heat maps of [`FluxFillSemanticPipeline.semantic_attention_maps`] while a call runs."""
+
+    def __init__(self, pipeline, module, points, steps, layer: int, average_heads: bool, chunk_size: int):
+        self.pipeline, self.module = pipeline, module
+        self.points = [(x, y) for x, y in points]
+        self.steps: Any = steps if steps is None else list(steps)
+        self.layer, self.average_heads, self.chunk_size = layer, average_heads, chunk_size
+        self.size: Any = None
+        self.calls, self.maps = 0, {}
+        if not self.points or self.steps == []:
+            raise ValueError(f"`points` and `steps` have to hold at least one but are {points!r} and {steps!r}.")
+
+    def start(self, canvas) -> None:
+        """Resolves points and steps, which needs the size of the view and the number of steps of the call."""
+        patch, num_steps = self.pipeline.patch_size, self.pipeline.num_timesteps
+        self.size = width, height = canvas.columns * patch, canvas.rows * patch
+        for x, y in self.points:
+            if not (0 <= x < width and 0 <= y < height):
+                raise ValueError(f"`points` has to lie within the view's {width}x{height} but has {(x, y)}.")
+        steps = range(num_steps) if self.steps is None else self.steps
+        for step in steps:
+            if not -num_steps <= step < num_steps:
+                raise ValueError(f"`steps` has to be within [{-num_steps}, {num_steps - 1}] but has {step}.")
+        self.steps = [step % num_steps for step in steps]
+        self.tokens = [
+            (int(y) // patch * canvas.panels + canvas.target) * canvas.columns + int(x) // patch
+            for x, y in self.points
+        ]
+
+    def __call__(self, hidden_states, guides, positions, canvas) -> None:
+        """Records one step. The arguments are what the modules are about to see."""
+        if self.calls == 0:
+            self.start(canvas)
+        if self.calls in self.steps:
+            guide = next(guide for guide in guides if guide.module is self.module)
+            _, part, _ = self.module.split_input(hidden_states)
+            chunks = []
+            for chunk in self.module.attention_maps(
+                part, guide.semantic_tokens, positions, guide.scale, self.layer, self.tokens, self.chunk_size
+            ):
+                chunk = chunk.unflatten(-1, (canvas.rows, canvas.panels, canvas.columns)).sum(dim=-2).transpose(1, 2)
+                chunks.append((chunk.mean(dim=2) if self.average_heads else chunk).cpu())
+            self.maps[self.calls] = torch.cat(chunks, dim=1).numpy()
+        self.calls += 1
+
+    def output(self, images) -> SemanticAttentionOutput:
+        maps = np.stack([self.maps[step] for step in self.steps], axis=1)
+        return SemanticAttentionOutput(images=images, maps=maps, points=self.points, steps=self.steps, size=self.size)

@@ -26,8 +26,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from peft.utils.other import get_pattern_key
 
-from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, check_lora
-from semantic_attention import parse_json, read_header
+from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY
+from semantic_attention import check_lora, parse_json, read_header
 
 
 PREFIX = "transformer."

@@ -18,8 +18,8 @@ from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline, check_lora_fits
-from semantic_attention import RESULT_ON_ITS_WAY, load_semantic_module
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, SEMANTIC_SUBFOLDER, FluxFillSemanticPipeline
+from semantic_attention import RESULT_ON_ITS_WAY, check_lora_fits, load_semantic_module
 from semantic_fill.files import flush_to_disk, is_own_folder, list_files, new_folder, remove
 from semantic_fill.options import Options
 

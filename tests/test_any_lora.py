@@ -134,20 +134,28 @@ def test_saves_what_fill_pipeline_saves(base, tmp_path):
     assert written == [(2, f"{tmp_path}/x")]
     with pytest.raises(ValueError, match="`save_function` has to be None"):
         FluxFillSemanticPipeline.save_lora_weights(tmp_path, **layers, semantic_mode="none", save_function=torch.save)
+    with pytest.raises(ValueError, match="`safe_serialization` has to be True"):
+        FluxFillSemanticPipeline.save_lora_weights(tmp_path, **layers, semantic_mode="none", safe_serialization=False)
     with pytest.raises(ValueError, match="at least one of"):
         FluxFillSemanticPipeline.save_lora_weights(tmp_path)
 
 
-def test_no_pickle_is_written_or_read(base, loras, tmp_path):
+def test_pickles_are_written_as_fill_pipeline_writes_them_and_never_read(base, loras, tmp_path):
     layers = safetensors.torch.load_file(folder_of(loras["n"]) / LORA_FILE)
     layers = {name.removeprefix("transformer."): weight for name, weight in layers.items()}
-    FluxFillSemanticPipeline.save_lora_weights(tmp_path / "safe", layers, safe_serialization=False)
-    file = tmp_path / "safe" / "pytorch_lora_weights.bin"
-    assert safetensors.torch.load_file(file).keys() == {f"transformer.{name}" for name in layers}
+    FluxFillSemanticPipeline.save_lora_weights(tmp_path / "ours", layers, safe_serialization=False)
+    FluxFillPipeline.save_lora_weights(tmp_path, layers, safe_serialization=False)
+    file = tmp_path / "ours" / "pytorch_lora_weights.bin"
+    written, stock = (torch.load(folder / file.name, weights_only=True) for folder in (file.parent, tmp_path))
+    assert written.keys() == stock.keys() == {f"transformer.{name}" for name in layers}
+    assert all(torch.equal(written[name], stock[name]) for name in stock)
+    assert {path.name for path in file.parent.iterdir()} == {file.name, LORA_FILE}
     pipe = make_pipe(base, own=True)
     for stock_or_ours in (pipe, make_pipe(base, FluxFillPipeline, own=True)):
         stock_or_ours.load_lora_weights(file)
-    FluxFillPipeline.save_lora_weights(tmp_path, layers, safe_serialization=False)
+    # What was read is the safetensors file beside it.
+    file.write_bytes(b"no pickle")
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
     pickled = {"source": tmp_path / "pytorch_lora_weights.bin"}
     for wrong in (
         pickled,

@@ -149,7 +149,7 @@ class Killed(BaseException):
 
 def weights_found(out: Path) -> tuple[bytes, bytes]:
     """What painting with a folder would load."""
-    pipe_file = Path(publish.pipeline_flux_fill_semantic._resolve_file(str(out), "", LORA_FILE, {}))
+    pipe_file = Path(publish.semantic_attention.resolve_file(str(out), "", LORA_FILE, {}))
     module = load_semantic_module(out, subfolder="semantic_attention")
     return pipe_file.read_bytes(), b"".join(p.detach().numpy().tobytes() for p in module.parameters())
 
