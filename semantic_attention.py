@@ -365,7 +365,7 @@ def find_lora_file(source: str | os.PathLike, arguments: dict[str, Any]) -> Lora
         with contextlib.suppress(IndexError):
             name = guess_weight_name(folder, ".safetensors", hub_arguments.get("local_files_only", False)) or name
         path = resolve_file(source, subfolder, name, hub_arguments)
-    elif name.endswith(".bin"):
+    elif path is not None and name.endswith(".bin"):
         # Where the same weights lie in both formats, no pickle has to be read.
         path = resolve_file(source, subfolder, safetensors_name(name), hub_arguments) or path
     if use_safetensors is False:
