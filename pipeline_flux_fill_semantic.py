@@ -16,6 +16,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging, replace_example_docstring
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # pyright: ignore Found at run time.
@@ -1430,7 +1431,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             lora_config = {f"{part}.{k}": v for part, config in configs.items() for k, v in (config or {}).items()}
             if lora_config:
                 metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(lora_config, indent=2, sort_keys=True, default=sorted)
-            save_function = functools.partial(safetensors.torch.save_file, metadata=metadata)
+            save_function = functools.partial(save_tensors, metadata=metadata)
         if not is_main_process:
             return
         stock: Any = super()
@@ -1447,7 +1448,16 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         if not safe_serialization and save_function is None:
             save(weight_name=safetensors_name(weight_name or LORA_WEIGHT_NAME))
         if semantic_attention is not None:
-            semantic_attention.save_pretrained(os.path.join(save_directory, SEMANTIC_SUBFOLDER))
+            folder = os.path.join(save_directory, SEMANTIC_SUBFOLDER)
+            semantic_attention.save_pretrained(folder)
+            # The configuration was written as any file, see `save_tensors`.
+            shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
+    r"""Writes a safetensors file with the mode that the umask gives. Safetensors itself keeps others from reading it."""
+    with open(path, "wb") as file:
+        file.write(safetensors.torch.save(tensors, metadata=metadata))
 
 
 def _merge_loras(transformer: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, _) -> None:

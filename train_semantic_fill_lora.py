@@ -52,7 +52,7 @@ from semantic_fill.memory import CHECKPOINTING, Plan, choose_plan
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.page import painted_samples, write_page
 from semantic_fill.precision import FrozenLinearConfig
-from semantic_fill.publish import open_repo, push_checkpoint, push_to_hub, save_result, tracker_config
+from semantic_fill.publish import open_repo, push_checkpoint, push_to_hub, replace_card, save_result, tracker_config
 from semantic_fill.rehearsal import rehearse, require_tracker
 from semantic_fill.sampling import count_steps, plan_validation, prefetch, read_samples, seed_of
 from semantic_fill.sources import Source
@@ -549,17 +549,19 @@ def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerat
 
 
 def finish(run: Run, repo_id: str | None) -> None:
-    """Validates once more, saves the result and uploads it to `repo_id`, if there is one."""
+    """Saves the result first, because what adorns it may fail; validates once more, and uploads it if there is a `repo_id`."""
     options, engine, accelerator, state = run.options, run.engine, run.engine.accelerator, run.state
     refuse_untrained(state, run.lr_scheduler)
-    model = engine.unwrap(run.model)
+    model, summary, files = engine.unwrap(run.model), summarize(run), []
     weights = engine.weights(model)
+    if accelerator.is_main_process:
+        files = save_result(model, weights, describe_run(state, summary), painted_samples(options, state), options)
     if is_due(run, last=True):
         with ornament("The last validation"):
             validate(run)
     if accelerator.is_main_process:
-        summary, samples = summarize(run), painted_samples(options, state)
-        files = save_result(model, weights, describe_run(state, summary), samples, options)
+        with ornament("The model card"):
+            replace_card(describe_run(state, summary), painted_samples(options, state), options)
         with ornament("The page of the run"):
             write_page(options, state, summary)
         if repo_id is not None:

@@ -12,11 +12,13 @@ label numbers get the colors of the names `"0"`, `"1"` and so on.
 """
 
 import argparse
+import contextlib
 import functools
 import html
 import os
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,8 @@ EMBEDDED_BASE = Path(__file__).resolve().parent / "base"
 EMBEDDED_RESOLUTION, EMBEDDED_SEQUENCE_LENGTH = 128, 32
 # What a request may bring. The page can be served to all.
 MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_PROMPT = 32 * 2**20, 40_000_000, 2000
-# Seconds after which what a visitor left on disk and in memory goes, and how many visitors may wait.
-KEPT_SECONDS, MAX_WAITING = 3600, 32
+# Seconds after which what a visitor left on disk and in memory goes, how often this is looked at, and how many may wait.
+KEPT_SECONDS, SECONDS_BETWEEN_LOOKS, MAX_WAITING = 3600, 60, 32
 # Maps are drawn, and pictures are shown, with at least this many pixels on a side.
 SHOWN_SIZE = 512
 
@@ -214,16 +216,18 @@ def uploaded(path: str) -> str:
 
 def read_drawing(payload: Any, read: Callable) -> Any:
     """
-    What was drawn, as gradio reads it, once each of its pictures is known to be an upload of bounded size. Gradio itself
-    would open any file of this machine that a request names.
+    What was drawn, as gradio reads it, once its pictures are known to be uploads of bounded size. Gradio itself would open
+    any number of files of this machine that a request names.
     """
     if payload is None:
         return None
+    pixels = 0
     for part in (payload.background, payload.composite, *(payload.layers or ())):
         if part is not None:
             with PIL.Image.open(uploaded(part.path), formats=PICTURE_FORMATS) as picture:
-                if picture.width * picture.height > MAX_UPLOAD_PIXELS:
-                    raise ValueError(f"A drawing is {picture.width}x{picture.height} pixels, which is too large.")
+                pixels += picture.width * picture.height
+        if pixels > MAX_UPLOAD_PIXELS:
+            raise ValueError(f"A drawing has more than {MAX_UPLOAD_PIXELS} pixels.")
     return read(payload)
 
 
@@ -282,7 +286,8 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
             refuse(error)
             return unchanged
         drawn = blank if drawn is None or drawn["composite"] is None else drawn["composite"]
-        semantic = painter.fit(snap_to_palette(drawn, painter.palette), size, is_map=True)
+        # A request may send a drawing of another size than the page's. Fitted first, it takes no more time than others.
+        semantic = snap_to_palette(painter.fit(drawn, size, is_map=True), painter.palette)
 
         def on_step(step, steps):
             progress((step, steps), desc="Painting", unit="steps")
@@ -313,7 +318,7 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
             f"Where ({int(x)}, {int(y)}) looks half-way through denoising, mean over the heads.",
         )
 
-    kept = (KEPT_SECONDS, KEPT_SECONDS)
+    kept = (SECONDS_BETWEEN_LOOKS, KEPT_SECONDS)
     with gr.Blocks(title="Semantic fill", analytics_enabled=False, delete_cache=kept) as page:
         visible_state, seen_state = (gr.State(time_to_live=KEPT_SECONDS) for _ in range(2))
         gr.Markdown("# Semantic fill\nA picture, painted as another view of the same scene, guided by a semantic map.")
@@ -408,6 +413,31 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
     return page
 
 
+@contextlib.contextmanager
+def serve(painter: Painter, samples: list[dict[str, PIL.Image.Image]], **options) -> Iterator[gr.Blocks]:
+    """Serves the page until the block ends. Then all that visitors left is deleted."""
+    # Gradio's own folder is shared by all of its servers on this machine, and outlives them.
+    with tempfile.TemporaryDirectory(prefix="semantic-fill-page-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        PIL.Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS
+        # Requests to the open routes of gradio would pass the queue by.
+        page = build_page(painter, samples).queue(max_size=MAX_WAITING, api_open=False)
+        try:
+            page.launch(
+                max_file_size=MAX_UPLOAD_BYTES,
+                # Gradio's own theme would fetch its font from Google.
+                theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+                css=CSS,
+                footer_links=["gradio"],
+                ssr_mode=False,
+                prevent_thread_lock=True,
+                **options,
+            )
+            yield page
+        finally:
+            page.close()
+
+
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -435,21 +465,15 @@ def main(args: argparse.Namespace) -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             samples = read_triptychs(earth.write_split(Path(folder), "test", 6, painter.resolution, seed=0))
-    # Gradio's own folder is shared by all of its servers on this machine, and outlives them.
-    with tempfile.TemporaryDirectory(prefix="semantic-fill-page-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        PIL.Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS
-        build_page(painter, samples).queue(max_size=MAX_WAITING).launch(
-            server_name=args.server_name,
-            server_port=args.server_port,
-            share=args.share,
-            max_file_size=MAX_UPLOAD_BYTES,
-            # Gradio's own theme would fetch its font from Google.
-            theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-            css=CSS,
-            footer_links=["gradio"],
-            ssr_mode=False,
-        )
+
+    def stop(number, _) -> None:
+        raise SystemExit(128 + number)
+
+    # Without this, SIGTERM would end the process before it deletes anything.
+    signal.signal(signal.SIGTERM, stop)
+    where = {"server_name": args.server_name, "server_port": args.server_port, "share": args.share}
+    with serve(painter, samples, **where) as page:
+        page.block_thread()
 
 
 if __name__ == "__main__":

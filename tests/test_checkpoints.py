@@ -58,10 +58,12 @@ def test_resume_is_bit_identical(base_folder, triptych_folder, tmp_path, kind):
         assert first.read_bytes() == second.read_bytes(), name
 
 
-def test_a_run_that_is_stopped_where_its_checkpoint_ends_goes_on(base_folder, triptych_folder, tmp_path):
-    more = ["--checkpointing_steps", 2, "--max_train_steps"]
+def test_a_longer_run_goes_on_from_the_end_of_a_run(base_folder, triptych_folder, tmp_path):
+    # A run ends with a checkpoint, although none is due.
+    more = ["--checkpointing_steps", 3, "--max_train_steps"]
     expected = run(base_folder, tmp_path / "expected", *more, 4, data=triptych_folder)
     out = run(base_folder, tmp_path / "out", *more, 2, data=triptych_folder)
+    assert intact_checkpoints(out) == [2]
     assert_same_weights(expected, run(base_folder, out, *more, 4, *RESUME, data=triptych_folder))
     # There is nothing left to train, and the result is saved once more.
     (out / LORA_FILE).unlink()

@@ -361,6 +361,22 @@ def test_an_ornament_that_fails_costs_no_result(base_folder, triptych_folder, tm
     assert (out / "README.md").is_file() and "goes on without it: OSError: the disk is full" in caplog.text
 
 
+def test_the_result_is_saved_before_the_last_validation(base_folder, triptych_folder, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def check(run):
+        # A run that is killed here has its result, with a card.
+        assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-1")
+        assert "No held-out loss was measured" in (tmp_path / "out" / "README.md").read_text()
+        raise Killed
+
+    monkeypatch.setattr(trainer, "validate", check)
+    more = ["--max_train_steps", 1, "--validation_steps", 1, "--validation_fraction", 0.5]
+    with pytest.raises(Killed):
+        run(base_folder, tmp_path / "out", *more, data=triptych_folder)
+
+
 def test_without_held_out_data_a_run_says_so_once(base_folder, triptych_folder, tmp_path, caplog, without_paintings):
     caplog.set_level("INFO", logger="semantic_fill")
     run(base_folder, tmp_path, "--max_train_steps", 2, "--validation_steps", 1, data=triptych_folder)

@@ -146,6 +146,17 @@ os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.
 subprocess.run(re.search("with `(hf upload .*)`", said)[1], shell=True, check=True)
 said = refused(RuntimeError, lambda: push("public"))
 assert "--hub_private_repo was passed, but user/public exists and is public" in said, said
+# The default name is that of the folder. A repository that holds something else is taken only if it is named.
+def push_named(folder, *more):
+    options = arguments(base, Path(tmp, folder), "--push_to_hub", *more, data=data)
+    push_to_hub(open_repo(options), ["README.md", "pipeline.py"], options.output_dir)
+said = refused(RuntimeError, lambda: push_named("named"))
+assert "user/named exists and holds something else (notes`<b>.md, weights.bin). To push there" in said, said
+assert "pass --hub_model_id user/named. Nothing was trained yet" in said, said
+for _ in range(2):
+    push_named("named", "--hub_model_id", "user/named")
+# By the tag of its card it is known as one of this trainer's now.
+push_named("named")
 for name in ("../up", "someone/else"):
     said = refused(RuntimeError, lambda: push(name))
     assert "--push_to_hub cannot write to" in said and "hf auth login" in said, said
@@ -174,6 +185,8 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
     (tmp_path / "out" / "checkpoint-1" / "training_state.json").write_text("{}")
     hub.add_repo("user/exists", private=True)
     hub.add_repo("user/public")
+    others = {"notes`<b>.md": b"kept", "weights.bin": b"kept"}
+    hub.add_repo("user/named", others | {"samples/a.png": b"", "last-checkpoint/b": b""})
     hub.fail("POST", "/once500/commit/", 500)
     hub.fail("POST", "/once-cut/commit/", "cut")
     hub.fail("POST", "/gone/commit/", 404)
@@ -185,6 +198,14 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
         assert hub.files(f"user/{name}")["pipeline.py"] == before[tmp_path / "out" / "pipeline.py"]
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
     assert set(hub.files("user/conflict")) - {".gitattributes"} == {"README.md", "pipeline.py"}
+
+    pushed = hub.files("user/named")
+    assert {name: pushed[name] for name in others} == others
+    _, note = pushed["README.md"].decode().split("## Other files\n\n")
+    assert note == (
+        "This repository also holds files that this training did not write: `notes'\u2039b\u203a.md`, `weights.bin`.\n"
+    )
+    assert b"## Other files" not in hub.files("user/exists")["README.md"]
 
     card = ModelCard.load(tmp_path / "named" / "README.md")
     data = card.data.to_dict()

@@ -7,13 +7,15 @@ import signal
 import stat
 from pathlib import Path
 
+import convert_lora
 import pytest
 import torch
 from accelerate.state import PartialState
 from helpers import LORA_FILE, MODULE_FILE, arguments
 from pipeline_helpers import Trained, make_pipe
 
-from semantic_attention import load_semantic_module
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_attention import SemanticAttentionModel, load_semantic_module
 from semantic_fill import files, publish
 from semantic_fill.checkpoints import StopSignals, claim_output_dir, find_checkpoint, list_checkpoints
 from semantic_fill.publish import own_files, save_result
@@ -114,6 +116,22 @@ def test_new_files_have_the_modes_of_the_umask(tmp_path):
         (tmp_path / name).chmod(mode)
         files.flush_to_disk(tmp_path / name)
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~files.UMASK
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_saved_and_converted_loras_have_the_modes_of_the_umask(tmp_path, umask):
+    lora = {"lora_A.weight": torch.ones(1, 3072), "lora_B.weight": torch.ones(3072, 1)}
+    lora = {f"transformer_blocks.0.attn.to_q.{name}": weight for name, weight in lora.items()}
+    before = os.umask(umask)
+    try:
+        module = SemanticAttentionModel()
+        FluxFillSemanticPipeline.save_lora_weights(tmp_path, lora, semantic_attention=module)
+        convert_lora.convert_file(tmp_path / LORA_FILE, tmp_path / "kohya.safetensors")
+        convert_lora.convert_file(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors")
+    finally:
+        os.umask(before)
+    written = files.list_files(tmp_path)
+    assert len(written) == 5 and {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~umask}
 
 
 # -- Result -----------------------------------------------------------------------------------------------------------
