@@ -9,22 +9,23 @@ Three folders of pictures, matched by their names without the ending:
 The trainer also reads three folders of the names `visible`, `target` and `semantic` as they are. This script is for what
 it does not take: views of different sizes, folders with gaps, captions in other files, and maps in other forms.
 
-A semantic map may be a picture, which keeps its own colors (a palette PNG those of its palette). Or it holds label
-numbers, whose colors --palette gives: a JSON object `{"0": "#000000", "1": [255, 0, 0]}` or a list. With --palette, the
-labels of a palette PNG are the numbers of its colors, and label numbers may have 16 bits. Panoptic segmentations in the
-COCO format need --panoptic_json. Their categories take the colors of --palette, else the `color` that the file gives
-them, else the color map of PASCAL VOC.
+A semantic map may be a picture, which keeps its own colors (a palette PNG those of its palette, as in training). Or it
+holds label numbers, of 8 or 16 bits, whose colors --palette gives: a JSON object `{"0": "#000000", "1": [255, 0, 0]}` or
+a list. Panoptic segmentations in the COCO format need --panoptic_json. Their categories take the colors of --palette,
+else the `color` that the file gives them, else the color map of PASCAL VOC.
 
 Pictures are read, cropped and colored as the trainer does it. What does not match is left out, counted by reason and
 listed in `skipped.jsonl`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -32,6 +33,7 @@ import PIL.ImageOps
 from tqdm import tqdm
 
 from pipeline_flux_fill_semantic import PICTURE_FORMATS, read_picture
+from semantic_attention import open_file
 from semantic_fill.captions import as_captions, read_metadata, read_text
 from semantic_fill.captions import read_captions as read_sidecar
 from semantic_fill.files import printable
@@ -75,18 +77,14 @@ def read_view(path: Path, view: str) -> PIL.Image.Image:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """
-    The label numbers [height, width] of a map. Those of a picture with a palette or with 16 bits are its own values,
-    which `read_picture` would turn into colors or refuse.
-    """
+    """The label numbers [height, width] of a map. They may have 16 bits, which `read_picture` would refuse."""
     try:
-        with PIL.Image.open(path, formats=PICTURE_FORMATS) as picture:
-            mode, frames = picture.mode, getattr(picture, "n_frames", 1)
-            if mode in ("P", "I", "I;16") and frames == 1:
+        with open_file(path) as file, PIL.Image.open(file, formats=PICTURE_FORMATS) as picture:
+            if picture.mode in ("I", "I;16") and getattr(picture, "n_frames", 1) == 1:
                 return np.asarray(PIL.ImageOps.exif_transpose(picture)).astype(np.int64)
         pixels = np.asarray(read_picture(path))
         if (pixels != pixels[..., :1]).any():
-            raise ValueError(f"has the mode {mode}, which holds colors and no labels")
+            raise ValueError("holds colors and no label numbers")
         return pixels[..., 0]
     # Pillow raises what its decoders raise: OSError, SyntaxError, struct.error, DecompressionBombError and others.
     except Exception as error:
@@ -187,16 +185,22 @@ def color(labels: np.ndarray, palette: Palette) -> PIL.Image.Image:
         raise Skip("labels without a color", str(error)) from error
 
 
-def hold_labels(names: Iterable[str], read_semantic: Callable[[str], PIL.Image.Image]) -> bool:
-    """Whether all maps that can be read hold label numbers, as the trainer tells it. The first that does not ends it."""
-    some = False
+def readable(names: Iterable[str], read: Callable[[str], Any]) -> Iterator[Any]:
+    """What can be read, in turn."""
     for name in names:
-        try:
-            if not are_labels([find_labels(read_semantic(name))]):
-                return False
-            some = True
-        except Skip:
-            continue
+        with contextlib.suppress(Skip):
+            yield read(name)
+
+
+def hold_labels(maps: Iterable[PIL.Image.Image]) -> bool:
+    """Whether all maps hold label numbers, as the trainer tells it. The first that does not ends it."""
+    some = False
+    for semantic in maps:
+        labels = find_labels(semantic)
+        if not are_labels([labels]):
+            return False
+        # Maps that are all black hold nothing that colors would tell.
+        some = some or labels != [0]
     return some
 
 
@@ -289,11 +293,17 @@ def make_triptychs(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
             path = find_picture(name, semantic, "semantic")
             return read_view(path, "semantic") if palette is None else color(read_labels(path), palette)
 
-        if palette is None and hold_labels(sorted(names), read_semantic):
+        def read_own_labels(name: str) -> np.ndarray:
+            return read_labels(find_picture(name, semantic, "semantic"))
+
+        if palette is None and hold_labels(readable(sorted(names), read_semantic)):
             raise ValueError(
                 f"All maps in --semantic_dir {args.semantic_dir} have one channel and small values: they hold label"
                 " numbers, which are nearly black as colors. Pass their colors with --palette."
             )
+        if palette is not None and not any(True for _ in readable(sorted(names), read_own_labels)):
+            print(f"--palette {args.palette} is not used, because the maps hold colors and no label numbers")
+            palette = None
 
     skipped = [
         {"name": name, "reason": "caption without a picture", "detail": "caption without a picture"}

@@ -86,7 +86,7 @@ def test_the_output_loads_as_an_image_folder(data):
 
 
 @pytest.mark.parametrize("mode", ["own palette", "P", "L", "I;16"])
-def test_label_maps(data, mode):
+def test_label_maps(data, mode, capsys):
     arguments = ["--prompt=x"]
     for name in ("a", "sub/b"):
         array = labels().astype(np.uint16) if mode == "I;16" else labels()
@@ -97,8 +97,12 @@ def test_label_maps(data, mode):
         picture.save(data / "semantic" / f"{name}.png")
     if mode != "own palette":
         arguments.append(f"--palette={data / 'palette.json'}")
-        (data / "palette.json").write_text(json.dumps({"3": list(RED), "7": "#1428dc"}))
+        # A PNG with a palette of its own has its own colors.
+        colors = {"3": list(RED), "7": "#1428dc"} if mode != "P" else {"3": "lime", "7": "cyan"}
+        (data / "palette.json").write_text(json.dumps(colors))
     assert run(data, *arguments) == 0
+    said = f"{data / 'palette.json'} is not used, because the maps hold colors and no label numbers"
+    assert (said in capsys.readouterr().out) == (mode == "P")
     semantic = panels(data, "a.png")[2]
     assert np.array_equal(np.unique(semantic.reshape(-1, 3), axis=0), sorted([RED, BLUE]))
     assert (semantic[:, :16] == RED).all()
@@ -258,7 +262,7 @@ def damage(data: Path, case: str) -> list[str]:
         "views of different shapes",
         "smaller than the panel",
         "no caption",
-        "semantic picture cannot be used: a.png has the mode RGB, which holds colors and no labels",
+        "semantic picture cannot be used: a.png holds colors and no label numbers",
         "semantic picture cannot be used: a.png cannot be read as a picture (OSError: image file is truncated",
         "semantic picture cannot be used: a.tif is animated (2 frames)",
         "labels without a color",
