@@ -3,7 +3,7 @@
 
     pip install -e ".[app]"
     python examples/app.py                                    # the embedded base alone: nothing is trained
-    python examples/app.py --weights demo/cross_attention     # what `make demo` trained
+    python examples/app.py --weights demo/projection          # what `make demo` trained
     python examples/app.py --base black-forest-labs/FLUX.1-Fill-dev --weights user/my-semantic-fill \\
         --palette palette.json --data_dir my_triptychs
 

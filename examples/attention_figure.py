@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Draws where painted places look in the semantic map, with the weights that `make demo` left.
+"""Draws where painted places look in the semantic map, with the weights of a demo that trained a cross-attention.
 
+    python examples/demo.py --semantic_mode cross_attention
     python examples/attention_figure.py --demo_dir demo --output docs/attention.png
 
 Each row shows a held-out view: hillshade, painting, and the attention over the map of one point on each of --classes,
@@ -16,7 +17,8 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-from demo import MAX_SEQUENCE_LENGTH, TRAINED_BASE, save_small
+from demo import MAX_SEQUENCE_LENGTH, TRAINED_BASE
+from demo_page import save_small
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.data import read_triptychs

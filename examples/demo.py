@@ -2,12 +2,10 @@
 """The whole idea on real pictures, on a laptop: a gray hillshade becomes satellite colors, guided by a land-water map.
 
 The demo cuts triptychs, trains a LoRA without and a LoRA with the semantic module on Eurasia, Africa and Oceania, paints
-the Americas, and leaves a page, a grid and the figures in the output folder.
+the Americas, and leaves a page and the figures in the output folder.
 """
 
 import argparse
-import html
-import io
 import json
 import logging
 import os
@@ -15,26 +13,29 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+
+# Threads that wait for each other in a busy loop take the cores that the others need as soon as anything else runs. The
+# libraries read this when they are loaded, here and in the trainer.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import earth
-import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from demo_page import draw_page
+from skimage.metrics import structural_similarity
 from small_flux_fill import build_pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm.auto import tqdm
+from train_base import gradient_energy, psnr
 
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.data import read_triptychs
-from semantic_fill.page import draw_chart, draw_table, picture_url, thin_out, wrap_page
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from semantic_fill.page import draw_chart, thin_out
 
 
 logger = logging.getLogger(__name__)
@@ -42,112 +43,133 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED_BASE = ROOT / "examples" / "base"
 MAX_SEQUENCE_LENGTH = 32
-MAX_BYTES = 250_000
-# What is painted: name -> (weights, which map, semantic_scale). The weights are none for the plain base, "none" for the
-# LoRA without a map, and "module" for the one trained in `--semantic_mode`.
-PAINTINGS = {
-    "plain base": (None, None, 1.0),
-    "LoRA without map": ("none", None, 1.0),
-    "LoRA + module": ("module", "right", 1.0),
-    "with a wrong map": ("module", "wrong", 1.0),
-    "with scale 0": ("module", "right", 0.0),
+# What is painted: name -> whether the module paints, and which map it is shown.
+PAINTINGS = {"without map": (False, None), "right map": (True, "semantic"), "wrong map": (True, "other")}
+# What the demo does, and the share of the time that each takes.
+STAGES = {
+    "Cutting triptychs out of the Earth": 0.05,
+    "Training a LoRA without map": 0.32,
+    "Training a LoRA and the module": 0.32,
+    "Painting held-out views": 0.31,
 }
-GRID = ("visible", "semantic", "plain base", "LoRA without map", "LoRA + module", "with a wrong map", "target")
-PROJECTION = (
-    "On your own data, prefer --semantic_mode projection. With it this demo reaches 16.1 dB with the right map, 13.6 dB"
-    " with a wrong one and a water IoU of 0.92"
-)
 
 
-def training_command(mode: str, base: str, args: argparse.Namespace) -> list[str]:
-    command = f"""
-        {shlex.quote(str(Path(sys.executable).parent / "accelerate"))} launch --num_processes 1 --cpu
-        --mixed_precision no {shlex.quote(str(ROOT / "train_semantic_fill_lora.py"))}
-        --pretrained_model_name_or_path {shlex.quote(base)} --train_data_dir {shlex.quote(str(args.output_dir / "train"))}
+class Stages:
+    """Says what begins, and how long the rest takes if it is as slow as what is done."""
+
+    def __init__(self):
+        self.start, self.begun = time.monotonic(), 0
+
+    def begin(self) -> None:
+        names, done = list(STAGES), sum([*STAGES.values()][: self.begun])
+        # Nothing is measured at the start.
+        minutes = (
+            f"about {self.minutes() * (1 - done) / done:.0f} minutes left" if done else "about five minutes in all"
+        )
+        logger.info(f"\n[{self.begun + 1} of {len(names)}] {names[self.begun]}, {minutes}")
+        self.begun += 1
+
+    def minutes(self) -> float:
+        return (time.monotonic() - self.start) / 60
+
+
+def training_options(mode: str, base: Path, folder: Path, args: argparse.Namespace) -> list[str]:
+    """The trainer's options, with the paths of the base and of the demo's folder as they come."""
+    options = f"""
         --resolution {args.resolution} --max_sequence_length {MAX_SEQUENCE_LENGTH} --semantic_mode {mode}
-        --output_dir {shlex.quote(str(args.output_dir / mode))} --cache_root {shlex.quote(str(args.output_dir / "cache"))}
-        --max_train_steps {args.steps} --train_batch_size {args.batch_size} --rank {args.rank}
+        --max_train_steps {args.steps} --train_batch_size {args.batch_size} --rank {args.rank} --mixed_precision no
         --learning_rate {args.learning_rate} --lr_scheduler cosine --lr_warmup_steps {min(10, args.steps // 10)}
         --semantic_learning_rate {args.semantic_learning_rate}
         --semantic_scale_learning_rate {args.semantic_scale_learning_rate} --seed {args.seed}
         --checkpointing_steps {args.steps} --loss_region target --overwrite_output_dir
     """
-    return shlex.split(command)
+    paths = ["--pretrained_model_name_or_path", base, "--train_data_dir", folder / "train"]
+    paths += ["--output_dir", folder / mode, "--cache_root", folder / "cache"]
+    return [*map(str, paths), *options.split()]
 
 
-def paint(pipeline, views: list[dict], which_map: str | None, scale: float, args: argparse.Namespace) -> list:
-    maps = [view["semantic"] for view in views]
-    if which_map == "wrong":
-        maps = maps[1:] + maps[:1]
-    pictures = []
-    for start in range(0, len(views), args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        pictures += pipeline(
-            prompt=earth.PROMPT,
-            image=[view["visible"] for view in views[batch]],
-            semantic_image=None if which_map is None else maps[batch],
-            semantic_scale=scale,
-            num_inference_steps=args.num_inference_steps,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=[torch.Generator().manual_seed(args.seed + i) for i in range(*batch.indices(len(views)))],
-        ).images
-    return pictures
+def train(mode: str, base: Path, args: argparse.Namespace) -> None:
+    # The trainer replaces what it made itself. Curves of an earlier demo would be drawn into those of this one.
+    shutil.rmtree(args.output_dir / mode / "logs" / "semantic-fill", ignore_errors=True)
+    # This is what `accelerate launch --cpu` runs, which takes seconds to find that out.
+    command = [
+        sys.executable,
+        ROOT / "train_semantic_fill_lora.py",
+        *training_options(mode, base, args.output_dir, args),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, check=True, env=environment)
 
 
-def water(picture: PIL.Image.Image) -> np.ndarray:
-    """Where a satellite picture shows water: its blue is above its red."""
-    pixels = np.asarray(picture, np.int16)
-    return pixels[..., 2] > pixels[..., 0]
+def shell_commands(base: Path, args: argparse.Namespace) -> str:
+    """What makes the page, and the trainings alone, for a shell in the repository."""
+    base = base.relative_to(ROOT) if base.is_relative_to(ROOT) else Path(base.name)
+    folder = Path(args.output_dir.name)
+    demo = f"python examples/demo.py --semantic_mode {args.semantic_mode} --output_dir {shlex.quote(folder.name)}"
+    trainer = ["accelerate", "launch", "--cpu", "train_semantic_fill_lora.py"]
+    trainings = [shlex.join(trainer + training_options(mode, base, folder, args)) for mode in modes(args)]
+    wrap = textwrap.TextWrapper(80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(" \\\n".join(wrap.wrap(command)) for command in (demo, *trainings))
 
 
-def figures(painted: list, views: list[dict]) -> dict[str, float]:
-    """Means over the pictures: PSNR in dB, SSIM, and IoU of the water that painting and target show."""
-    psnr, ssim, iou = [], [], []
-    for picture, view in zip(painted, views):
-        ours, target = np.asarray(picture), np.asarray(view["target"])
-        psnr.append(peak_signal_noise_ratio(target, ours))
-        ssim.append(structural_similarity(target, ours, channel_axis=2))
-        a, b = water(picture), water(view["target"])
-        iou.append((a & b).sum() / max(1, (a | b).sum()))
-    return {"PSNR": float(np.mean(psnr)), "SSIM": float(np.mean(ssim)), "water IoU": float(np.mean(iou))}
+def modes(args: argparse.Namespace) -> tuple[str, str]:
+    return "none", args.semantic_mode
 
 
-def as_picture(figure) -> PIL.Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return PIL.Image.open(buffer).convert("RGB")
+def paint(pipeline, views: list[dict], args: argparse.Namespace) -> dict[str, list[PIL.Image.Image]]:
+    """Paints the views in each way of `PAINTINGS`, always from the same noise."""
+    columns, loaded = {name: [] for name in PAINTINGS}, None
+    with tqdm(total=len(PAINTINGS) * len(views), desc="Painting") as bar:
+        for name, (has_module, which_map) in PAINTINGS.items():
+            if loaded != has_module:
+                pipeline.unload_lora_weights()
+                pipeline.load_lora_weights(args.output_dir / modes(args)[has_module])
+                loaded = has_module
+            for start in range(0, len(views), args.batch_size):
+                batch = views[start : start + args.batch_size]
+                columns[name] += pipeline(
+                    prompt=earth.PROMPT,
+                    image=[view["visible"] for view in batch],
+                    semantic_image=[view[which_map] for view in batch] if which_map else None,
+                    num_inference_steps=args.num_inference_steps,
+                    max_sequence_length=MAX_SEQUENCE_LENGTH,
+                    generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))],
+                ).images
+                bar.update(len(batch))
+    return columns
 
 
-def save_small(picture: PIL.Image.Image, path: Path) -> None:
-    """
-    Saves a picture as PNG with as many colors as `MAX_BYTES` allow, because everyone who reads a README loads its
-    pictures.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for colors in (256, 128, 64, 32):
-        # The default method blends colors that few pixels have, such as a map's rivers.
-        picture.quantize(colors, method=PIL.Image.Quantize.MAXCOVERAGE, kmeans=3).save(path, "PNG", optimize=True)
-        if path.stat().st_size <= MAX_BYTES:
-            return
-    raise ValueError(f"{path} has {path.stat().st_size} bytes even with {colors} colors. Draw fewer views.")
+def water_iou(picture: PIL.Image.Image, target: PIL.Image.Image) -> float:
+    """IoU of the water that two satellite pictures show: where blue is above red."""
+    a, b = (pixels[..., 2] > pixels[..., 0] for pixels in map(np.asarray, (picture, target)))
+    return (a & b).sum() / max(1, (a | b).sum())
 
 
-def draw_grid(columns: dict[str, list], rows: int) -> PIL.Image.Image:
-    figure, axes = plt.subplots(rows, len(GRID), figsize=(1.3 * len(GRID), 1.33 * rows))
-    for column, name in enumerate(GRID):
-        for row in range(rows):
-            axes[row, column].imshow(columns[name][row])
-            axes[row, column].axis("off")
-        axes[0, column].set_title("map" if name == "semantic" else name, fontsize=7)
-    figure.subplots_adjust(wspace=0.04, hspace=0.04)
-    return as_picture(figure)
+def measure(painted: list[PIL.Image.Image], targets: list[PIL.Image.Image]) -> dict[str, float]:
+    ours, theirs = (torch.tensor(np.stack(pictures)).movedim(-1, 1) / 255 for pictures in (painted, targets))
+    pairs = [(np.asarray(picture), np.asarray(target)) for picture, target in zip(painted, targets)]
+    return {
+        "PSNR, dB": psnr(ours, theirs),
+        "SSIM": float(np.mean([structural_similarity(b, a, channel_axis=2) for a, b in pairs])),
+        "water IoU": float(np.mean([water_iou(a, b) for a, b in zip(painted, targets)])),
+        "gradient energy": gradient_energy(ours, theirs),
+    }
+
+
+def find_best(columns: dict[str, list[PIL.Image.Image]]) -> int:
+    """The view in which the right map gains most over a wrong one."""
+
+    def error(name: str) -> np.ndarray:
+        views = zip(columns[name], columns["target"])
+        return np.array([((np.asarray(a, float) - np.asarray(b, float)) ** 2).mean() for a, b in views])
+
+    return int(np.argmax(np.log(error("wrong map") / error("right map"))))
 
 
 def draw_charts(args: argparse.Namespace) -> str:
     """Losses and scale of both runs in HTML."""
     losses, scales = {}, {}
-    for mode in ("none", args.semantic_mode):
+    for mode in modes(args):
         events = EventAccumulator(str(args.output_dir / mode / "logs" / "semantic-fill")).Reload()
         for curves, tag in ((losses, "loss"), (scales, "scale/layer_0")):
             if tag in events.Tags()["scalars"]:
@@ -156,8 +178,8 @@ def draw_charts(args: argparse.Namespace) -> str:
     return draw_chart("Loss, mean of parts", losses) + draw_chart("Scale of the module", scales)
 
 
-def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> PIL.Image.Image:
-    """Shows where in the map the middle of the painting looks, half-way through denoising."""
+def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> dict[str, PIL.Image.Image]:
+    """Where in the map the middle of the painting looks, half-way through denoising."""
     middle = args.resolution / 2
     seen = pipeline.semantic_attention_maps(
         prompt=earth.PROMPT,
@@ -169,30 +191,7 @@ def draw_attention(pipeline, view: dict, args: argparse.Namespace) -> PIL.Image.
         points=[(middle, middle)],
         steps=[args.num_inference_steps // 2],
     )
-    pictures = {"painted": seen.images[0], "map": view["semantic"], "attention": seen.overlay(view["semantic"])}
-    figure, axes = plt.subplots(1, len(pictures), figsize=(9, 3))
-    for axis, (title, picture) in zip(axes, pictures.items()):
-        axis.imshow(picture)
-        axis.set_title(title)
-        axis.axis("off")
-    axes[0].plot(middle, middle, "r+", markersize=14)
-    return as_picture(figure)
-
-
-PAGE = """<p>Both LoRAs were trained on Eurasia, Africa and Oceania, and painted the Americas. The hillshade does not tell land
-from water; the semantic map does. It entered in the mode <code>{mode}</code>.</p>
-<h2>Held-out pictures</h2><img alt="grid of paintings" src="{grid}">
-<h2>Figures on {count} held-out pictures</h2>{table}
-<p>Water is where blue is above red.</p>
-{recommended}<h2>Training</h2><div class="charts">{charts}</div>
-{attention}<h2>Commands</h2><pre>{commands}</pre>
-"""
-RECOMMENDED = """<p>{text}:</p><pre>{command}</pre>
-"""
-ATTENTION = """<h2>Where the module looks</h2>
-<p>The cross marks a token of the painting, half-way through denoising; the heat is its attention over the map, averaged
-over the heads.</p><img alt="attention over the map" src="{picture}">
-"""
+    return {"map": view["semantic"], "painted": seen.images[0], "attention": seen.overlay(view["semantic"])}
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -210,86 +209,50 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--semantic_learning_rate", type=float, default=3e-3)
     parser.add_argument("--semantic_scale_learning_rate", type=float, default=3e-2)
-    parser.add_argument("--semantic_mode", default="cross_attention", choices=("cross_attention", "projection"))
-    parser.add_argument("--num_inference_steps", type=int, default=8)
+    parser.add_argument("--semantic_mode", default="projection", choices=("projection", "cross_attention"))
+    parser.add_argument("--num_inference_steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(args)
 
 
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    start = time.monotonic()
+    stages = Stages()
     args.output_dir = args.output_dir.resolve()
-    modes = ("none", args.semantic_mode)
     is_demo = (args.output_dir / "train" / "metadata.jsonl").is_file()
-    for name in modes:
+    for name in modes(args):
         if (args.output_dir / name).exists() and not is_demo:
             raise ValueError(f"{args.output_dir / name} is not of an earlier demo. Choose another --output_dir.")
+    stages.begin()
     for split, count in (("train", args.num_train), ("test", args.num_test)):
         earth.write_split(args.output_dir / split, split, count, args.resolution, args.seed)
     base = args.base or (TRAINED_BASE if TRAINED_BASE.is_dir() else args.output_dir / "base")
     if not base.is_dir():
         logger.info("No trained base: painting will be noise, made with random weights")
         build_pipeline("demo", args.seed).save_pretrained(base)
+    for mode in modes(args):
+        stages.begin()
+        train(mode, base, args)
 
-    for mode in modes:
-        # The trainer replaces what it made itself. Curves of an earlier demo would be drawn into those of this one.
-        shutil.rmtree(args.output_dir / mode / "logs" / "semantic-fill", ignore_errors=True)
-        command = training_command(mode, str(base), args)
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-
-    pipeline = DiffusionPipeline.from_pretrained(
-        base,
-        custom_pipeline=str(ROOT / "pipeline_flux_fill_semantic.py"),
-        trust_remote_code=True,
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
+    stages.begin()
+    pipeline = FluxFillSemanticPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     views = read_triptychs(args.output_dir / "test")
-    columns = {name: [view[name] for view in views] for name in ("visible", "semantic", "target")}
-    loaded = None
-    for name, (weights, which_map, scale) in tqdm(PAINTINGS.items(), desc="Painting"):
-        if weights != loaded:
-            pipeline.unload_lora_weights()
-            pipeline.load_lora_weights(args.output_dir / (args.semantic_mode if weights == "module" else weights))
-            loaded = weights
-        columns[name] = paint(pipeline, views, which_map, scale, args)
+    views = [view | {"other": other["semantic"]} for view, other in zip(views, views[1:] + views[:1])]
+    columns = {name: [view[name] for view in views] for name in ("visible", "semantic", "target", "other")}
+    columns |= paint(pipeline, views, args)
 
-    metrics = {name: figures(columns[name], views) for name in PAINTINGS}
-    grid = draw_grid(columns, rows=min(8, len(views)))
-    save_small(grid, args.output_dir / "grid.png")
-    attention, recommended = "", ""
-    projection_demo = (
-        f"python examples/demo.py --semantic_mode projection --output_dir {args.output_dir.name}-projection"
-    )
-    if args.semantic_mode == "cross_attention":
-        # A projection has no attention to show.
-        picture = draw_attention(pipeline, views[0], args)
-        picture.save(args.output_dir / "attention.png")
-        attention = ATTENTION.format(picture=picture_url(picture))
-        modes += ("projection",)
-        recommended = RECOMMENDED.format(text=PROJECTION, command=html.escape(projection_demo))
-    rows = [(name, *(f"{value:.3f}" for value in row.values())) for name, row in metrics.items()]
-    page = PAGE.format(
-        mode=args.semantic_mode,
-        grid=picture_url(grid),
-        charts=draw_charts(args),
-        attention=attention,
-        recommended=recommended,
-        table=draw_table(("", *metrics["plain base"]), rows),
-        count=len(views),
-        commands=html.escape("\n\n".join(shlex.join(training_command(mode, str(base), args)) for mode in modes)),
-    )
-    page = wrap_page("Semantic fill: hillshade to satellite", page)
+    metrics = {name: measure(columns[name], columns["target"]) for name in PAINTINGS}
+    best = find_best(columns)
+    # A projection has no attention to show.
+    attention = draw_attention(pipeline, views[best], args) if args.semantic_mode == "cross_attention" else {}
+    page = draw_page(columns, best, metrics, draw_charts(args), attention, shell_commands(base, args))
     (args.output_dir / "index.html").write_text(page, encoding="utf-8")
-    minutes = (time.monotonic() - start) / 60
-    (args.output_dir / "metrics.json").write_text(json.dumps({"figures": metrics, "minutes": minutes}, indent=2))
+    metrics_file = {"figures": metrics, "minutes": stages.minutes()}
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics_file, indent=2))
     for name, row in metrics.items():
-        logger.info(f"{name:20s} " + "  ".join(f"{key} {value:6.3f}" for key, value in row.items()))
-    logger.info(f"Done in {minutes:.1f} minutes: see {args.output_dir / 'index.html'}")
-    if recommended:
-        logger.info(f"{PROJECTION}: {projection_demo}")
+        logger.info(f"{name:12s} " + "  ".join(f"{key} {value:6.3f}" for key, value in row.items()))
+    logger.info(f"Done in {stages.minutes():.1f} minutes: see {args.output_dir / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ td:first-child, th:first-child { text-align: left }
 # -- Parts ------------------------------------------------------------------------------------------------------------
 
 
-def wrap_page(title: str, body: str) -> str:
-    """A whole page of a title, which is text, and a body, which is HTML."""
+def wrap_page(title: str, body: str, style: str = "") -> str:
+    """A whole page of a title, which is text, a body, which is HTML, and rules that its parts have beside `STYLE`."""
     title = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>\n'
-        f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{body}</body></html>\n"
+        f"<style>{STYLE}{style}</style></head><body>\n<h1>{title}</h1>\n{body}</body></html>\n"
     )
 
 

