@@ -30,7 +30,7 @@ class Stopwatch:
     def part(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.parts[name] = time.perf_counter() - begin
+        self.parts[name] = self.parts.get(name, 0) + time.perf_counter() - begin
 
     def start_step(self) -> None:
         self.step_begin = time.perf_counter()
@@ -54,6 +54,9 @@ def summarize(run) -> dict[str, str]:
             f"{max(0, watch.steps[0] - usual):.1f} s, which the first step took beyond a usual one"
         )
         summary["steps a second"] = f"{1 / usual:.2f}, without validations and checkpoints"
+    if "paintings" in watch.parts:
+        measured = f"{watch.parts.get('held-out loss', 0):.1f} s for held-out losses"
+        summary["validations"] = f"{measured}, {watch.parts['paintings']:.1f} s for paintings"
     memory = peak_memory(device)
     if memory is not None:
         summary["peak memory"] = f"{memory / 2**30:.1f} GiB of the {'GPU' if device.type == 'cuda' else 'process'}"

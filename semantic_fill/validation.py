@@ -136,7 +136,8 @@ def validate(run) -> None:
     recent = [loss for loss in state.losses[-since:] if math.isfinite(loss)]
     found: dict[str, Any] = {"step": state.step, "training_loss": math.fsum(recent) / len(recent) if recent else None}
     if run.held_out is not None:
-        measured = run.held_out.measure(model)
+        with run.stopwatch.part("held-out loss"):
+            measured = run.held_out.measure(model)
         # JSON has no word for what is not a number.
         found |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
     kept, loss = state.kept, found.get("loss")
@@ -149,7 +150,7 @@ def validate(run) -> None:
         lines = "".join(f"{json.dumps(validation)}\n" for validation in state.validations)
         with explain_write_errors("--output_dir", CHECKPOINTS_REMAIN):
             write_atomically(path, lambda part: part.write_text(lines, encoding="utf-8"))
-    with ornament("Painting validation samples"):
+    with ornament("Painting validation samples"), run.stopwatch.part("paintings"):
         paint_samples(run)
     if accelerator.is_main_process:
         with ornament("The page of the run"):

@@ -281,6 +281,7 @@ def test_the_log_and_the_card_say_it(overfit, base_folder, triptych_folder, tmp_
     assert f"![step-{last['step']:06d}](samples/step-{last['step']:06d}.png)" in card
     for name in ("time to the first step", "compile time", "steps a second", "peak memory"):
         assert re.search(rf"\n- {name}: \d+\.\d", card), name
+    assert re.search(r"\n- validations: \d+\.\d s for held-out losses, \d+\.\d s for paintings\n", card)
     assert f"- samples seen: {2 * last['step']}\n" in card
     caplog.set_level("INFO", logger="semantic_fill")
     more = [*more, "--resume_from_checkpoint", out / f"checkpoint-{last['step']}"]
