@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_attention import SemanticModel
 from semantic_fill import reports
+from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import load_datasets
@@ -552,14 +553,16 @@ def finish(run: Run, repo_id: str | None) -> None:
     """Saves the result first, because what adorns it may fail; validates once more, and uploads it if there is a `repo_id`."""
     options, engine, accelerator, state = run.options, run.engine, run.engine.accelerator, run.state
     refuse_untrained(state, run.lr_scheduler)
-    model, summary, files = engine.unwrap(run.model), summarize(run), []
-    weights = engine.weights(model)
-    if accelerator.is_main_process:
-        files = save_result(model, weights, describe_run(state, summary), painted_samples(options, state), options)
+    model, files = engine.unwrap(run.model), []
+    with averaged(run):
+        weights = engine.weights(model)
+        if accelerator.is_main_process:
+            files = save_result(model, weights, describe_run(state, {}), painted_samples(options, state), options)
     if is_due(run, last=True):
         with ornament("The last validation"):
             validate(run)
     if accelerator.is_main_process:
+        summary = summarize(run)
         with ornament("The model card"):
             replace_card(describe_run(state, summary), painted_samples(options, state), options)
         with ornament("The page of the run"):

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from semantic_fill.averages import update_average
 from semantic_fill.options import Options
 
 
@@ -63,7 +64,7 @@ class Engine:
 
     def __init__(self, accelerator: Accelerator, options: Options):
         self.accelerator, self.compiled = accelerator, bool(options.compile)
-        self.accumulation_steps = options.gradient_accumulation_steps
+        self.accumulation_steps, self.ema_decay = options.gradient_accumulation_steps, options.ema_decay
         self.trained = None
 
     @property
@@ -117,9 +118,11 @@ class Engine:
         return mean_loss, max_norm, int(max_number)
 
     def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Applies the gradients if they are `finite`, and clears them."""
+        """Applies the gradients if they are `finite`, averages the weights, and clears the gradients."""
         if finite:
             optimizer.step()
+            if self.ema_decay is not None:
+                update_average(optimizer, self.ema_decay)
         optimizer.zero_grad()
 
     def update_grad_scale(self, lower: bool) -> bool:

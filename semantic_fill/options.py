@@ -234,8 +234,7 @@ class OptimizerOptions(OptionGroup):
     )
     semantic_learning_rate: float = option(None, help="Rate of the module. Default: --learning_rate.")
     semantic_scale_learning_rate: float = option(
-        None,
-        help="Rate of the module's gates, which start at zero. Default: ten times --semantic_learning_rate.",
+        None, help="Rate of the module's gates, which start at zero. Default: ten times --semantic_learning_rate."
     )
     prodigy_use_bias_correction: bool = option(True, help="Prodigy's bias correction.")
     prodigy_safeguard_warmup: bool = option(True, help="Keep Prodigy's estimate from growing during warm-up.")
@@ -244,6 +243,9 @@ class OptimizerOptions(OptionGroup):
     adam_weight_decay: float = option(1e-4, help="Weight decay of both optimizers.")
     adam_epsilon: float = option(1e-8, above=0, help="Epsilon of both optimizers.")
     max_grad_norm: float = option(1.0, above=0, help="Norm that gradients are clipped to.")
+    ema_decay: float | None = option(
+        None, above=0, below=1, help="Decay of a moving average of LoRA and module, which the result then holds."
+    )
     lr_scheduler: str = option("constant", choices=LR_SCHEDULERS, help="Schedule of the learning rates.")
     lr_warmup_steps: int = option(0, help="Steps in which the rates rise from zero.")
     lr_num_cycles: int = option(1, help="Restarts of cosine_with_restarts.")
@@ -254,9 +256,7 @@ class OptimizerOptions(OptionGroup):
 class RuntimeOptions(OptionGroup):
     """Precision, memory and speed"""
 
-    mixed_precision: str | None = option(
-        None, choices=("no", "fp16", "bf16"), help="Default: accelerate's configuration."
-    )
+    mixed_precision: str | None = option(None, choices=("no", "fp16", "bf16"), help="Default: accelerate's setting.")
     allow_tf32: bool = option(False, help="Allow TF32 in float32 matrix products.")
     fast: bool = option(
         False,

@@ -118,7 +118,7 @@ def run_charts(state: TrainingState) -> str:
     first = state.step - len(state.losses) + 1
     losses = {"training": thin_out(range(first, state.step + 1), state.losses)}
     names = {"training_loss": "training, mean", "loss": "held out", "wrong_map": "held out, wrong map"}
-    names |= {"no_map": "held out, no map"}
+    names |= {"no_map": "held out, no map", "not_averaged": "held out, last weights"}
     losses |= {label: curve_of(state, name) for name, label in names.items()}
     scales = [v["scales"] for v in state.validations]
     layers = {f"layer {index}": values for index, values in enumerate(zip(*scales))}
@@ -134,7 +134,7 @@ def run_charts(state: TrainingState) -> str:
 
 def run_table(state: TrainingState) -> str:
     names = {"step": "step", "training_loss": "training loss", "loss": "held-out loss", "wrong_map": "wrong map"}
-    names |= {"no_map": "no map", "map_worth": "worth of the map"}
+    names |= {"no_map": "no map", "map_worth": "worth of the map", "not_averaged": "last weights"}
     names = {name: head for name, head in names.items() if any(v.get(name) is not None for v in state.validations)}
     rows = []
     for v in state.validations:

@@ -233,6 +233,7 @@ class ValidationPlan:
         wrong_maps (`dict[int, int]`): For each of them the sample whose map is its wrong one.
         timesteps (`int`): Timesteps of each sample.
         maps (`tuple[str, ...]`): Kinds of maps, out of `MAPS`.
+        averages (`bool`): Whether the right map is also measured with weights that are not averaged.
     """
 
     dataset: TriptychDataset
@@ -240,11 +241,12 @@ class ValidationPlan:
     wrong_maps: dict[int, int]
     timesteps: int
     maps: tuple[str, ...]
+    averages: bool = False
 
     @property
     def forwards(self) -> int:
         """Forward passes of one sample."""
-        return len(self.maps) * len(self.rows) * self.timesteps
+        return (len(self.maps) + self.averages) * len(self.rows) * self.timesteps
 
     def spec(self, place: int, kind: str) -> SampleSpec:
         """The sample at a place among `rows` times `timesteps`. Negative positions are no positions of training."""
@@ -268,7 +270,8 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
     # The last validation may follow soon after another one. A fifth is left for it, so that all but short runs measure the
     # same, however long they are.
     share = min(samples - 1, samples_per_step * 4 * interval * validations // 5) // TRAINING_SHARE
-    pairs = max(1, share // (validations * len(maps)))
+    averages = options.ema_decay is not None
+    pairs = max(1, share // (validations * (len(maps) + averages)))
     count = min(len(dataset), pairs // min(USUAL_TIMESTEPS, math.isqrt(pairs)))
     timesteps = min(MOST_TIMESTEPS, pairs // count)
     # Neighbors are often alike, so the rows are spread over the data.
@@ -279,14 +282,14 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
     elif "wrong" in maps:
         maps = ("right", "none")
         logger.info("There is no wrong map to compare with, because all held-out samples have the same one")
-    plan = ValidationPlan(dataset, rows, others, timesteps, maps)
+    plan = ValidationPlan(dataset, rows, others, timesteps, maps, averages)
     taken = validations * plan.forwards
     logger.info(
-        f"Held-out loss: {len(maps)} maps x {len(rows)} of {len(dataset)} samples x {timesteps} timesteps ="
+        f"Held-out loss: {len(maps) + averages} losses x {len(rows)} of {len(dataset)} samples x {timesteps} timesteps ="
         f" {plan.forwards} forward passes, in {validations} validations {taken / samples:.1%} of training's {samples}"
     )
     if taken * TRAINING_SHARE >= samples:
-        enough = -(-TRAINING_SHARE * 5 * len(maps) // (4 * samples_per_step))
+        enough = -(-TRAINING_SHARE * 5 * (len(maps) + averages) // (4 * samples_per_step))
         logger.info(
             f"That is the least that can be measured. It is below {1 / TRAINING_SHARE:.0%} with --validation_steps {enough}"
             " in a run of as many steps."

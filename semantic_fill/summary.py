@@ -44,7 +44,11 @@ class Stopwatch:
 def summarize(run) -> dict[str, str]:
     """What a `Run` took since it was started. Logs it, and returns it for the card and the page."""
     watch, device = run.stopwatch, run.engine.accelerator.device
-    summary = {}
+    summary, decay = {}, run.options.ema_decay
+    if decay is not None:
+        summary["weights"] = (
+            f"moving averages with a decay of {decay:g}, and the last ones in `checkpoint-{run.state.step}/`"
+        )
     if watch.steps:
         # The first step also compiles, and chooses kernels.
         usual = statistics.median(watch.steps[1:] or watch.steps)
@@ -91,7 +95,7 @@ def describe_run(state: TrainingState, summary: dict[str, str]) -> str:
         lines += ["Held-out loss:", "", f"| {' | '.join(names.values())} |", "| --- " * len(names) + "|"]
         steps = {measured[-1]["step"], *([state.best["step"]] if state.best else [])}
         for found in (validation for validation in measured if validation["step"] in steps):
-            cells = ["not finite" if found[name] is None else f"{found[name]:.4f}" for name in list(names)[1:]]
+            cells = ["not finite" if found.get(name) is None else f"{found[name]:.4f}" for name in list(names)[1:]]
             lines.append(f"| {found['step']} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join([*lines, *(f"- {name}: {value}" for name, value in summary.items()), ""])

@@ -15,6 +15,7 @@ import torch
 from accelerate.logging import get_logger
 
 from semantic_attention import check_finite, check_number, read_header, read_json
+from semantic_fill.averages import AVERAGE, COUNT
 from semantic_fill.files import printable
 from semantic_fill.options import Options
 
@@ -25,7 +26,12 @@ logger = get_logger(__name__)
 COUNTERS = {"lr_scheduler": {"last_epoch": 0, "_step_count": 0}, "scaler": {"scale": 1e-30, "_growth_tracker": 0}}
 
 # The held-out losses of a validation by their names, and what they are called.
-LOSS_LABELS = {"loss": "right map", "wrong_map": "wrong map", "no_map": "no map"}
+LOSS_LABELS = {
+    "loss": "right map",
+    "wrong_map": "wrong map",
+    "no_map": "no map",
+    "not_averaged": "right map, last weights",
+}
 
 
 @dataclass
@@ -172,8 +178,18 @@ def check_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
     def fits_parameter(index: Any, entry: Any) -> bool:
         if index not in range(len(parameters)) or not isinstance(entry, dict):
             return False
-        if type(optimizer) is torch.optim.AdamW and entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        if type(optimizer) is torch.optim.AdamW and entry.keys() - {AVERAGE, COUNT} != {
+            "step",
+            "exp_avg",
+            "exp_avg_sq",
+        }:
             return False
+        if AVERAGE in entry or COUNT in entry:
+            average, count = entry.get(AVERAGE), entry.get(COUNT)
+            if not isinstance(average, torch.Tensor) or average.shape != parameters[index].shape:
+                return False
+            if type(count) is not int or not 0 < count < 2**53:
+                return False
         # States of 8 bits have a scale for each block and a table of 256 values.
         parameter, limit = parameters[index], max(256, parameters[index].numel())
         tensors = [value for value in entry.values() if isinstance(value, torch.Tensor)]

@@ -16,6 +16,7 @@ import torch
 from accelerate.logging import get_logger
 
 from semantic_fill import reports
+from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import BEST
 from semantic_fill.encoding import Encoder
 from semantic_fill.engines import Engine
@@ -79,15 +80,16 @@ class HeldOut:
         self.timesteps = draws[[(2 * k + 1) * len(draws) // (2 * plan.timesteps) for k in range(plan.timesteps)]]
 
     @torch.no_grad()
-    def measure(self, model) -> dict[str, float]:
+    def measure(self, model, maps: tuple[str, ...] | None = None) -> dict[str, float]:
         """
         The losses by their names in `LOSSES`, and with a wrong map `map_worth`, which is the loss of the wrong map minus
         that of the right one. Every process has to call it, and gets the same figures.
 
         Args:
             model (`SemanticFillModel`): The unwrapped model.
+            maps (`tuple[str, ...]`, *optional*): Only these of the plan's kinds of maps.
         """
-        accelerator, maps = self.engine.accelerator, self.plan.maps
+        accelerator, maps = self.engine.accelerator, maps or self.plan.maps
         places, processes = len(self.plan.rows) * self.plan.timesteps, accelerator.num_processes
         own = range(accelerator.process_index, -(-places // processes) * processes, processes)
         model.eval()
@@ -125,11 +127,22 @@ def is_due(run, last: bool = False) -> bool:
 
 def validate(run) -> None:
     """
-    Measures, keeps the best weights, paints and draws the page of a `Run`. Every process has to call it.
+    Measures, keeps the best weights, paints and draws the page of a `Run`. Every process has to call it. With --ema_decay
+    all of this is done with the averaged weights, and one more loss is that of the last ones.
 
     A checkpoint of the same step comes before, so that nothing here can cost it. A run that continues from there
     validates first.
     """
+    not_averaged = {}
+    if run.held_out is not None and run.options.ema_decay is not None:
+        with run.stopwatch.part("held-out loss"):
+            measured = run.held_out.measure(run.engine.unwrap(run.model), ("right",))
+        not_averaged = {"not_averaged": measured["loss"]}
+    with averaged(run):
+        _validate(run, not_averaged)
+
+
+def _validate(run, measured: dict[str, float]) -> None:
     options, state, accelerator = run.options, run.state, run.engine.accelerator
     model = run.engine.unwrap(run.model)
     since = state.step - (state.validations[-1]["step"] if state.validations else 0)
@@ -137,7 +150,7 @@ def validate(run) -> None:
     found: dict[str, Any] = {"step": state.step, "training_loss": math.fsum(recent) / len(recent) if recent else None}
     if run.held_out is not None:
         with run.stopwatch.part("held-out loss"):
-            measured = run.held_out.measure(model)
+            measured = run.held_out.measure(model) | measured
         # JSON has no word for what is not a number.
         found |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
     kept, loss = state.kept, found.get("loss")
