@@ -460,10 +460,7 @@ def train(run: Run) -> None:
     options, engine, state, accelerator = run.options, run.engine, run.state, run.engine.accelerator
     sampler, samples = read_samples(run)
     bar = tqdm(
-        total=options.max_train_steps,
-        initial=state.step,
-        desc="Steps",
-        disable=not accelerator.is_local_main_process,
+        total=options.max_train_steps, initial=state.step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     first_step, bad_steps, skipped = state.step + 1, 0, 0
     batches = prefetch(run.make_batch, samples, accelerator.device)
