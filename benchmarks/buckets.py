@@ -16,6 +16,8 @@ from pathlib import Path
 
 import PIL.Image
 from measurement import ROOT
+
+
 import earth  # isort: skip: the line before makes examples/ importable.
 
 
@@ -45,7 +47,15 @@ def train(args: argparse.Namespace, out: Path, *more: object) -> None:
     command += ["--train_data_dir", args.output_dir / "train", "--instance_prompt", earth.PROMPT, "--output_dir", out]
     command += ["--resolution", args.resolution, "--max_sequence_length", 32, "--semantic_mode", "projection"]
     command += ["--train_batch_size", args.batch, "--loss_region", "target", "--learning_rate", 3e-3]
-    command += ["--max_train_steps", args.steps, "--report_to", "none", "--cache_root", args.output_dir / "cache", *more]
+    command += [
+        "--max_train_steps",
+        args.steps,
+        "--report_to",
+        "none",
+        "--cache_root",
+        args.output_dir / "cache",
+        *more,
+    ]
     subprocess.run(list(map(str, command)), check=True)
 
 
