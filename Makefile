@@ -11,9 +11,10 @@ $(VENV)/installed: setup.py requirements.txt constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[test,demo,app]"
 	touch $@
 
-# Two workers with one thread each, because the models are too small to share the work of a core.
+# Two workers with one thread each, because the models are too small to share the work of a core. Each takes one half of the
+# files, so that what a file sets up is set up once.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --output_dir demo

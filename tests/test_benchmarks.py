@@ -37,10 +37,19 @@ def test_rows_of_train_speed(train_speed, tmp_path):
         assert row["of bf16 floor"] * row["ms/step"] == pytest.approx(baseline["of bf16 floor"] * baseline["ms/step"])
 
 
-def test_rows_of_ones_own_in_turns(train_speed, tmp_path):
+def test_rows_of_ones_own_in_turns(train_speed, tmp_path, monkeypatch):
     first, second = "--semantic_mode none --train_batch_size 1", "--max_sequence_length auto --checkpointing full"
-    report = measure_speed(train_speed, tmp_path / "out.json", "--rounds=2", f"--row={first}", f"--row={second}")
-    rows = report["rows"]
+    too_large, measure = "--rank 64", train_speed.Bench.trainer
+
+    def trainer(bench, *options, **more):
+        if "--rank" in options:
+            raise torch.OutOfMemoryError("no room")
+        return measure(bench, *options, **more)
+
+    monkeypatch.setattr(train_speed.Bench, "trainer", trainer)
+    own = [f"--row={options}" for options in (first, too_large, second)]
+    report = measure_speed(train_speed, tmp_path / "out.json", "--rounds=2", *own)
+    rows = [row for row in report["rows"] if row["row"] != too_large]
     assert [(row["row"], row["turn"]) for row in rows] == [(first, 1), (second, 1), (first, 2), (second, 2)]
     # The options reached the runs.
     assert rows[0]["samples/s"] * rows[0]["ms/step"] == pytest.approx(1000) and rows[1]["text tokens"] < 512
@@ -48,6 +57,9 @@ def test_rows_of_ones_own_in_turns(train_speed, tmp_path):
     median = report["medians"][0]
     assert (median["row"], median["turns"]) == (first, 2)
     assert median["ms/step"] == pytest.approx((rows[0]["ms/step"] + rows[2]["ms/step"]) / 2)
+    # A row that fails costs no other.
+    failed = [row["result"] for row in report["rows"] if row["row"] == too_large]
+    assert len(failed) == 2 and all("out of memory" in result for result in failed)
 
 
 def test_timed_steps(monkeypatch, train_speed):
@@ -60,15 +72,6 @@ def test_timed_steps(monkeypatch, train_speed):
         tracker.log({"loss": float(loss)}, step=loss + 1)
     assert tracker.seconds(warm_up=1) == [1.0, 2.0, 3.0] and tracker.seconds(warm_up=3) == [3.0]
     assert tracker.losses == [0.0, 1.0, 2.0, 3.0]
-
-
-def test_a_failing_row_costs_no_other(train_speed, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(train_speed.Bench, "baseline", fail)
-    baseline, ours = measure_speed(train_speed, tmp_path / "out.json")["rows"]
-    assert "out of memory" in baseline["result"] and ours["samples/s"] > 0
 
 
 def test_flops_of_flux(train_speed):

@@ -72,7 +72,8 @@ def test_the_wheel_alone_trains_and_evaluates(built, base_folder, triptych_folde
     assert (trained / "pytorch_lora_weights.safetensors").is_file()
     assert (elsewhere / "evaluation" / "evaluation.json").is_file()
     # It ran what was installed and not this checkout.
-    where = "import train_semantic_fill_lora as t, semantic_fill as s; print(t.__file__, s.__file__)"
+    names = ("train_semantic_fill_lora", "semantic_fill")
+    where = f"import importlib.util as u; print(*(u.find_spec(name).origin for name in {names}))"
     environment = os.environ | {"PYTHONPATH": str(site)}
     found = subprocess.run(
         [sys.executable, "-c", where], cwd=elsewhere, env=environment, capture_output=True, text=True
