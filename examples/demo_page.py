@@ -9,6 +9,7 @@ The picture needs `playwright` and a Chromium, which `playwright install chromiu
 import argparse
 import html
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -143,9 +144,9 @@ def save_small(picture: PIL.Image.Image, path: Path) -> None:
 
 
 def find_browser() -> str | None:
-    """A Chromium of this machine. Without one, playwright takes the one that it brings."""
+    """The Chromium that the variable CHROMIUM names, or one of this machine. Else playwright takes the one that it brings."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return next(filter(None, map(shutil.which, names)), None)
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
 def take_picture(page: Path) -> PIL.Image.Image:

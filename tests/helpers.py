@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """What several test files share: small triptychs, runs in this process and in processes of their own, and comparisons."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -211,6 +213,24 @@ def assert_ended_well(done, processes: int) -> None:
         assert "ChildFailedError" in done.stderr and "SIGABRT" in done.stderr, done.stderr
     else:
         assert done.returncode == 0, done.stderr
+
+
+# -- Pages --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_browser():
+    """A Chromium. Without playwright or a Chromium the test is skipped."""
+    import demo_page
+
+    playwright = pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright")
+    path = demo_page.find_browser()
+    if path is None:
+        pytest.skip("no Chromium on this machine: install one, or name it in the variable CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 # -- Weights and checkpoints --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import shlex
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import ROOT
+from helpers import ROOT, open_browser
 from pipeline_helpers import Trained, make_pipe
 
 import train_semantic_fill_lora as trainer
@@ -70,16 +70,12 @@ def test_commands_of_the_page_can_be_copied(folder):
 
 def test_the_page_in_a_browser(folder, tmp_path):
     """It fits a phone, its slider goes from one painting to the other, and the README's picture is made from it."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
-    if demo_page.find_browser() is None:
-        pytest.skip("no Chromium on this machine")
 
     def shown(layers) -> np.ndarray:
         """Without the line, which is at the edge, and pixels that lie half outside."""
         return np.asarray(PIL.Image.open(io.BytesIO(layers.screenshot())).convert("RGB"), np.int16)[4:-4, 4:-4]
 
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=demo_page.find_browser(), args=["--no-sandbox"])
+    with open_browser() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 800})
         page.goto((folder / "index.html").as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -94,7 +90,6 @@ def test_the_page_in_a_browser(folder, tmp_path):
                 hidden.evaluate("image => image.style.visibility = ''")
             page.get_by_role("slider").fill("100")
             assert (shown(layers) != before).any()
-        browser.close()
     demo_page.main(demo_page.parse_args([str(folder / "index.html"), "--output", str(tmp_path / "a.png")]))
     assert (tmp_path / "a.png").stat().st_size <= demo_page.MAX_BYTES
     assert PIL.Image.open(tmp_path / "a.png").width == 900
