@@ -5,7 +5,8 @@ import argparse
 
 from semantic_fill import evaluate
 from semantic_fill.command_line import build_parser
-from semantic_fill.options import OptionGroup, Options
+from semantic_fill.option_fields import OptionGroup
+from semantic_fill.options import Options
 
 
 def describe(option: argparse.Action) -> str:

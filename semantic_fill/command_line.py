@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from semantic_fill.options import OptionGroup
+from semantic_fill.option_fields import OptionGroup
 
 
 def build_parser(options_class: type[OptionGroup], description: str | None) -> argparse.ArgumentParser:

@@ -36,7 +36,8 @@ from semantic_fill.command_line import parse_options
 from semantic_fill.data import TriptychDataset
 from semantic_fill.files import is_hub_id, printable
 from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks
-from semantic_fill.options import DataOptions, ModelOptions, option
+from semantic_fill.option_fields import option
+from semantic_fill.options import DataOptions, ModelOptions
 from semantic_fill.paintings import as_picture, draw_sheet
 from semantic_fill.publish import add_to_model_card, as_text
 from semantic_fill.sampling import MAPS, seed_of, wrong_maps

@@ -19,7 +19,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from semantic_fill.options import OptionGroup, option
+from semantic_fill.option_fields import OptionGroup, option
 from semantic_fill.views import Palette
 
 

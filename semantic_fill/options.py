@@ -8,10 +8,7 @@ A field whose default is `None` but whose type is not follows from other options
 data (`max_train_steps`) or with --fast from the GPU. It is filled in before anything uses it.
 """
 
-import dataclasses
 import math
-import operator
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,64 +19,14 @@ from diffusers.optimization import SchedulerType
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
 from semantic_attention import SEMANTIC_POSITIONS
 from semantic_fill.memory import CHECKPOINTING
+from semantic_fill.option_fields import OptionGroup, option
 from semantic_fill.precision import PRECISIONS
 
 
-LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 # Piecewise constant takes rules that no option states.
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT)
 TRACKERS = (*LOGGER_TYPE_TO_CLASS, "all", "none")
 HUB_CHECKPOINT = "last-checkpoint"
-
-
-def option(
-    default=dataclasses.MISSING,
-    *,
-    help: str,
-    choices: typing.Iterable[str] | None = None,
-    words: tuple[str, ...] = (),
-    alias: str | None = None,
-    at_least: float = 0,
-    **limits: float,
-) -> typing.Any:
-    """
-    A field of an option group.
-
-    Args:
-        default: Value where the option is not passed. Without one, the option is required.
-        help: Help text on the command line and in the reference.
-        choices: All accepted values.
-        words: Strings accepted beside numbers.
-        alias: Another name on the command line.
-        at_least, limits: Bounds of a number, named as in `LIMITS`.
-    """
-    metadata = {"help": help, "choices": choices and tuple(choices), "words": words, "alias": alias}
-    return dataclasses.field(default=default, metadata=metadata | {"limits": {"at_least": at_least} | limits})
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptionGroup:
-    """What all groups share: choices and bounds are checked however the object is made."""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            chosen = value if isinstance(value, tuple) else (value,)
-            if choices and value is not None and not set(chosen) <= set(choices):
-                raise ValueError(f"--{field.name} has to be one of {', '.join(choices)} but is {value!r}.")
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if not math.isfinite(value):
-                raise ValueError(f"--{field.name} has to be a finite number but is {value}.")
-            for name, bound in field.metadata["limits"].items():
-                if not LIMITS[name](value, bound):
-                    raise ValueError(f"--{field.name} has to be {name.replace('_', ' ')} {bound:g} but is {value}.")
-
-    def _set_defaults(self, **defaults) -> None:
-        """Fills in defaults that follow from other options. Only `__post_init__` may call it."""
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import train_semantic_fill_lora as trainer
 from semantic_fill.command_line import build_parser, parse_options
-from semantic_fill.options import DataOptions, OptionGroup, Options, option
+from semantic_fill.option_fields import OptionGroup, option
+from semantic_fill.options import DataOptions, Options
 
 
 REQUIRED = {"pretrained_model_name_or_path": "unused", "train_data_dir": "unused"}
