@@ -137,7 +137,7 @@ def make_encodings(options: trainer.Options, dataset: TriptychDataset) -> int:
     pipeline = build_encoders("test", torch.device("cpu"), torch.float32)
     encoder = Encoder(pipeline, dataset, options.max_sequence_length, Path(options.cache_root))
     paths = {encoder.prompt_file(prompt) for prompt in dataset.all_captions() | {""}}
-    paths |= {encoder.latent_file(index, False, False) for index in range(len(dataset))}
+    paths |= {path for spec in encoder.specs() for path in encoder.sample_files(spec)}
     tensors = {"moments": torch.zeros(4)}
     data = safetensors.torch.save(tensors, metadata={"crc32": checksum(tensors)})
     for path in paths:

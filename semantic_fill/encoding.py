@@ -9,11 +9,11 @@ import copy
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 import transformers
 from accelerate import Accelerator, cpu_offload
@@ -26,14 +26,14 @@ from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
 from semantic_fill.data import TriptychDataset
 from semantic_fill.files import (
     FileMemory,
-    checksum,
     explain_write_errors,
     file_stamp,
     fingerprint,
+    has_header,
     is_intact,
     read_encoding,
     remove_leftovers,
-    write_atomically,
+    write_encoding,
 )
 from semantic_fill.memory import device_memory, parameter_bytes
 from semantic_fill.options import Options
@@ -63,7 +63,7 @@ def load_encoders(options: Options, dtype: torch.dtype) -> FluxFillSemanticPipel
         )
     except safetensors.SafetensorError as error:
         # transformers does not say which file is damaged.
-        damaged = [str(path) for path in sorted(Path(source).rglob("*.safetensors")) if not _has_header(path)]
+        damaged = [str(path) for path in sorted(Path(source).rglob("*.safetensors")) if not has_header(path)]
         raise ValueError(
             f"--pretrained_model_name_or_path {source} holds a damaged file"
             f" ({', '.join(damaged) or 'of a text encoder'}): {error}"
@@ -71,14 +71,6 @@ def load_encoders(options: Options, dtype: torch.dtype) -> FluxFillSemanticPipel
     for component in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
     return pipeline
-
-
-def _has_header(path: Path) -> bool:
-    try:
-        with safetensors.safe_open(path, framework="pt"):
-            return True
-    except (safetensors.SafetensorError, OSError):
-        return False
 
 
 def offload_encoders(pipeline: FluxFillSemanticPipeline, device: torch.device) -> None:
@@ -194,11 +186,12 @@ class Encoder:
         self.cached, self.folder = cache_dir is not None, cache_dir or Path()
         self.layouts = self._layouts()
         if self.cached:
-            vae = pipeline.vae
-            # The map's tokens are cached after scaling, so the scaling belongs to the key.
-            scaling = (vae.config.shift_factor, vae.config.scaling_factor)
             memory = FileMemory(self.folder / MEMORY, MEMORY_VERSION) if from_files else None
-            self.latent_key = (fingerprint(vae, memory), *scaling, self.mode, pipeline.config["fusion_alpha"])
+            weights, config = fingerprint(pipeline.vae, memory), pipeline.vae.config
+            # Modes that put the same on the canvas share its encoding.
+            self.canvas_key = (weights, self.mode.panels, self.mode.fuses and pipeline.config["fusion_alpha"])
+            # The map's tokens are cached after scaling, so the scaling belongs to the key.
+            self.map_key = (weights, config.shift_factor, config.scaling_factor)
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
             vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
             words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
@@ -225,24 +218,29 @@ class Encoder:
         """Number of image tokens on the largest canvas."""
         return max(layout.image_tokens for layout in self.used_layouts())
 
-    @torch.no_grad()
     def encode_views(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
-        """Batched views -> VAE posteriors of the diptych and the masked diptych, and semantic tokens of one panel."""
+        """Batched views -> all that the mode needs of them."""
+        encoded = self.encode_canvas(views, drop_map)
+        return encoded if self.mode.module_class is None else encoded | self.encode_map(views)
+
+    @torch.no_grad()
+    def encode_canvas(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
+        """Batched views -> VAE posteriors of the diptych and the masked diptych."""
         on_canvas = views["semantic"] if self.mode.map_on_canvas and not drop_map else None
         diptych, mask = self.pipeline.prepare_diptych(views["visible"], views["target"], on_canvas)
         moments, masked_moments = self.pipeline.encode_moments(diptych, mask)
-        encoded = {"moments": moments, "masked_moments": masked_moments}
-        if self.mode.module_class is not None:
-            encoded["semantic"] = self.pipeline.encode_semantic(views["semantic"])
-        return encoded
+        return {"moments": moments, "masked_moments": masked_moments}
+
+    @torch.no_grad()
+    def encode_map(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Batched views -> semantic tokens of one panel."""
+        return {"semantic": self.pipeline.encode_semantic(views["semantic"])}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Prompts -> `prompt_embeds (batch, max_sequence_length, channels)` and `pooled_prompt_embeds (batch, channels)`."""
-        prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompts, prompts, max_sequence_length=self.max_sequence_length
-        )
-        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, prompts, max_sequence_length=self.max_sequence_length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     # Read: what the data loader's workers do.
 
@@ -251,14 +249,14 @@ class Encoder:
         prompt = "" if spec.drop_caption else self.dataset.caption(spec.index, spec.caption)
         if not self.cached:
             return {"spec": spec, "views": self._views(spec), "prompt": prompt}
-        latents = read_encoding(self.latent_file(spec.index, spec.flip, spec.drop_map, spec.map_index))
-        return {"spec": spec, "encoded": latents | read_encoding(self.prompt_file(prompt))}
+        files = [*self.sample_files(spec), self.prompt_file(prompt)]
+        return {"spec": spec, "encoded": {k: v for file in files for k, v in read_encoding(file).items()}}
 
     def _views(self, spec: SampleSpec) -> dict[str, torch.Tensor]:
         views = self.dataset.views(spec.index, spec.flip)
         if spec.map_index is not None:
             views["semantic"] = self.dataset.views(spec.map_index, spec.flip)["semantic"]
-        return views
+        return {name: view[None] for name, view in views.items()}
 
     # Encode: read samples become the model's inputs.
 
@@ -276,8 +274,7 @@ class Encoder:
         else:
             parts = []
             for sample in samples:
-                views = {name: view[None] for name, view in sample["views"].items()}
-                encoded_views = self.encode_views(views, sample["spec"].drop_map)
+                encoded_views = self.encode_views(sample["views"], sample["spec"].drop_map)
                 parts.append(encoded_views | self.encode_prompts([sample["prompt"]]))
             encoded = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
         layout = self.layout(samples).to(device)
@@ -297,10 +294,16 @@ class Encoder:
     def _file(self, *key) -> Path:
         return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
 
-    def latent_file(self, index: int, flip: bool, drop_map: bool, map_index: int | None = None) -> Path:
-        views = (*self.dataset.digests(index), *self.dataset.size(index))
-        other = () if map_index is None else self.dataset.digests(map_index)
-        return self._file(*views, self.latent_key, flip, drop_map and self.mode.map_on_canvas, *other)
+    def sample_files(self, spec: SampleSpec) -> dict[Path, Callable]:
+        """The files of a sample's encodings, and what makes each from its views."""
+        indices = (spec.index, spec.index if spec.map_index is None else spec.map_index)
+        canvas, semantic = ((*self.dataset.digests(i), *self.dataset.size(i), spec.flip) for i in indices)
+        on_canvas = (spec.drop_map, *semantic) if self.mode.map_on_canvas else ()
+        encode = functools.partial(self.encode_canvas, drop_map=spec.drop_map)
+        files: dict[Path, Callable] = {self._file(*canvas, *on_canvas, self.canvas_key): encode}
+        if self.mode.module_class is not None:
+            files[self._file(*semantic, self.map_key)] = self.encode_map
+        return files
 
     def prompt_file(self, prompt: str) -> Path:
         return self._file(prompt, self.prompt_key)
@@ -312,17 +315,16 @@ class Encoder:
             yield SampleSpec(0, index, bool(flip), False, bool(drop))
 
     def fill_cache(self, accelerator: Accelerator, specs: Iterable[SampleSpec]) -> None:
-        """
-        Encodes all prompts, and samples in the forms of `specs`, that are not in the cache. The processes share the work,
-        so all of them have to call this.
-        """
+        """Encodes prompts and samples that the cache lacks. The processes share the work, so all have to call this."""
         # All prompts come first, so that text encoders and VAE each move to the device once. Encoding one item at a time
         # needs the least memory, and no encoding depends on its neighbors.
-        prompts = self.dataset.all_captions() | {""}
-        jobs = {self.prompt_file(p): functools.partial(self.encode_prompts, [p]) for p in sorted(prompts)}
+        jobs: dict[Path, tuple[Callable, Callable]] = {}
+        for prompt in sorted(self.dataset.all_captions() | {""}):
+            jobs[self.prompt_file(prompt)] = (functools.partial(list, [prompt]), self.encode_prompts)
         for spec in specs:
-            path = self.latent_file(spec.index, spec.flip, spec.drop_map, spec.map_index)
-            jobs[path] = functools.partial(self._encode_sample, spec)
+            read = functools.partial(self._views, spec)
+            for path, encode in self.sample_files(spec).items():
+                jobs.setdefault(path, (read, encode))
 
         # An encoding is read once to see that it is intact, by one process, and again only if its file has changed.
         memory = FileMemory(self.folder / MEMORY, MEMORY_VERSION)
@@ -339,22 +341,21 @@ class Encoder:
             self.folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             remove_leftovers(self.folder)
-        own = missing[rank::processes]
-        if own:
+        # What comes of one sample is encoded together, so that it is read once.
+        groups = [list(paths) for _, paths in itertools.groupby(missing, key=lambda path: jobs[path][0])]
+        if own := groups[rank::processes]:
             offload_encoders(self.pipeline, accelerator.device)
-        for path in tqdm(own, desc="Encoding", disable=not accelerator.is_local_main_process):
-            encoded = {name: tensor[0].contiguous().cpu() for name, tensor in jobs[path]().items()}
-            save = functools.partial(safetensors.torch.save_file, encoded, metadata={"crc32": checksum(encoded)})
-            with explain_write_errors("--cache_root", "What is encoded already is kept."):
-                write_atomically(path, save)
+        for paths in tqdm(own, desc="Encoding", disable=not accelerator.is_local_main_process):
+            source = jobs[paths[0]][0]()
+            for path in paths:
+                encoded = {name: tensor[0].contiguous().cpu() for name, tensor in jobs[path][1](source).items()}
+                with explain_write_errors("--cache_root", "What is encoded already is kept."):
+                    write_encoding(path, encoded)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for path in unread:
                 memory.put(path.name, file_stamp([path]), True)
             memory.save()
-
-    def _encode_sample(self, spec: SampleSpec) -> dict[str, torch.Tensor]:
-        return self.encode_views({name: view[None] for name, view in self._views(spec).items()}, spec.drop_map)
 
 
 def encode_datasets(

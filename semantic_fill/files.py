@@ -5,6 +5,7 @@ Everything here knows files only, which is why every other module may import it.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
 from accelerate.logging import get_logger
 from huggingface_hub.errors import HFValidationError
@@ -239,6 +240,15 @@ def is_hub_id(name: str) -> bool:
 # -- Encodings -------------------------------------------------------------------------------------------------------
 
 
+def has_header(path: Path) -> bool:
+    """Whether the beginning of a safetensors file can be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return True
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
     value = 0
     for name in sorted(tensors):
@@ -268,6 +278,11 @@ def read_encoding(path: Path) -> dict[str, torch.Tensor]:
         f"The encoding {path} was damaged while the run was under way ({damage}). The next start encodes it again:"
         " continue with --resume_from_checkpoint latest."
     )
+
+
+def write_encoding(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save = functools.partial(safetensors.torch.save_file, tensors, metadata={"crc32": checksum(tensors)})
+    write_atomically(path, save)
 
 
 def is_intact(path: Path) -> bool:

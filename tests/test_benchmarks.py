@@ -252,18 +252,19 @@ def test_starts(monkeypatch, tmp_path, form, small):
     record(encoding, "is_intact")
     record(startup, "start")
     # Nothing is encoded, because every encoding is found.
-    record(encoding.Encoder, "encode_views")
+    record(encoding.Encoder, "encode_canvas")
+    record(encoding.Encoder, "encode_map")
     record(encoding.Encoder, "encode_prompts")
     rows = 18 if small else 4
     options = [f"--rows={rows}", *small, f"--form={form}", "--cores=1", f"--folder={tmp_path / 'files'}"]
     startup.main(startup.parse_args([*options, f"--output={tmp_path / 'startup.json'}"]))
     report = json.loads((tmp_path / "startup.json").read_text())
     assert [row["what"] for row in report["rows"]] == ["check alone", "first start", "second start"]
-    # No two files are equal, so each sample has an encoding of its own, as has each caption and the empty one.
-    assert report["encodings"] == 2 * rows + 1
+    # No two files are equal, so each sample and its map have encodings of their own, as has each caption and the empty one.
+    assert report["encodings"] == 3 * rows + 1
     first, second = (index for index, name in enumerate(done) if name == "start")
     assert done[:first] == ["inspect"] * rows
-    assert done[first + 1 : second] == ["inspect"] * rows + ["is_intact"] * (2 * rows + 1)
+    assert done[first + 1 : second] == ["inspect"] * rows + ["is_intact"] * (3 * rows + 1)
     assert done[second + 1 :] == []
     for row in report["rows"]:
         parts = [row[name] for name in ("list, s", "check, s", "encodings, s") if row[name] != ""]

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ from semantic_fill.files import checksum, is_intact, read_encoding, write_atomic
 from semantic_fill.sampling import SampleReader, SampleSpec
 
 
+FIRST = SampleSpec(position=0, index=0, flip=False, drop_caption=False, drop_map=False)
+
+
 def make_encoder(options, cache_dir=None) -> Encoder:
     return Encoder(load_encoders(options, torch.float32), read_dataset(options), 16, cache_dir)
 
@@ -57,8 +61,8 @@ def test_cached_encodings_are_those_that_are_made_when_needed(base_folder, tript
         if cache_dir is not None:
             fresh_state()
             encoder.fill_cache(Accelerator(cpu=True), encoder.specs(flips=True, dropped_maps=True))
-            # 6 pictures, mirrored too, with and without their map where it lies on the canvas, and 3 prompts.
-            assert len(encodings(cache_dir)) == 12 * (1 + SEMANTIC_MODES[mode].map_on_canvas) + 3
+            # 6 pictures, mirrored too, with and without their map where it lies on the canvas, else beside it, and 3 prompts.
+            assert len(encodings(cache_dir)) == 12 * (1 + SEMANTIC_MODES[mode].uses_map) + 3
         reader = SampleReader(encoder)
         generators = [torch.Generator().manual_seed(spec.position) for spec in specs]
         samples = [reader[spec] for spec in specs]
@@ -97,48 +101,69 @@ def test_another_scaling_or_tokenizer_is_another_encoding(base_folder, triptych_
 
     def made():
         encoder = Encoder(pipeline, dataset, 16, tmp_path)
-        files = encoder.latent_file(0, False, False), encoder.prompt_file("a b")
-        return files, encoder.encode_views(views)["semantic"], encoder.encode_prompts(["a b"])["prompt_embeds"]
+        files = *encoder.sample_files(FIRST), encoder.prompt_file("a b")
+        return files, encoder.encode_views(views), encoder.encode_prompts(["a b"])["prompt_embeds"]
 
     first = made()
     assert made()[0] == first[0]
     pipeline.vae.register_to_config(scaling_factor=0.5)
     second = made()
-    assert not torch.equal(first[1], second[1])
-    assert first[0][0] != second[0][0] and first[0][1] == second[0][1]
+    assert not torch.equal(first[1]["semantic"], second[1]["semantic"])
+    assert torch.equal(first[1]["moments"], second[1]["moments"])
+    assert [a == b for a, b in zip(first[0], second[0])] == [True, False, True]
     pipeline.tokenizer_2 = T5TokenizerFast(
         vocab=[(piece, -float(i)) for i, piece in enumerate(["<pad>", "</s>", "<unk>", "▁", "b", "a"])], extra_ids=0
     )
     third = made()
     assert not torch.equal(second[2], third[2])
-    assert second[0][0] == third[0][0] and second[0][1] != third[0][1]
+    assert [a == b for a, b in zip(second[0], third[0])] == [True, True, False]
 
 
 def test_another_weight_mode_or_size_is_another_encoding(base_folder, triptych_folder, tmp_path):
     options = {
-        "plain": [],
+        "plain": ["--semantic_mode", "none"],
         "in_context": ["--semantic_mode", "in_context"],
         "fusion": ["--semantic_mode", "pixel_fusion"],
         "more fusion": ["--semantic_mode", "pixel_fusion", "--fusion_alpha", 0.6],
-        "wider": ["--width", 64],
+        "wider": ["--semantic_mode", "none", "--width", 64],
     }
     encoders = {
         name: make_encoder(arguments(base_folder, tmp_path, *more, data=triptych_folder), tmp_path)
         for name, more in options.items()
     }
-    assert len({encoder.latent_file(0, False, False) for encoder in encoders.values()}) == len(encoders)
+    assert len({file for encoder in encoders.values() for file in encoder.sample_files(FIRST)}) == len(encoders)
     assert len({encoder.prompt_file("a") for encoder in encoders.values()}) == 1
     plain = encoders["plain"]
-    before = plain.latent_file(0, False, False), plain.prompt_file("a")
+    before = plain.sample_files(FIRST).keys(), plain.prompt_file("a")
     for model in (plain.pipeline.vae, plain.pipeline.text_encoder_2):
         next(model.parameters()).data.add_(1)
     changed = Encoder(plain.pipeline, plain.dataset, 16, tmp_path)
-    assert changed.latent_file(0, False, False) != before[0] and changed.prompt_file("a") != before[1]
+    assert changed.sample_files(FIRST).keys().isdisjoint(before[0]) and changed.prompt_file("a") != before[1]
     longer = Encoder(plain.pipeline, plain.dataset, 32, tmp_path)
     assert longer.prompt_file("a") != changed.prompt_file("a")
 
 
 # -- The cache --------------------------------------------------------------------------------------------------------
+
+
+def test_modes_share_what_they_have_in_common(base_folder, triptych_folder, tmp_path, caplog):
+    """Another mode, and another picture's map, are encoded with what is there."""
+    caplog.set_level(logging.INFO, logger="semantic_fill")
+    # The canvas alone; its map too; nothing more; the wrong maps of validation; a canvas of its own.
+    runs = {"none": 6, "projection": 6, "cross_attention": 0, "pixel_fusion": 6}
+    for mode, made in runs.items():
+        caplog.clear()
+        encoder = make_encoder(
+            arguments(base_folder, tmp_path, "--semantic_mode", mode, data=triptych_folder), tmp_path
+        )
+        fresh_state()
+        encoder.fill_cache(Accelerator(cpu=True), encoder.specs())
+        # The first one also makes 3 prompts.
+        assert f"{made + 3 * (mode == 'none')} to make" in caplog.text
+        if mode == "projection":
+            caplog.clear()
+            encoder.fill_cache(Accelerator(cpu=True), [replace(spec, map_index=5) for spec in encoder.specs()])
+            assert "0 to make" in caplog.text
 
 
 def test_cache_is_reused_and_mended(base_folder, triptych_folder, tmp_path, caplog):
@@ -148,17 +173,17 @@ def test_cache_is_reused_and_mended(base_folder, triptych_folder, tmp_path, capl
     caplog.set_level(logging.INFO, logger="semantic_fill")
     run(base_folder, out, *more.split(), 1, data=triptych_folder)
     files = encodings(out / "cache")
-    # 6 pictures, each mirrored too; 2 captions and the empty one.
-    assert len(files) == 15
+    # 6 pictures and their maps, each mirrored too; 2 captions and the empty one.
+    assert len(files) == 27
     files[0].write_bytes(b"no safetensors")
     caplog.clear()
     assert_same_weights(expected, run(base_folder, out, *more.split(), 4, data=triptych_folder))
-    assert "14 found" in caplog.text and f"{files[0]} is damaged and is encoded again" in caplog.text
+    assert "26 found" in caplog.text and f"{files[0]} is damaged and is encoded again" in caplog.text
     # A longer prompt is another encoding.
     caplog.clear()
     more = ["--overwrite_output_dir", "--max_train_steps", 1, "--max_sequence_length", 8]
     run(base_folder, out, *more, data=triptych_folder)
-    assert "6 found" in caplog.text and "3 to make" in caplog.text
+    assert "12 found" in caplog.text and "3 to make" in caplog.text
 
 
 def test_without_cache_the_same_is_learned(base_folder, triptych_folder, tmp_path):

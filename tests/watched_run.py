@@ -88,11 +88,10 @@ def note_rows(batch, samples, **kwargs):
     seen["rows"] += [sample["spec"].position for sample in samples]
 
 
-def note_encoding(result, encoder, spec):
+def note_views(result, encoder, spec):
     # Held-out samples have no position in training.
     if spec.position >= 0:
         seen["encoded"].append(spec.index)
-    note_time("encoded")
 
 
 def note_prompts(result, encoder, prompts):
@@ -138,7 +137,8 @@ def main() -> None:
     watch(trainer, "make_batch", note_rows)
     watch(trainer, "load_datasets", lambda *args: seen["checked"].extend(seen["read"]))
     rank = int(os.environ["RANK"])
-    watch(Encoder, "_encode_sample", note_encoding, slowly=rank == 1)
+    watch(Encoder, "_views", note_views, slowly=rank == 1)
+    watch(Encoder, "encode_map", lambda *args: note_time("encoded"))
     watch(Encoder, "encode_prompts", note_prompts)
     watch(checkpoints, "save_checkpoint", lambda *args: note_time("checkpoint"), slowly=True)
     watch(trainer, "save_result", lambda *args: note_time("result"), slowly=True)
