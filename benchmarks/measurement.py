@@ -72,7 +72,7 @@ def assemble(options: trainer.Options, tracker: GeneralTracker, **kwargs) -> tra
 def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """Floating point operations a second of one large square product, by which the shortest possible time is reckoned."""
     if device.type != "cuda":
-        size = 512
+        size = 128
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(20):

@@ -229,8 +229,12 @@ class FSDP2Engine(Engine):
 def frozen_garbage() -> Iterator[None]:
     """
     Keeps garbage collection away from objects that exist now. Once everything is built and compiled, each full
-    collection would search them all, and hold up this process and all others for as long as a step takes.
+    collection would search them all, and hold up this process and all others for as long as a step takes. Does nothing
+    in a program that has frozen objects of its own, because they would be unfrozen too.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """Fixtures that all tests share: a tiny FLUX Fill in the real layout, and small real triptychs on disk."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 # Nothing here may look anything up on the real Hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Imports make a million objects that stay. Garbage collections would search them over and over.
+gc.disable()
+
 import pytest  # noqa: E402
 from adapter_helpers import make_expected, make_loras  # noqa: E402
 from diffusers import FluxFillPipeline  # noqa: E402
@@ -18,6 +22,12 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
 from helpers import write_triptychs  # noqa: E402
 from small_flux_fill import build_pipeline  # noqa: E402
+
+
+def pytest_collection_finish():
+    """All is imported. From now on collections look at what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -33,7 +32,6 @@ ROOT = Path(__file__).parent.parent
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODULE_FILE = "semantic_attention/diffusion_pytorch_model.safetensors"
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
 
 
 # -- Data -------------------------------------------------------------------------------------------------------------
@@ -187,32 +185,15 @@ def pixels_of(view: torch.Tensor) -> np.ndarray:
 # -- Runs in processes of their own -----------------------------------------------------------------------------------
 
 
-def command(base_folder, data, output_dir, *more, config="one_gpu", processes=1):
-    """The command line of a small run, launched as users launch it."""
-    launch = [*LAUNCH, "--config_file", str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", str(processes)]
+def script(base_folder, data, output_dir, *more) -> list[str]:
+    """The trainer's script and the options of a small run."""
     options = f"--mixed_precision no --pretrained_model_name_or_path {base_folder} --train_data_dir {data}"
     options += f" --output_dir {output_dir} --resolution 32 --rank 4 --max_sequence_length 16 --report_to none"
-    return [*launch, str(ROOT / "train_semantic_fill_lora.py"), *options.split(), *map(str, more)]
+    return [str(ROOT / "train_semantic_fill_lora.py"), *options.split(), *map(str, more)]
 
 
 def environment(tmp_path, **more):
     return os.environ | ON_CPU | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)} | more
-
-
-def assert_ended_well(done, processes: int) -> None:
-    """
-    A launched run exited with 0.
-
-    With several gloo processes, torch's native shutdown may abort one of them once all of its Python is done
-    (https://github.com/pytorch/pytorch/pull/179291). That message is accepted if the run itself raised no Python error,
-    so such a test has to judge by what the run left behind.
-    """
-    if processes > 1 and "terminate called without an active exception" in done.stderr:
-        # The launcher's own traceback ends in ChildFailedError. Any other one is the run's.
-        assert done.stderr.count("Traceback (most recent call last)") == 1, done.stderr
-        assert "ChildFailedError" in done.stderr and "SIGABRT" in done.stderr, done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
 
 
 # -- Pages --------------------------------------------------------------------------------------------------------------

@@ -218,8 +218,8 @@ def test_figures_are_saved_small_and_keep_rare_colors(tmp_path, monkeypatch):
     import demo_page
 
     blurred = picture(1, 32, 32)[0].movedim(0, -1).numpy()
-    pixels = np.asarray(PIL.Image.fromarray((blurred * 255).astype(np.uint8)).resize((500, 500))) // 2
-    pixels[100, 100:140] = (255, 255, 0)
+    pixels = np.asarray(PIL.Image.fromarray((blurred * 255).astype(np.uint8)).resize((120, 120))) // 2
+    pixels[100, 40:80] = (255, 255, 0)
     path = tmp_path / "docs" / "a.png"
     demo_page.save_small(PIL.Image.fromarray(pixels), path)
     size = path.stat().st_size

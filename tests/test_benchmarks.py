@@ -102,6 +102,14 @@ def ablation(monkeypatch):
     return module
 
 
+def run_all_here(function, cells, jobs, devices, args, output, cells_a_process=None) -> None:
+    """What `run_all` does, in this process."""
+    import ablation
+
+    rows = [ablation.call(function, *cell, args) for cell in cells]
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_figures_of_an_ablation(ablation, tmp_path, base_folder, monkeypatch):
     pytest.importorskip("matplotlib")
     for split in ("train", "test"):
@@ -112,6 +120,7 @@ def test_figures_of_an_ablation(ablation, tmp_path, base_folder, monkeypatch):
     options += ["--earth", str(tmp_path / "earth"), "--earth_base", base_folder, "--variants", *variants]
     options += "--seeds 0 --num_train 1 --steps 12 --batch_size 1 --num_inference_steps 2".split()
     options += ["--cost_steps", "0", "--device", "cpu", "--cache_root", str(tmp_path / "cache")]
+    monkeypatch.setattr(ablation, "run_all", run_all_here)
     ablation.main(ablation.parse_args(options))
 
     row = PIL.Image.open(folder / "attention-earth-condition-rope.png")

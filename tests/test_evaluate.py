@@ -3,8 +3,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 import urllib.error
 import weakref
 from pathlib import Path
@@ -22,6 +20,7 @@ import transformers
 from helpers import ON_CPU, ROOT, draw_triptych, run
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from quick_python import run_python
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
@@ -362,12 +361,11 @@ def test_the_card_over_the_hub(base_folder, files, tmp_path):
     trained = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     options = ["--pretrained_model_name_or_path", base_folder, "--train_data_dir", files / "test"]
     options += ["--num_inference_steps", 1, "--metrics", "psnr", "ssim", "--update_model_card"]
-    command = [sys.executable, "-m", "semantic_fill.evaluate", *options, "--output_dir", tmp_path / "evaluation"]
+    command = ["-m", "semantic_fill.evaluate", *options, "--output_dir", tmp_path / "evaluation"]
     with HubServer(token="hf_planted_secret") as hub:
         hub.add_repo("user/fill", {name: trained[name] for name in trained if not name.startswith("cache/")})
         env = hub.environment(tmp_path / "home", hub.token) | ON_CPU | {"PYTHONPATH": str(ROOT)}
-        command = [str(part) for part in (*command, "--trained", "user/fill")]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        done = run_python(*command, "--trained", "user/fill", env=env, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         pushed = hub.files("user/fill")
     report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())

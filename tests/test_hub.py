@@ -5,8 +5,6 @@ import copy
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from diffusers import FluxFillPipeline
 from helpers import LORA_FILE, MODULE_FILE, ON_CPU, ROOT, arguments, run, weights_of
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from quick_python import run_python
 
 from semantic_fill.publish import public_config, save_model_card, single_file_pipeline
 
@@ -53,8 +52,7 @@ def client(hub, base_folder, triptych_folder, tmp_path):
         )
         # The tests' conftest keeps clients off the Hub unless told otherwise.
         env = {**hub.environment(tmp_path / home, TOKEN), **ON_CPU, "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", preamble + code]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = run_python("-c", preamble + code, env=env)
         assert done.returncode == 0, done.stderr[-4000:]
         assert TOKEN not in done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -132,6 +130,7 @@ def test_checkpoints_go_over_the_hub(hub, client, base_folder, triptych_folder, 
 
 FAULTS = """
 from huggingface_hub import ModelCard
+from quick_python import run_python
 def push(name):
     more = ["--push_to_hub", "--hub_private_repo", "--hub_model_id", "user/" + name]
     options = arguments(base, Path(tmp, "out"), *more, data=data)

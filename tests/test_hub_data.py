@@ -3,14 +3,13 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 
 import datasets
 import pytest
 from helpers import ON_CPU, ROOT, draw_triptych, encode_picture
 from hub_server import HubServer
+from quick_python import run_python
 
 
 READ = """
@@ -43,8 +42,7 @@ def read(hub, tmp_path):
     def read(*options: dict) -> list:
         code = READ.format(paths=[str(ROOT / "tests"), str(ROOT), str(ROOT / "examples")])
         env = {**hub.environment(tmp_path / "home"), **ON_CPU, "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", code, json.dumps(options)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = run_python("-c", code, json.dumps(options), env=env)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.split("found: ")[1])
 

@@ -1,13 +1,12 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """LoRAs of all kinds from the Hub: trained ones with their modules, and those of others under names of their own."""
 
-import subprocess
-import sys
-
 import safetensors.torch
 import torch
+from helpers import ROOT
 from hub_server import HubServer
 from pipeline_helpers import Trained
+from quick_python import run_python
 
 
 CLIENT = """
@@ -46,11 +45,5 @@ def test_loras_of_all_kinds_come_from_the_hub(base, base_folder, tmp_path):
         hub.add_repo("user/trained", files | {"old/own.safetensors": lora.read_bytes()})
         hub.add_repo("user/style", {"README.md": b"A style.", "style.safetensors": safetensors.torch.save(style)})
         hub.add_repo("user/empty", {"README.md": b"Nothing."})
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT, base_folder],
-            env=hub.environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = run_python("-c", CLIENT, base_folder, env=hub.environment(tmp_path) | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,11 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The stand-in for the Hub answers the real clients as the Hub does. Each client is a process of its own."""
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
 from hub_server import HubServer, blob_id
+from quick_python import run_python
 
 
 README = b"---\nlicense: apache-2.0\ntags:\n- flux\npipeline_tag: image-to-image\n---\n# Title\n"
@@ -23,15 +22,8 @@ def client(hub, tmp_path):
     """Runs code in a fresh process against the hub. Returns what it printed, or its error if it has to fail."""
 
     def run(code: str, token: str | None = hub.token, check: bool = True, home: str = "home") -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            cwd=tmp_path,
-            env=hub.environment(tmp_path / home, token),
-            capture_output=True,
-            check=False,
-            text=True,
-            timeout=120,
-        )
+        env = hub.environment(tmp_path / home, token)
+        done = run_python("-c", textwrap.dedent(code), env=env, cwd=tmp_path)
         assert (done.returncode == 0) == check, done.stderr
         return done.stdout if check else done.stderr
 

@@ -3,8 +3,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import make_triptychs
@@ -13,6 +11,7 @@ import PIL.Image
 import pytest
 from datasets import load_dataset
 from helpers import ROOT, environment, png_of_zeros
+from quick_python import run_python
 
 from semantic_fill.views import color_labels
 
@@ -58,11 +57,10 @@ def panels(data: Path, name: str) -> list[np.ndarray]:
 
 
 def test_three_folders(data):
-    command = [sys.executable, make_triptychs.__file__, "--prompt=a map", "--resolution=32", "--output_dir=out"]
-    command += [f"--{view}_dir={view}" for view in ("visible", "target", "semantic")]
-    done = subprocess.run(
-        command, cwd=data, env=environment(data), capture_output=True, text=True, check=True, timeout=120
-    )
+    options = ["--prompt=a map", "--resolution=32", "--output_dir=out"]
+    options += [f"--{view}_dir={view}" for view in ("visible", "target", "semantic")]
+    done = run_python(make_triptychs.__file__, *options, cwd=data, env=environment(data))
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["2 triptychs in out"]
     assert read_lines(data / "out" / "metadata.jsonl") == [
         {"file_name": "a.png", "text": "a map"},

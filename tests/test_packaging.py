@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The wheel and the sdist: what they hold, and that the wheel alone trains and paints from another folder."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,17 @@ from helpers import ROOT
 MODULES = {"pipeline_flux_fill_semantic.py", "semantic_attention.py", "train_semantic_fill_lora.py"}
 PACKAGE = {f"semantic_fill/{path.name}" for path in (ROOT / "semantic_fill").glob("*.py")} | {"semantic_fill/py.typed"}
 BUILD = "import setuptools.build_meta as backend; backend.build_sdist('dist'); backend.build_wheel('dist')"
+
+# Calls the installed commands one after the other in one process, and says where their code came from.
+RUN = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+print(sys.modules["train_semantic_fill_lora"].__file__, sys.modules["semantic_fill"].__file__, sep="|")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +70,22 @@ def test_the_wheel_alone_trains_and_evaluates(built, base_folder, triptych_folde
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, built[1]]
     subprocess.run(install, check=True, capture_output=True)
 
-    def call(name, *options):
-        command = [sys.executable, site / "bin" / name, *map(str, options)]
-        environment = os.environ | {"PYTHONPATH": str(site)}
-        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
     sizes = ("--resolution", 32, "--max_sequence_length", 16)
     paths = ("--pretrained_model_name_or_path", base_folder, "--train_data_dir", triptych_folder)
-    call("semantic-fill-train", *paths, *sizes, "--rank", 4, "--max_train_steps", 1, "--report_to", "none")
+    train = ("semantic-fill-train", *paths, *sizes, "--rank", 4, "--max_train_steps", 1, "--report_to", "none")
     trained = elsewhere / "semantic-fill-lora"
-    call("semantic-fill-evaluate", "--trained", trained, *paths, "--maps", "right", "--num_inference_steps", 1)
+    maps = ("--maps", "right", "--num_inference_steps", 1)
+    evaluate = ("semantic-fill-evaluate", "--trained", trained, *paths, *maps)
+    calls = [[str(site / "bin" / name), *map(str, options)] for name, *options in (train, evaluate)]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(calls)],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
     assert (trained / "pytorch_lora_weights.safetensors").is_file()
     assert (elsewhere / "evaluation" / "evaluation.json").is_file()
     # It ran what was installed and not this checkout.
-    names = ("train_semantic_fill_lora", "semantic_fill")
-    where = f"import importlib.util as u; print(*(u.find_spec(name).origin for name in {names}))"
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd=elsewhere, env=environment, capture_output=True, text=True
-    )
-    assert found.stdout.count(str(site)) == 2
+    assert all(path.startswith(str(site)) for path in done.stdout.splitlines()[-1].split("|"))

@@ -4,8 +4,6 @@
 import ast
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -24,6 +22,7 @@ from pipeline_helpers import (
     trained_like,
     write_old_module,
 )
+from quick_python import run_python
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, read_trained_settings
 from semantic_attention import SemanticAttentionModel, SemanticProjectionModel
@@ -67,20 +66,22 @@ def test_save_pretrained_and_back(base, tmp_path, mode):
 
 
 CUSTOM = """
-import pathlib, sys, torch
+import sys, torch
 from diffusers import DiffusionPipeline
-base, custom, lora, saved, out = sys.argv[1:]
+custom, lora, out, *folders = sys.argv[1:]
 torch.set_grad_enabled(False)
 views = torch.load(out + "/views.pt")
-for name, folder, load in (("lora", base, True), ("saved", saved, False)):
+for number, folder in enumerate(folders):
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=custom, trust_remote_code=True)
     assert type(pipe).__name__ == "FluxFillSemanticPipeline" and "diffusers_modules" in type(pipe).__module__
-    if load:
+    # The first folder is the base.
+    if number == 0:
         pipe.load_lora_weights(lora)
     images = pipe("a hill", image=views[0], semantic_image=views[1], num_inference_steps=2, max_sequence_length=16,
                   output_type="pt", generator=torch.Generator().manual_seed(0)).images
-    torch.save(images, f"{out}/{name}.pt")
-pipe.save_pretrained(out + "/again")
+    torch.save(images, f"{out}/{number}.pt")
+    if number > 0:
+        pipe.save_pretrained(f"{out}/again {number}")
 """
 
 
@@ -119,39 +120,33 @@ def test_the_two_files_fit_into_one():
 
 
 @pytest.mark.parametrize("form", ["two files", "one file", "two files beside the installed ones"])
-@pytest.mark.parametrize("saved_class", [SemanticAttentionModel, SemanticProjectionModel])
-def test_as_custom_pipeline(base, base_folder, trained, tmp_path, form, saved_class):
+def test_as_custom_pipeline(base, base_folder, trained, tmp_path, form):
     custom = ROOT / "pipeline_flux_fill_semantic.py"
     if form == "one file":
         custom = tmp_path / "hub" / "pipeline.py"
         custom.parent.mkdir()
         custom.write_text(in_one_file())
-    saved = make_pipe(base, semantic_attention=trained_like(3, model_class=saved_class))
-    saved.save_pretrained(tmp_path / "saved")
-    views = [picture(1), picture(2)]
-    torch.save(views, tmp_path / "views.pt")
+    saved = {}
+    for model_class in (SemanticAttentionModel, SemanticProjectionModel):
+        pipe = make_pipe(base, semantic_attention=trained_like(3, model_class=model_class))
+        folder = tmp_path / model_class.__name__
+        pipe.save_pretrained(folder)
+        saved[str(folder)] = paint(pipe, semantic_image=picture(2))
+    torch.save([picture(1), picture(2)], tmp_path / "views.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     # Then the process holds each class twice.
     first = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import semantic_attention" if "installed" in form else ""
-    command = [sys.executable, "-I", "-c", first + CUSTOM, base_folder, str(custom), str(trained.folder)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "saved"), str(tmp_path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    options = (custom, trained.folder, tmp_path, base_folder, *saved)
+    done = run_python("-c", first + CUSTOM, *options, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(torch.load(tmp_path / "lora.pt"), trained.guided, **close)
-    torch.testing.assert_close(torch.load(tmp_path / "saved.pt"), paint(saved, semantic_image=picture(2)), **close)
-    again = FluxFillSemanticPipeline.from_pretrained(tmp_path / "again")
-    again.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(
-        paint(again, semantic_image=picture(2)), paint(saved, semantic_image=picture(2)), **close
-    )
+    torch.testing.assert_close(torch.load(tmp_path / "0.pt"), trained.guided, **close)
+    for number, painted in enumerate(saved.values(), start=1):
+        torch.testing.assert_close(torch.load(tmp_path / f"{number}.pt"), painted, **close)
+        again = FluxFillSemanticPipeline.from_pretrained(tmp_path / f"again {number}")
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(paint(again, semantic_image=picture(2)), painted, **close)
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------

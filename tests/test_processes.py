@@ -22,17 +22,17 @@ from helpers import (
     ROOT,
     arguments,
     assemble,
-    assert_ended_well,
     assert_same_weights,
-    command,
     environment,
     run,
+    script,
     spoil,
     weights_of,
     write_files,
     write_triptychs,
 )
 from hub_server import HubServer
+from quick_python import run_python
 
 from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import checkpoint_damage, checkpoint_step, list_checkpoints
@@ -78,26 +78,35 @@ def one(base_folder, triptych_folder, tmp_path_factory):
 def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tmp_path, caplog, engine):
     one, norms = one
 
-    def watch(name, faults, *more):
-        """A run of two processes with faults: how it ended, and what each of them noted."""
-        (tmp_path / name).mkdir()
-        more = (*RUN, "--train_batch_size", 2, "--cache_root", tmp_path / "cache", *more)
-        launch = command(base_folder, triptych_folder, tmp_path / name / "out", *more, config=engine, processes=2)
-        script = launch.index(str(ROOT / "train_semantic_fill_lora.py"))
-        watched = [str(ROOT / "tests" / "watched_run.py"), str(tmp_path / name), json.dumps(faults)]
-        launch[script : script + 1] = watched
-        done = subprocess.run(launch, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
-        notes = [tmp_path / name / f"rank{rank}.json" for rank in range(2)]
-        assert all(path.is_file() for path in notes), done.stderr
-        return tmp_path / name / "out", done, [json.loads(path.read_text()) for path in notes]
-
     # 3 maps of one sample at one timestep are the least that can be measured.
     held_out = write_files(tmp_path / "held out", {f"{seed}.png": seed for seed in (100, 101, 102)})
     validation = ["--validation_data_dir", held_out, "--instance_prompt", "caption 0", "--validation_steps", 7]
     paint = ["--validation_inference_steps", 2, "--num_validation_images", 1]
-    two, done, ranks = watch("two", [[1, 12, "nan"]], *validation, *paint)
-    assert_ended_well(done, processes=2)
-    assert "8 a step" in done.stderr
+    # The second run continues from the checkpoint of a single process. A signal to one process, or to the launcher, stops
+    # both after the same step.
+    resume, (kind, number) = "--resume_from_checkpoint", ("SIGTERM", 15) if engine == "ddp" else ("Ctrl-C", 2)
+    onward = [resume, one / "checkpoint-2", "--max_train_steps", 1000, "--checkpointing", "offload"]
+    runs = {"two": ([[1, 12, "nan"]], [*validation, *paint]), "onward": ([[1, 5, kind]], onward)}
+    for name, (faults, more) in runs.items():
+        (tmp_path / name).mkdir()
+        more = (*RUN, "--train_batch_size", 2, "--cache_root", tmp_path / "cache", *more)
+        _, *options = script(base_folder, triptych_folder, tmp_path / name / "out", *more)
+        runs[name] = [str(tmp_path / name), faults, options]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--num_processes", "2"]
+    launch += ["--config_file", str(ROOT / "configs" / f"{engine}.yaml")]
+    launch += [str(ROOT / "tests" / "watched_run.py"), json.dumps([*runs.values()])]
+    done = subprocess.run(launch, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+
+    def left_by(name):
+        """The output folder of a run, what its processes said, and what each of them noted."""
+        log = tmp_path / name / "log"
+        said = log.read_text() if log.is_file() else ""
+        notes = [tmp_path / name / f"rank{rank}.json" for rank in range(2)]
+        assert all(path.is_file() for path in notes), said + done.stderr
+        return tmp_path / name / "out", said, [json.loads(path.read_text()) for path in notes]
+
+    two, said, ranks = left_by("two")
+    assert "8 a step" in said and "Traceback" not in said
     assert_close_weights(one / "checkpoint-5", two / "checkpoint-5")
     # AdamW's steps are the same for gradients of any scale.
     assert ranks[0]["norms"] == pytest.approx(norms, rel=1e-3, nan_ok=True) and len(norms) == 7
@@ -117,23 +126,18 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     assert sorted(names) == [*(f"{index:03d}.png" for index in range(6)), "metadata.jsonl"]
     assert all(any(path.endswith(".png") for path in rank["checked"]) for rank in ranks)
     # Both skip the step that went wrong in one of them, and the next step is that of a single process again.
-    assert done.stderr.count("Step 6 skipped: loss nan") == 1
+    assert said.count("Step 6 skipped: loss nan") == 1
     assert_same_weights(two / "checkpoint-5", two / "checkpoint-6")
     assert_close_weights(one, two)
     with pytest.raises(AssertionError):
         assert_close_weights(one, two / "checkpoint-6")
 
-    # Each continues from the other's checkpoint. A signal to one process, or to the launcher, stops both after the same
-    # step.
-    resume, (kind, number) = "--resume_from_checkpoint", ("SIGTERM", 15) if engine == "ddp" else ("Ctrl-C", 2)
-    more = (resume, one / "checkpoint-2", "--max_train_steps", 1000, "--checkpointing", "offload")
-    onward, done, ranks = watch("onward", [[1, 5, kind]], *more)
-    assert ", 0 to make" in done.stderr and "at step 2" in done.stderr and done.returncode != 0
+    # Each continues from the other's checkpoint.
+    onward, said, ranks = left_by("onward")
+    assert ", 0 to make" in said and "at step 2" in said and done.returncode != 0
     # A later run with the same cache opens no picture.
     assert [[Path(path).name for path in rank["read"]] for rank in ranks] == [["metadata.jsonl"], []]
-    (step,) = re.findall(
-        rf"Stopped by {number} at step (\d+). Continue with --resume_from_checkpoint latest", done.stderr
-    )
+    (step,) = re.findall(rf"Stopped by {number} at step (\d+). Continue with --resume_from_checkpoint latest", said)
     assert engine != "ddp" or step == "5"
     assert [len(rank["losses"]) for rank in ranks] == [2 * (int(step) - 2)] * 2
     last = list_checkpoints(onward)[-1]
@@ -184,10 +188,9 @@ def check_what_each_did(ranks, out, cache):
 
 
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(base_folder, triptych_folder, tmp_path):
-    script, out = ROOT / "train_semantic_fill_lora.py", tmp_path / "out"
+    out = tmp_path / "out"
     more = ["--max_train_steps", 100000, "--train_batch_size", 1]
-    options = command(base_folder, triptych_folder, out, *more, "--checkpointing_steps", 2)
-    start = [sys.executable, *options[options.index(str(script)) :]]
+    start = [sys.executable, *script(base_folder, triptych_folder, out, *more, "--checkpointing_steps", 2)]
     with subprocess.Popen(start, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
         log = ""
         for line in process.stderr:
@@ -231,8 +234,7 @@ def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path):
         hub.add_repo(flux, {path.relative_to(base_folder).as_posix(): path.read_bytes() for path in files})
         env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=hub.token)
         env.pop("HF_HUB_OFFLINE", None)
-        start = command(flux, triptych_folder, out, *more)
-        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
+        done = run_python(*script(flux, triptych_folder, out, *more), env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         assert {LORA_FILE, MODULE_FILE, "README.md", "pipeline.py", "semantic_attention/config.json"} <= set(
             hub.files(repo)
@@ -265,8 +267,8 @@ def test_train_push_and_load_elsewhere(base_folder, triptych_folder, tmp_path):
             env = {**os.environ, **ON_CPU, **env}
             env.pop("HF_HUB_OFFLINE", None)
             env.pop("PYTHONPATH", None)
-            paint = [sys.executable, "-c", PAINT, str(card), repo, source, str(tmp_path / "picture.png")]
-            done = subprocess.run(paint, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            paint = ("-c", PAINT, card, repo, source, tmp_path / "picture.png")
+            done = run_python(*paint, env=env, cwd=tmp_path)
             assert done.returncode == 0, done.stderr[-3000:]
             pictures.append((tmp_path / "picture.png").read_bytes())
         assert pictures[0] == pictures[1]
@@ -280,8 +282,7 @@ def test_a_failed_upload_keeps_the_result(base_folder, tmp_path):
         env.pop("HF_HUB_OFFLINE", None)
         more = ["--max_train_steps", 1, "--push_to_hub", "--hub_model_id", "user/fill"]
         more += ["--validation_inference_steps", 1]
-        start = command(base_folder, data, out, *more)
-        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
+        done = run_python(*script(base_folder, data, out, *more), env=env)
     assert done.returncode != 0
     assert "Training is done and saved in" in done.stderr and "hf upload user/fill" in done.stderr
     assert all(Path(out, file).is_file() for file in (LORA_FILE, MODULE_FILE))

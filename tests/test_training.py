@@ -399,11 +399,18 @@ def test_validation_leaves_training_alone(base_folder, triptych_folder, tmp_path
 
 
 def test_collections_look_past_what_was_built_while_steps_run(base_folder, triptych_folder, tmp_path, monkeypatch):
+    # The tests froze what they imported.
+    gc.unfreeze()
     frozen, compare = [], trainer.compare
     monkeypatch.setattr(trainer, "compare", lambda *a: frozen.append(gc.get_freeze_count() > 0) or compare(*a))
-    run(base_folder, tmp_path, "--max_train_steps", 4, data=triptych_folder)
+    run(base_folder, tmp_path / "out", "--max_train_steps", 4, data=triptych_folder)
     assert frozen == [False, False, True, True]
     assert gc.get_freeze_count() == 0
+    # What a program froze before is still frozen after a run in it.
+    gc.freeze()
+    count = gc.get_freeze_count()
+    run(base_folder, tmp_path / "again", "--max_train_steps", 4, data=triptych_folder)
+    assert gc.get_freeze_count() > count / 2
 
 
 @pytest.mark.parametrize("mode", ["cross_attention", "none"])

@@ -6,15 +6,15 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxFillPipeline
-from helpers import LORA_FILE, MODULE_FILE, ROOT, arguments, command, environment, run
+from helpers import LORA_FILE, MODULE_FILE, ROOT, arguments, environment, run, script
 from hub_server import HubServer
+from quick_python import run_python
 
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
@@ -165,9 +165,8 @@ def test_only_the_result_is_pushed_and_no_token_is_written(base_folder, triptych
     with HubServer(token=TOKEN) as hub:
         env = environment(tmp_path) | hub.environment(tmp_path / "trainer", token=TOKEN)
         env.pop("HF_HUB_OFFLINE", None)
-        start = command(base_folder, triptych_folder, out, *more.split())
-        start[start.index("--report_to") + 1] = "tensorboard"
-        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=300)
+        start = script(base_folder, triptych_folder, out, *more.split(), "--report_to", "tensorboard")
+        done = run_python(*start, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         pushed = {name: content for name, content in hub.files("user/fill").items() if name != ".gitattributes"}
     wanted = {

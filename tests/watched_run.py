@@ -1,13 +1,16 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The trainer as one of several processes, which notes what it reads, draws, encodes, exchanges, logs and writes.
 
-    accelerate launch ... tests/watched_run.py FOLDER FAULTS OPTIONS...
+    accelerate launch ... tests/watched_run.py RUNS
 
-leaves `FOLDER/rank0.json` and so on. Faults are JSON, `[[rank, number of the loss from 1, kind], ...]`: "nan",
-"SIGTERM" to this process, or "Ctrl-C", which the launcher gets. What other processes have to wait for is slowed down.
+RUNS is JSON, `[[folder, faults, options], ...]`, and the runs follow each other. Each leaves `FOLDER/rank0.json` and so
+on, and in `FOLDER/log` what its processes say. Faults are `[[rank, number of the loss from 1, kind], ...]`: "nan",
+"SIGTERM" to this process, or "Ctrl-C", which the launcher gets; signals are for the last run. What other processes have
+to wait for is slowed down.
 """
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -122,8 +125,9 @@ def hook_ddp(prepared, *args):
         prepared[0].register_comm_hook(None, counted(allreduce_hook))
 
 
-def main() -> None:
-    folder, faults, *arguments = sys.argv[1:]
+def watched_run(folder: str, faults: list, arguments: list[str]) -> None:
+    log = os.open(Path(folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
     # FSDP2 exchanges gradients with one of these, depending on torch's version. DDP's reducer is reached by its hook alone.
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
         if hasattr(dist, name):
@@ -143,7 +147,7 @@ def main() -> None:
     watch(checkpoints, "save_checkpoint", lambda *args: note_time("checkpoint"), slowly=True)
     watch(trainer, "save_result", lambda *args: note_time("result"), slowly=True)
     watch(Accelerator, "log", note_log)
-    trainer.compare = with_faults(trainer.compare, {call: kind for at, call, kind in json.loads(faults) if at == rank})
+    trainer.compare = with_faults(trainer.compare, {call: kind for at, call, kind in faults if at == rank})
     watch(trainer, "compare", lambda loss, *args: seen["losses"].append(loss.item()))
     trainer.validate = validate_unwatched
     sys.addaudithook(note_files)
@@ -160,6 +164,25 @@ def main() -> None:
             seen[name] = sorted(path for path in seen[name] if path.startswith(str(Path(options.train_data_dir))))
         seen["written"] = sorted({path for path in seen["written"] if path.startswith(inside)})
         Path(folder, f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+def main() -> None:
+    # Garbage collections need not search what was imported.
+    gc.freeze()
+    *earlier, last = json.loads(sys.argv[1])
+    for folder, *run in earlier:
+        # Forking a process that has imported everything is faster than starting one, and each run begins alike.
+        child = os.fork()
+        if not child:
+            # The launcher's own store would have them find what the run before left there.
+            rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=processes)
+            watched_run(folder, *run)
+            return
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        # torch may abort a process in its shutdown, with all work done: https://github.com/pytorch/pytorch/pull/179291
+        assert ended in (0, -signal.SIGABRT), ended
+    watched_run(*last)
 
 
 main()
