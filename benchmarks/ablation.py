@@ -1,11 +1,16 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Every way for the map to enter, at equal steps, rank and data, on two tasks.
+"""Every way for the map to enter, at equal steps, rank and data, on up to three tasks.
 
     python examples/earth.py --output_dir earth
     python benchmarks/emoji.py --output_dir emoji
     python examples/train_base.py --output_dir emoji/base --base examples/base --train_data_dir emoji/train \\
         --test_data_dir emoji/test --views glyph 3d --resolution 96
     python benchmarks/ablation.py --jobs 24
+
+The third task are streets by day and night in thermal, from a folder with `train` and `test`, whose views `docs/data.md`
+tells how to get, on a base that was trained on other scenes:
+
+    python benchmarks/ablation.py --tasks thermal --thermal street --thermal_base street/base --num_test 69 --jobs 24
 
 Each cell (task, variant, seed) is a run of the trainer. It then paints held-out pictures with the right map, with another
 picture's and with none. Cells are shared out over `--jobs` processes. Time a step and peak memory are measured afterwards,
@@ -28,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from thermal import street_tables
 from tqdm.auto import tqdm
 
 
@@ -92,8 +98,12 @@ COMPARED = (
 ATTENTION_COLUMNS = ("visible", "map", "painted", "target", "attention at 1/4", "attention at 1/2", "attention at 3/4")
 
 
+def file_stem(variant: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "-", variant)
+
+
 def attention_row_path(folder: Path, task: str, variant: str) -> Path:
-    return folder / f"attention-{task}-{re.sub(r'[^a-z0-9_]+', '-', variant)}.png"
+    return folder / f"attention-{task}-{file_stem(variant)}.png"
 
 
 # -- Workers ----------------------------------------------------------------------------------------------------------
@@ -173,11 +183,12 @@ def table(rows: list[dict], costs: list[dict], task: str) -> str:
         drop = [c["right"]["psnr"] - c["wrong"]["psnr"] for c in cells if "wrong" in c]
         without = [c["without"]["psnr"] for c in cells if "without" in c]
         columns = [spread([c["right"][key] for c in cells], digits) for key, digits in (("psnr", 2), ("ssim", 3))]
-        columns += [spread([c["right"]["iou"] for c in cells], 3), spread(drop, 2), spread(without, 2)]
+        ious = [c["right"]["iou"] for c in cells if "iou" in c["right"]]
+        columns += [spread(ious, 3), spread(drop, 2), spread(without, 2)]
         columns += [f"{cells[0]['trained']:,}", str(cells[0]["tokens"])]
         columns += [f"{cost[name][key]:.0f}" if name in cost else "" for key in ("step_ms", "peak_mib")]
         lines.append(f"| {name} | " + " | ".join(columns) + f" | {len(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + (f"\n\n{street_tables(variants)}" if variants and task == "thermal" else "")
 
 
 def learning_curves(rows: list[dict], task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -286,17 +297,21 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("ablation.jsonl"), help="Cells that are in it already are not run again."
     )
-    parser.add_argument("--tasks", nargs="+", default=["earth", "emoji"])
+    parser.add_argument("--tasks", nargs="+", default=["earth", "emoji"], choices=["earth", "emoji", "thermal"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--earth", type=Path, default=Path("earth"))
     parser.add_argument("--earth_base", type=Path, default=ROOT / "examples" / "base")
     parser.add_argument("--emoji", type=Path, default=Path("emoji"))
     parser.add_argument("--emoji_base", type=Path, default=Path("emoji/base"))
+    parser.add_argument("--thermal", type=Path, default=Path("street"))
+    parser.add_argument("--thermal_base", type=Path, default=Path("street/base"))
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--options", default="", help="More options of the trainer, for every variant.")
     parser.add_argument("--num_train", type=int, help="Train on the first rows only, up to this number.")
     parser.add_argument("--num_test", type=int, default=64)
     parser.add_argument("--num_inference_steps", type=int, default=8)
@@ -305,14 +320,16 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", action="store_true", help="Print the tables of what --output holds, run nothing.")
+    parser.add_argument("--sheets", type=Path, help="Folder for a sheet of each cell's paintings.")
     parser.add_argument("--figures", type=Path, help="Draw what --output holds, and attention, in this folder.")
     return parser.parse_args(args)
 
 
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.figures is not None:
-        args.figures.mkdir(parents=True, exist_ok=True)
+    for folder in (args.figures, args.sheets, args.output.parent):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     costs_file = args.output.with_suffix(".costs.jsonl")
     if not args.show:
         devices = torch.cuda.device_count() if args.device == "cuda" else 0
@@ -328,7 +345,10 @@ def main(args: argparse.Namespace) -> None:
             drawn = args.figures is not None and seed == 0 and VARIANTS[variant].weighs
             return attention_row_path(args.figures, task, variant) if drawn else None
 
-        calls = [(*cell, VARIANTS[cell[1]], picture(*cell)) for cell in cells]
+        def sheet(task: str, variant: str, seed: int) -> Path | None:
+            return args.sheets and args.sheets / f"{task}-{file_stem(variant)}-{seed}.jpg"
+
+        calls = [(*cell, VARIANTS[cell[1]], picture(*cell), sheet(*cell)) for cell in cells]
         run_all("run_cell", calls, args.jobs, devices, args, args.output)
         if args.cost_steps:
             calls = [(task, variant, VARIANTS[variant]) for task in args.tasks for variant in args.variants]

@@ -10,6 +10,8 @@ import dataclasses
 import resource
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from diffusers.utils import make_image_grid
 from emoji import nearest_colors
 from measurement import StepTracker, assemble, free
+from thermal import Streets
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from variants import MODULES
 
@@ -36,25 +39,48 @@ ATTENDED_PLACES = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75}
 WARM_UP = 5
 
 
-def find_task(name: str, args: argparse.Namespace):
-    """Folder, base, resolution, and a function that labels each pixel of a `(height, width, 3)` picture."""
+@dataclass(frozen=True)
+class Task:
+    """
+    What a variant is trained and judged on.
+
+    Args:
+        folder, base (`Path`): The data, in `train` and `test`, and the base model.
+        height, width (`int`): Size of a view in pixels.
+        label (`Callable`, *optional*): Labels each pixel of a `(height, width, 3)` picture, for the IoU.
+        prompt (`str`, *optional*): For data without captions.
+    """
+
+    folder: Path
+    base: Path
+    height: int
+    width: int
+    label: Callable[[np.ndarray], np.ndarray] | None = None
+    prompt: str | None = None
+
+
+def find_task(name: str, args: argparse.Namespace) -> Task:
     if name == "earth":
         # Water is where blue is above red.
-        return args.earth, args.earth_base, 128, lambda picture: (picture[..., 2] > picture[..., 0]).astype(int)
-    return args.emoji, args.emoji_base, 96, nearest_colors
+        water = lambda picture: (picture[..., 2] > picture[..., 0]).astype(int)  # noqa: E731
+        return Task(args.earth, args.earth_base, 128, 128, water)
+    if name == "emoji":
+        return Task(args.emoji, args.emoji_base, 96, 96, nearest_colors)
+    return Task(args.thermal, args.thermal_base, 256, 336, prompt="visible to infrared")
 
 
 # -- Train ------------------------------------------------------------------------------------------------------------
 
 
 def options_of(task: str, variant, seed: int, steps: int, args: argparse.Namespace) -> trainer.Options:
-    folder, base, resolution, _ = find_task(task, args)
+    found = find_task(task, args)
     options = {
-        "pretrained_model_name_or_path": base,
-        "train_data_dir": folder / "train",
+        "pretrained_model_name_or_path": found.base,
+        "train_data_dir": found.folder / "train",
         "cache_root": args.cache_root,
         "output_dir": args.output.parent,
-        "resolution": resolution,
+        "resolution": found.height,
+        "width": found.width,
         "max_sequence_length": 32,
         "train_batch_size": args.batch_size,
         "rank": args.rank,
@@ -67,11 +93,14 @@ def options_of(task: str, variant, seed: int, steps: int, args: argparse.Namespa
         "max_train_steps": steps,
         "checkpointing_steps": steps + 1,
         "seed": seed,
-        "mixed_precision": "no",
+        "mixed_precision": args.mixed_precision,
         "report_to": "none",
         "log_level": "error",
     }
-    return trainer.parse_args([*(f"--{k}={v}" for k, v in options.items()), *variant.options.split()])
+    if found.prompt is not None:
+        options["instance_prompt"] = found.prompt
+    given = [f"--{k}={v}" for k, v in options.items()]
+    return trainer.parse_args([*given, *variant.options.split(), *args.options.split()])
 
 
 # The encoders of this process, by task and mode.
@@ -125,7 +154,7 @@ def prompt_of(run: trainer.Run, count: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def paint(
-    run: trainer.Run, variant, views: list[dict], maps: list[torch.Tensor] | None, args: argparse.Namespace
+    run: trainer.Run, variant, views: list[dict], maps: torch.Tensor | None, args: argparse.Namespace
 ) -> torch.Tensor:
     painter, painted = make_painter(run), []
     for start in range(0, len(views), 32):
@@ -133,7 +162,7 @@ def paint(
         painted.append(
             painter(
                 image=torch.stack([view["visible"] for view in batch]),
-                semantic_image=None if maps is None else torch.stack(maps[start : start + 32]),
+                semantic_image=None if maps is None else maps[start : start + 32],
                 semantic_scale=variant.paint_scale,
                 num_inference_steps=args.num_inference_steps,
                 max_sequence_length=run.options.max_sequence_length,
@@ -168,7 +197,7 @@ def draw_attention_row(run: trainer.Run, variant, views: list[dict], args: argpa
 
     def enlarge(picture) -> PIL.Image.Image:
         if torch.is_tensor(picture):
-            picture = PIL.Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
+            picture = as_picture(picture)
         return picture.resize((2 * width, 2 * height), PIL.Image.Resampling.NEAREST)
 
     tiles = [enlarge(x) for x in (view["visible"], view["semantic"], seen.images[0], view["target"])]
@@ -181,33 +210,60 @@ def draw_attention_row(run: trainer.Run, variant, views: list[dict], args: argpa
     return make_image_grid(tiles, rows=1, cols=len(tiles))
 
 
+def as_picture(pixels: torch.Tensor) -> PIL.Image.Image:
+    return PIL.Image.fromarray(to_bytes(pixels).permute(1, 2, 0).numpy())
+
+
 def figures(painted: torch.Tensor, target: torch.Tensor, label) -> dict[str, float]:
-    """PSNR in dB, SSIM, and the mean IoU of the labels that painting and target show. Means over the pictures."""
+    """PSNR in dB, SSIM, and with `label` the mean IoU of what painting and target show. Means over the pictures."""
     psnr = peak_signal_noise_ratio(painted, target, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(painted, target, data_range=1.0)
-    ious = []
-    for ours, theirs in zip(painted, target):
-        a, b = (label((x * 255).round().byte().permute(1, 2, 0).numpy()) for x in (ours, theirs))
-        ious.append(np.mean([((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum() for k in np.unique(b)]))
-    return {"psnr": psnr.item(), "ssim": ssim.item(), "iou": float(np.mean(ious))}
+    found = {"psnr": psnr.item(), "ssim": ssim.item()}
+    if label is not None:
+        ious = []
+        for ours, theirs in zip(painted, target):
+            a, b = (label(to_bytes(x).permute(1, 2, 0).numpy()) for x in (ours, theirs))
+            ious.append(np.mean([((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum() for k in np.unique(b)]))
+        found["iou"] = float(np.mean(ious))
+    return found
+
+
+def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
+    return (pictures * 255).round().byte()
+
+
+def draw_sheet(columns: dict[str, torch.Tensor], rows: int = 8) -> PIL.Image.Image:
+    """Pictures `(count, 3, height, width)` in [0, 1] under the names of their columns, of scenes spread over all."""
+    count = len(next(iter(columns.values())))
+    chosen = [row * count // rows for row in range(min(rows, count))]
+    tiles = [as_picture(pictures[row]) for row in chosen for pictures in columns.values()]
+    sheet = make_image_grid(tiles, rows=len(chosen), cols=len(columns))
+    for index, name in enumerate(columns):
+        draw = PIL.ImageDraw.Draw(sheet)
+        draw.text((index * tiles[0].width + 4, 2), name, "white", stroke_width=2, stroke_fill="black")
+    return sheet
 
 
 # -- Measure ----------------------------------------------------------------------------------------------------------
 
 
-def run_cell(task: str, name: str, seed: int, variant, picture: Path | None, args: argparse.Namespace) -> dict:
-    """Trains and paints one cell. `picture` is where its row of attention maps goes, if it has one."""
+def run_cell(
+    task: str, name: str, seed: int, variant, picture: Path | None, sheet: Path | None, args: argparse.Namespace
+) -> dict:
+    """Trains and paints one cell. `picture` and `sheet` are where attention maps and paintings go, if they are drawn."""
     run, tracker = build(task, variant, seed, variant.steps * args.steps, args, args.num_train)
     start = time.monotonic()
     trainer.train(run)
     seconds, losses = time.monotonic() - start, tracker.losses
 
-    folder, _, _, label = find_task(task, args)
-    source, shape = list_folder(folder / "test", run.options), run.options.width / run.options.resolution
+    found = find_task(task, args)
+    source, shape = list_folder(found.folder / "test", run.options), found.width / found.height
     findings = check_samples(source, shape, pairs=False)
     test = TriptychDataset(source, run.options, findings, list(range(min(args.num_test, len(source)))))
     views = [test.views(i) for i in range(len(test))]
-    target, maps = torch.stack([v["target"] for v in views]), [v["semantic"] for v in views]
+    visible, target, maps = (torch.stack([v[name] for v in views]) for name in ("visible", "target", "semantic"))
+    streets = Streets(found.folder / "test", [source.name(i) for i in range(len(test))]) if task == "thermal" else None
+    others = [*range(1, len(test)), 0] if streets is None else streets.others()
     row = {
         "task": task,
         "variant": name,
@@ -216,17 +272,25 @@ def run_cell(task: str, name: str, seed: int, variant, picture: Path | None, arg
         "trained": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "steps": len(losses),
     }
-    paintings = {"right": maps, "wrong": maps[1:] + maps[:1], "without": None}
+    shown = {"right": maps, "wrong": maps[others], "without": None}
+    if streets is not None:
+        shown["empty"] = torch.zeros_like(maps)
     if not run.encoder.mode.uses_map:
-        paintings = {"right": None}
-    for kind, shown in paintings.items():
-        row[kind] = figures(paint(run, variant, views, shown, args), target, label)
+        shown = {"right": None}
+    paintings = {kind: paint(run, variant, views, shown_maps, args) for kind, shown_maps in shown.items()}
+    for kind, painted in paintings.items():
+        row[kind] = figures(painted, target, found.label)
+        if streets is not None:
+            pictures = (to_bytes(x) for x in (painted, target, visible))
+            row[kind] |= streets.judge(*pictures, shown=others if kind == "wrong" else None)
     window = max(1, len(losses) // 20)
     row["loss"] = float(np.mean(losses[-len(losses) // 4 :]))
     row["curve"] = np.array(losses[: len(losses) // window * window]).reshape(-1, window).mean(1).round(4).tolist()
     row["seconds"] = seconds
     if picture is not None:
         draw_attention_row(run, variant, views, args).save(picture)
+    if sheet is not None:
+        draw_sheet({"visible": visible, "map": maps, "target": target} | paintings).save(sheet, quality=85)
     return row
 
 
