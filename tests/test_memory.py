@@ -271,6 +271,8 @@ def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, cap
         (Plan("bf16", "none", True), 4, 2176, False, 64.6),
         (Plan("bf16", "full", False), 1, 2560, False, 24.5),
         (Plan("fp8", "none", True), 4, 2560, False, 72.1),
+        (Plan("fp8", 0.3, True), 4, 2560, False, 53.0),
+        (Plan("fp8", "full", True), 4, 2560, False, 17.0),
         (Plan("fp8x2", "none", True), 4, 2128, False, 73.1),
         (Plan("fp8x2", "none", True), 4, 2560, False, 83.2),
         (Plan("fp8x2", "full", True), 4, 2560, False, 28.1),
