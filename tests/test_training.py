@@ -318,8 +318,8 @@ def test_trainer_and_pipeline_inject_the_same(base_folder, triptych_folder, tmp_
     views = [sample["views"] for sample in samples]
     pipe(
         prompt=[sample["prompt"] for sample in samples],
-        image=torch.stack([v["visible"] for v in views]),
-        semantic_image=torch.stack([v["semantic"] for v in views]),
+        image=torch.cat([v["visible"] for v in views]),
+        semantic_image=torch.cat([v["semantic"] for v in views]),
         latents=batch.x_t,
         num_inference_steps=1,
         max_sequence_length=16,
