@@ -205,7 +205,8 @@ def add_to_model_card(trained: str, section: str, results: list[EvalResult], pic
     place = f"samples/{picture.name}"
     if on_hub:
         upload_file(repo_id=trained, path_or_fileobj=picture, path_in_repo=place, commit_message="Evaluation")
-        card.push_to_hub(trained, commit_message="Evaluation")
+        content = card.content.encode()
+        upload_file(repo_id=trained, path_or_fileobj=content, path_in_repo="README.md", commit_message="Evaluation")
     else:
         (path.parent / "samples").mkdir(exist_ok=True)
         shutil.copyfile(picture, path.parent / place)

@@ -56,7 +56,6 @@ def run_python(*arguments, env=None, cwd=None, timeout: int = 300) -> subprocess
 
 def serve() -> None:
     gc.disable()
-    import httpx  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401

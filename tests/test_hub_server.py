@@ -3,6 +3,7 @@
 
 import textwrap
 
+import huggingface_hub
 import pytest
 from hub_server import HubServer, blob_id
 from quick_python import run_python
@@ -142,6 +143,9 @@ def test_not_found_and_conflict(hub, client):
     assert hub.files("user/repo")["a.txt"] == b"a" and "b" not in hub.files("user/repo")
 
 
+@pytest.mark.skipif(
+    huggingface_hub.__version__.startswith("1."), reason="this version validates cards at the real Hub only"
+)
 def test_card_validation(hub, client):
     client(
         """
