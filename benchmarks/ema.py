@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     there = {(row["task"], row["variant"], row["seed"]) for row in read_output(args.output)}
     for task in args.tasks:
         options = options_of(task, SCHEDULES["constant"], 0, args.steps, args)
-        folder = find_task(task, args)[0] / "test"
+        folder = find_task(task, args).folder / "test"
         test = assemble(dataclasses.replace(options, train_data_dir=str(folder)), StepTracker())
         for schedule, seed in itertools.product(SCHEDULES, args.seeds):
             if (task, schedule, seed) not in there:

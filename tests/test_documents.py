@@ -1,13 +1,17 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Commands that the documents show: each names a program of this repository, and options that its parser takes."""
+"""
+Commands that the documents show. Each names a program of this repository and options that its parser takes, and each is
+run in a small form: here, or by the tests of its program. `NOT_RUN` says which are not, and why.
+"""
 
 import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, fresh_state, run, write_triptychs
 
 
 DOCUMENTS = [
@@ -18,6 +22,40 @@ DOCUMENTS = [
 PROGRAM = re.compile(
     r"^(?:[A-Z_]+=\S+ )*(?:accelerate launch (?:--\S+ (?!\S*\.py)\S+ )*|python (?:-m )?)([a-z]\S+)(.*)$", re.DOTALL
 )
+
+# What makes a command small: its program -> options that take the place of the command's own.
+SMALL = {
+    "train_semantic_fill_lora.py": "--pretrained_model_name_or_path {base} --resolution 32 --max_sequence_length 16"
+    " --rank 2 --max_train_steps 1 --train_batch_size 1 --validation_inference_steps 1 --report_to none",
+    "semantic_fill.evaluate": "--pretrained_model_name_or_path {base} --trained trained --metrics psnr"
+    " --num_inference_steps 1",
+    "examples/earth.py": "--output_dir cut --resolution 32 --num_train 2 --num_test 2",
+    "benchmarks/ema.py": "--tasks earth --earth_base {base} --steps 2 --batch_size 1 --num_train 2 --num_test 2 --seeds 0",
+    "benchmarks/growth.py": "--shape test --steps 1 --minutes 0.05",
+}
+# These need the Hub.
+DROPPED = {"--push_to_hub"}
+# Programs whose commands are run in a small form by other tests.
+RUN_BY = {
+    "examples/acceptance.py": "test_acceptance.py",
+    "examples/app.py": "test_app.py",
+    "examples/attention_figure.py": "test_attention_maps.py",
+    "examples/convert_lora.py": "test_convert_lora.py",
+    "examples/demo.py": "test_demo.py",
+    "examples/demo_page.py": "test_demo.py",
+    "examples/make_triptychs.py": "test_make_triptychs.py",
+    "examples/train_base.py": "test_train_base.py",
+    "benchmarks/ablation.py": "test_benchmarks.py",
+    "benchmarks/scaling.py": "test_scaling.py",
+    "benchmarks/setting_quality.py": "test_benchmarks.py",
+    "benchmarks/startup.py": "test_benchmarks.py",
+    "benchmarks/train_speed.py": "test_benchmarks.py",
+}
+NOT_RUN = {
+    "benchmarks/attention_backends.py": "it compares backends of CUDA",
+    "benchmarks/emoji.py": "it downloads its pictures",
+    "benchmarks/inference_speed.py": "it compiles for minutes; test_benchmarks.py runs its painter and its caches",
+}
 
 
 def find_commands(text: str) -> list[str]:
@@ -39,10 +77,61 @@ def test_commands_are_found():
     assert find_commands(text) == ["python examples/earth.py --seed 1 # why", "python b.py"]
 
 
+def split_command(command: str) -> tuple[str, list[str]]:
+    """The program of a command and its options."""
+    program, options = PROGRAM.match(command).groups()
+    return program, shlex.split(options, comments=True)
+
+
+def is_run_here(command: str) -> bool:
+    """test_data_guide.py reads the data of commands with `...`, each from the files that the guide shows."""
+    program, options = split_command(command)
+    return program in SMALL and "..." not in options and "--help" not in options
+
+
+def test_every_command_is_run_or_there_is_a_reason():
+    programs = {split_command(command)[0] for command in COMMANDS}
+    assert programs == SMALL.keys() | RUN_BY.keys() | NOT_RUN.keys()
+    assert len(SMALL | RUN_BY | NOT_RUN) == len(SMALL) + len(RUN_BY) + len(NOT_RUN)
+    for program, file in RUN_BY.items():
+        text, name = (ROOT / "tests" / file).read_text(), Path(program).stem
+        assert re.search(rf"\b{name}\.(main\(|__file__)|from {name} import .*\bmain\b", text), program
+
+
+@pytest.fixture(scope="module")
+def folder(base_folder, tmp_path_factory):
+    """A folder with the data and the weights that commands name."""
+    folder = tmp_path_factory.mktemp("commands")
+    # Pictures of another shape are no copies of those that are trained on.
+    for name, width in (("my_triptychs", 32), ("held_out", 32), ("earth/train", 32), ("earth/test", 48)):
+        write_triptychs(folder / name, count=3, width=width)
+    run(base_folder, folder / "trained", "--max_train_steps", 1, data=folder / "my_triptychs")
+    # As docs/training.md shows it.
+    text = (ROOT / "docs" / "training.md").read_text()
+    (folder / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    return folder
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if is_run_here(command)])
+def test_a_command_runs_in_its_small_form(command, base_folder, folder, monkeypatch):
+    program, options = split_command(command)
+    options = [word for word in options if word not in DROPPED] + SMALL[program].format(base=base_folder).split()
+    path = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
+    for name in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / name))
+    monkeypatch.setattr(sys, "argv", [str(path), *options])
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    fresh_state()
+    module = runpy.run_path(str(path))
+    module["main"](module["parse_args"]())
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} != before
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_one_that_its_program_takes(command, tmp_path, monkeypatch, capsys):
-    program, options = PROGRAM.match(command).groups()
-    words = [word for word in shlex.split(options, comments=True) if word != "..."]
+    program, words = split_command(command)
+    words = [word for word in words if word != "..."]
     path = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
     assert path.is_file()
     for folder in ("examples", "benchmarks"):
