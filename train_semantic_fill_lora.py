@@ -49,7 +49,7 @@ from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
 from semantic_fill.files import ornament
 from semantic_fill.lora import add_lora, compiler_options
-from semantic_fill.memory import CHECKPOINTING, Plan, choose_plan
+from semantic_fill.memory import Plan, choose_plan, set_checkpointing
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.page import painted_samples, write_page
 from semantic_fill.precision import FrozenLinearConfig
@@ -288,7 +288,7 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
     if options.lora_weights:
         # Before the cast, its weights would be rounded.
         load_lora(transformer, options.lora_weights, options.cache_dir)
-    CHECKPOINTING[options.checkpointing](transformer)
+    set_checkpointing(transformer, options.checkpointing)
     if options.compile:
         dynamic = None
         if options.aspect_buckets:

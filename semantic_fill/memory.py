@@ -76,12 +76,31 @@ def offload_blocks(transformer: FluxTransformer2DModel) -> None:
     transformer.enable_gradient_checkpointing(offloaded)
 
 
+def checkpoint_share(transformer: FluxTransformer2DModel, share: float) -> None:
+    """Full checkpointing of the first blocks: backward recomputes them last, when nothing of the others is kept anymore."""
+    blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
+    checkpointed = set(blocks[: math.ceil(share * len(blocks))])
+
+    def forward(block, *args):
+        return checkpoint(block, *args, use_reentrant=False) if block in checkpointed else block(*args)
+
+    transformer.enable_gradient_checkpointing(forward)
+
+
 CHECKPOINTING = {
     "none": lambda transformer: None,
     "selective": checkpoint_products,
     "full": lambda transformer: transformer.enable_gradient_checkpointing(),
     "offload": offload_blocks,
 }
+
+
+def set_checkpointing(transformer: FluxTransformer2DModel, checkpointing: str | float) -> None:
+    """Sets what backward recomputes: one of `CHECKPOINTING`, or a share of the blocks, between 0 and 1."""
+    if isinstance(checkpointing, str):
+        CHECKPOINTING[checkpointing](transformer)
+    else:
+        checkpoint_share(transformer, checkpointing)
 
 
 # -- The choice of --fast ----------------------------------------------------------------------------------------------
@@ -92,7 +111,7 @@ class Plan:
     """How a step runs. The fields are named as the options."""
 
     base_precision: str
-    checkpointing: str
+    checkpointing: str | float
     compile: bool
     attention_backend: str = "native"
 
@@ -121,21 +140,12 @@ class Workload:
     use_8bit_adam: bool | None
 
 
-# Fastest first.
+# Of the precisions whose products are equally fast, the more precise first. Each then recomputes as few blocks as it can.
+TO_FULL = ("none", *(share / 10 for share in range(1, 10)), "full")
 PLANS = [
-    Plan(precision, checkpointing, compile=True)
-    for precision, checkpointing in (
-        ("fp8x2", "none"),
-        ("fp8", "none"),
-        ("fp8", "selective"),
-        ("bf16", "none"),
-        ("bf16", "selective"),
-        ("fp8", "full"),
-        ("bf16", "full"),
-        ("int8", "full"),
-        ("nf4", "full"),
-        ("nf4", "offload"),
-    )
+    Plan("fp8x2", "none", compile=True),
+    *(Plan(precision, some, compile=True) for precision in ("fp8", "bf16", "int8", "nf4") for some in TO_FULL),
+    Plan("nf4", "offload", compile=True),
 ]
 # Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape
 # (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
@@ -188,15 +198,21 @@ def estimate_peak(plan: Plan, workload: Workload) -> float:
     trained = lora * (4 + 4 + (2 if workload.use_8bit_adam else 8))
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
-    kept = KEPT_BYTES[plan.checkpointing][eager]
-    if plan.compile and plan.checkpointing == "none" and plan.base_precision.startswith("fp8"):
-        kept += FP8_KEPT_BYTES
-    kept *= tokens * len(blocks) * width
+    bytes_of = {name: kept[eager] * tokens * width for name, kept in KEPT_BYTES.items()}
+    if plan.compile and plan.base_precision.startswith("fp8"):
+        bytes_of["none"] += FP8_KEPT_BYTES * tokens * width
     # A block that is recomputed keeps for a while what it would keep without checkpointing.
-    recomputed = KEPT_BYTES["none"][eager] * tokens * width * 2 * (plan.checkpointing != "none")
+    recomputed = KEPT_BYTES["none"][eager] * tokens * width * 2
+    if isinstance(plan.checkpointing, str):
+        kept = len(blocks) * bytes_of[plan.checkpointing] + recomputed * (plan.checkpointing != "none")
+    else:
+        recomputing = math.ceil(plan.checkpointing * len(blocks))
+        kept = recomputing * bytes_of["full"]
+        # What the other blocks keep is gone before anything is recomputed.
+        kept += max((len(blocks) - recomputing) * bytes_of["none"], recomputed)
     # Scales add little: one a row, or an eighth of a bit a weight with nf4.
     bits = 16 if precision is None else precision.bits * 1.04
-    return frozen * bits / 8 + 2 * rest + trained + kept + recomputed
+    return frozen * bits / 8 + 2 * rest + trained + kept
 
 
 def empty_transformer(
@@ -249,7 +265,7 @@ def choose_plan(
     workload: Workload, fixed: dict[str, str | bool | None], device: torch.device, dtype: torch.dtype
 ) -> tuple[Plan, str]:
     """
-    The fastest of `PLANS` that fits the device's free memory.
+    The first of `PLANS` that fits the device's free memory.
 
     Args:
         workload (`Workload`): What a step computes.
@@ -281,7 +297,7 @@ def choose_plan(
         plan = replace(plan, attention_backend=CUDNN)
     products = "fp8 products" if multiplies_fp8 else f"no fp8 products (compute capability {major}.{minor}, {dtype})"
     verdict = "" if peak <= limit else "; nothing fits, so this is what needs least"
-    return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Considered: {'; '.join(tried)}"
+    return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Needed: {'; '.join(tried[:-3:-1])}"
 
 
 # -- Out of memory ----------------------------------------------------------------------------------------------------

@@ -216,11 +216,14 @@ class RuntimeOptions(OptionGroup):
         help="Precision of the frozen blocks. Default: bf16, which keeps the dtype of --mixed_precision. nf4 needs"
         " bitsandbytes.",
     )
-    checkpointing: str = option(
+    checkpointing: float | str = option(
         None,
-        choices=CHECKPOINTING,
+        words=tuple(CHECKPOINTING),
+        above=0,
+        below=1,
         help="What backward recomputes: nothing (none, the default), all but matrix products and attention"
-        " (selective), or everything (full). offload is full with the blocks' inputs kept in the CPU's memory.",
+        " (selective), or everything (full). offload is full with the blocks' inputs kept in the CPU's memory. A number"
+        " is full for this share of the blocks, for example 0.3.",
     )
     gradient_checkpointing: bool = option(False, help="The same as --checkpointing full, unless that is passed.")
     compile: bool = option(None, help="Compile the transformer's repeated blocks. Default: no.")

@@ -58,18 +58,21 @@ def gradients_with(base_folder, triptych_folder, tmp_path):
 
 def test_checkpointing_changes_what_is_recomputed_and_no_gradient(gradients_with, monkeypatch):
     monkeypatch.setattr(memory, "NARROW", 4)
-    results = {name: gradients_with(name) for name in CHECKPOINTING}
+    results = {name: gradients_with(name) for name in (*CHECKPOINTING, 0.4)}
     expected, without = results["none"]
     for name, (found, _) in results.items():
         assert all(torch.equal(found[n], expected[n]) for n in expected), name
     # Two blocks: one attention each, 6 + 2 + 4 and 5 LoRA layers whose base products are long, and the modulations.
     for name in ("full", "offload"):
         assert results[name][1].attentions == 2 and results[name][1].products - without.products >= 17
+    # A share of the blocks, rounded up: one of the two.
+    assert results[0.4][1].attentions == 1
+    assert without.products < results[0.4][1].products < results["full"][1].products
     assert results["selective"][1].attentions == 0
     assert results["selective"][1].products == without.products
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full", "offload"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full", "offload", 0.5])
 def test_checkpointing_with_compiled_blocks(gradients_with, checkpointing):
     expected, _ = gradients_with("none")
     got, _ = gradients_with(checkpointing, backend="aot_eager")
@@ -77,7 +80,7 @@ def test_checkpointing_with_compiled_blocks(gradients_with, checkpointing):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full", "offload"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full", "offload", 0.5])
 def test_recomputing_repeats_dropout(gradients_with, checkpointing):
     expected, _ = gradients_with("none", "--lora_dropout", 0.5)
     got, _ = gradients_with(checkpointing, "--lora_dropout", 0.5)
@@ -200,8 +203,11 @@ def choose(flux_folder, monkeypatch):
 def test_fast_takes_what_fits(choose):
     assert choose(139)[0] == Plan("fp8x2", "none", True)
     assert choose(78)[0] == Plan("fp8", "none", True)
-    assert choose(22, batch=1)[0] == Plan("fp8", "full", True)
-    assert choose(12, batch=1)[0] == Plan("nf4", "full", True)
+    # On smaller cards as few blocks as possible are recomputed, and what it would take to recompute fewer is said.
+    assert choose(70)[0] == Plan("fp8", 0.2, True)
+    plan, reason = choose(47)
+    assert plan == Plan("fp8", 0.6, True) and "--checkpointing 0.6 " in reason and "--checkpointing 0.5 " in reason
+    assert choose(12, batch=1)[0] == Plan("nf4", 0.8, True)
     assert choose(9.5, batch=1)[0] == Plan("nf4", "offload", True)
     plan, reason = choose(4, batch=1)
     assert plan == Plan("nf4", "offload", True) and "nothing fits" in reason
@@ -265,6 +271,8 @@ def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, cap
         (Plan("bf16", "none", True), 4, 2176, False, 64.6),
         (Plan("bf16", "full", False), 1, 2560, False, 24.5),
         (Plan("fp8", "none", True), 4, 2560, False, 72.1),
+        (Plan("fp8", 0.3, True), 4, 2560, False, 53.0),
+        (Plan("fp8", "full", True), 4, 2560, False, 17.0),
         (Plan("fp8x2", "none", True), 4, 2128, False, 73.1),
         (Plan("fp8x2", "none", True), 4, 2560, False, 83.2),
         (Plan("fp8x2", "full", True), 4, 2560, False, 28.1),
