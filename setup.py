@@ -38,6 +38,7 @@ setup(
             "pytest-xdist>=3.7",
             "scikit-image>=0.25",
         ],
+        "prodigy": ["prodigyopt>=1.1.2"],
         "quantization": ["bitsandbytes>=0.50"],
         "tracking": ["wandb>=0.20"],
     },

@@ -26,7 +26,8 @@ PROGRAM = re.compile(
 # What makes a command small: its program -> options that take the place of the command's own.
 SMALL = {
     "train_semantic_fill_lora.py": "--pretrained_model_name_or_path {base} --resolution 32 --max_sequence_length 16"
-    " --rank 2 --max_train_steps 1 --train_batch_size 1 --validation_inference_steps 1 --report_to none",
+    " --rank 2 --max_train_steps 1 --train_batch_size 1 --validation_inference_steps 1 --report_to none"
+    " --overwrite_output_dir",
     "semantic_fill.evaluate": "--pretrained_model_name_or_path {base} --trained trained --metrics psnr"
     " --num_inference_steps 1",
     "examples/earth.py": "--output_dir cut --resolution 32 --num_train 2 --num_test 2",

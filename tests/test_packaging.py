@@ -1,6 +1,9 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """The wheel and the sdist: what they hold, and that the wheel alone trains and paints from another folder."""
 
+import ast
+import contextlib
+import email
 import fnmatch
 import json
 import os
@@ -10,10 +13,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 MODULES = {"pipeline_flux_fill_semantic.py", "semantic_attention.py", "train_semantic_fill_lora.py"}
@@ -64,6 +70,58 @@ def test_the_sdist_holds_what_builds_the_wheel(built):
         "requirements.txt",
         "MANIFEST.in",
     }
+
+
+@pytest.fixture(scope="module")
+def metadata(built):
+    with zipfile.ZipFile(built[1]) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(file.read(name))
+
+
+def test_the_version_is_the_newest_of_the_changelog(metadata):
+    newest = re.findall(r"^## (\d\S*) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    nodes = re.search(r'^version = "(.*)"$', (ROOT / "comfyui" / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert metadata["Version"] == newest == nodes
+
+
+def imported_packages(*paths: Path) -> set[str]:
+    """Top-level names of all that files import, without Python's own modules."""
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+
+
+# What is imported -> the distribution that brings it, where their names differ.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image", "resvg_py": "resvg-py"}
+DISTRIBUTIONS |= {"huggingface_hub": "huggingface-hub", "mpl_toolkits": "basemap-data"}
+# These come with datasets, transformers, torchmetrics or gradio.
+BROUGHT = {"fsspec", "pyarrow", "scipy", "tokenizers", "starlette", "fastapi"}
+
+
+def test_what_is_imported_is_required_or_in_an_extra(metadata):
+    required = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    always = {canonicalize_name(r.name) for r in required if r.marker is None}
+    extras = {canonicalize_name(r.name) for r in required if r.marker is not None}
+    installed = [*map(ROOT.joinpath, MODULES), *(ROOT / "semantic_fill").glob("*.py")]
+    others = [*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    own = {path.stem for path in (*installed, *others)} | {"semantic_fill"}
+    for paths, allowed in ((installed, always | {"bitsandbytes", "prodigyopt", "wandb"}), (others, always | extras)):
+        used = {DISTRIBUTIONS.get(name, name) for name in imported_packages(*paths) - own - BROUGHT}
+        assert used <= allowed
+    assert {"bitsandbytes", "prodigyopt", "wandb"} <= extras
+
+
+def test_what_is_installed_is_what_the_extras_ask_for(metadata):
+    """Extras that this machine has not installed are left out, but never those of the tests."""
+    seen = set()
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        with contextlib.suppress(PackageNotFoundError):
+            assert requirement.specifier.contains(version(requirement.name)), requirement
+            seen.add(str(requirement))
+    for text in metadata.get_all("Requires-Dist"):
+        assert text in seen or Requirement(text).marker is not None and 'extra == "test"' not in text, text
 
 
 def test_the_image_gets_what_makes_the_wheel():
