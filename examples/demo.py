@@ -6,15 +6,20 @@ the Americas, and leaves a page and the figures in the output folder.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import logging
 import os
+import queue
 import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -47,11 +52,13 @@ MAX_SEQUENCE_LENGTH = 32
 PAINTINGS = {"without map": (False, None), "right map": (True, "semantic"), "wrong map": (True, "other")}
 # What the demo does, and the share of the time that each takes.
 STAGES = {
-    "Cutting triptychs out of the Earth": 0.01,
-    "Training a LoRA without map": 0.36,
-    "Training a LoRA and the module": 0.42,
-    "Painting held-out views": 0.21,
+    "Cutting triptychs out of the Earth": 0.03,
+    "Training a LoRA without map and, beside it, a LoRA with the module": 0.77,
+    "Painting held-out views": 0.2,
 }
+# How many trainings and paintings run at once, with the cores shared out among them. The threads of one computation wait
+# for each other hundreds of times a second, which takes long while other programs compute.
+AT_ONCE = 2
 
 
 class Stages:
@@ -64,7 +71,7 @@ class Stages:
         names, done = list(STAGES), sum([*STAGES.values()][: self.begun])
         # Too little is measured before the first training.
         rest = self.minutes() * (1 - done) / done if done > 0.1 else None
-        left = "five to ten minutes in all" if rest is None else f"about {rest:.0f} minutes left"
+        left = "about five minutes in all" if rest is None else f"about {rest:.0f} minutes left"
         logger.info(f"\n[{self.begun + 1} of {len(names)}] {names[self.begun]}, {left}")
         self.begun += 1
 
@@ -87,17 +94,28 @@ def training_options(mode: str, base: Path, folder: Path, args: argparse.Namespa
     return [*map(str, paths), *options.split()]
 
 
-def train(mode: str, base: Path, args: argparse.Namespace) -> None:
-    # The trainer replaces what it made itself. Curves of an earlier demo would be drawn into those of this one.
-    shutil.rmtree(args.output_dir / mode / "logs" / "semantic-fill", ignore_errors=True)
-    # This is what `accelerate launch --cpu` runs, which takes seconds to find that out.
-    command = [
-        sys.executable,
-        ROOT / "train_semantic_fill_lora.py",
-        *training_options(mode, base, args.output_dir, args),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(command, check=True, env=environment)
+def train(base: Path, threads: int, args: argparse.Namespace) -> None:
+    """Both trainings at once. The first writes what it says to a file, because two progress bars would mix."""
+    environment = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
+    # Else glibc returns memory to the system after each layer and asks for it again, which takes an eighth of the time.
+    environment |= dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**30))
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for mode in modes(args):
+            # The trainer replaces what it made itself. Curves of an earlier demo would be drawn into those of this one.
+            shutil.rmtree(args.output_dir / mode / "logs" / "semantic-fill", ignore_errors=True)
+            # This is what `accelerate launch --cpu` runs, which takes seconds to find that out.
+            command = [sys.executable, ROOT / "train_semantic_fill_lora.py"]
+            command += training_options(mode, base, args.output_dir, args)
+            log = stack.enter_context(open(log_file(args), "w")) if mode == modes(args)[0] else None
+            runs[mode] = stack.enter_context(
+                subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+            )
+            # If this process is interrupted, or one training fails, the other one ends too.
+            stack.callback(runs[mode].terminate)
+        for mode, run in reversed(runs.items()):
+            if run.wait():
+                raise RuntimeError(f"The training of {mode} failed. What it said is above or in {log_file(args)}.")
 
 
 def shell_commands(base: Path, args: argparse.Namespace) -> str:
@@ -111,30 +129,52 @@ def shell_commands(base: Path, args: argparse.Namespace) -> str:
     return "\n\n".join(" \\\n".join(wrap.wrap(command)) for command in (demo, *trainings))
 
 
+def log_file(args: argparse.Namespace) -> Path:
+    return args.output_dir / f"{modes(args)[0]}.log"
+
+
 def modes(args: argparse.Namespace) -> tuple[str, str]:
     return "none", args.semantic_mode
 
 
-def paint(pipeline, views: list[dict], args: argparse.Namespace) -> dict[str, list[PIL.Image.Image]]:
-    """Paints the views in each way of `PAINTINGS`, always from the same noise."""
-    columns, loaded = {name: [] for name in PAINTINGS}, None
-    with tqdm(total=len(PAINTINGS) * len(views), desc="Painting") as bar:
-        for name, (has_module, which_map) in PAINTINGS.items():
-            if loaded != has_module:
-                pipeline.unload_lora_weights()
-                pipeline.load_lora_weights(args.output_dir / modes(args)[has_module])
-                loaded = has_module
-            for start in range(0, len(views), args.batch_size):
-                batch = views[start : start + args.batch_size]
-                columns[name] += pipeline(
-                    prompt=earth.PROMPT,
-                    image=[view["visible"] for view in batch],
-                    semantic_image=[view[which_map] for view in batch] if which_map else None,
-                    num_inference_steps=args.num_inference_steps,
-                    max_sequence_length=MAX_SEQUENCE_LENGTH,
-                    generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))],
-                ).images
-                bar.update(len(batch))
+def load_painter(base: Path, args: argparse.Namespace) -> FluxFillSemanticPipeline:
+    """The base with both LoRAs, of which `set_adapters` chooses one."""
+    # PEFT asks whether a second LoRA is meant to be there.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+    pipeline = FluxFillSemanticPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    for mode in modes(args):
+        pipeline.load_lora_weights(args.output_dir / mode, adapter_name=mode)
+    return pipeline
+
+
+def paint(painters: list, views: list[dict], args: argparse.Namespace) -> dict[str, list[PIL.Image.Image]]:
+    """Paints the views in each way of `PAINTINGS`, always from the same noise. Each pipeline has a thread of its own."""
+    free, starts = queue.SimpleQueue(), range(0, len(views), args.batch_size)
+    for painter in painters:
+        free.put(painter)
+
+    def paint_batch(job: tuple[str, int]) -> list[PIL.Image.Image]:
+        (has_module, which_map), start = PAINTINGS[job[0]], job[1]
+        batch, painter = views[start : start + args.batch_size], free.get()
+        try:
+            painter.set_adapters(modes(args)[has_module])
+            return painter(
+                prompt=earth.PROMPT,
+                image=[view["visible"] for view in batch],
+                semantic_image=[view[which_map] for view in batch] if which_map else None,
+                num_inference_steps=args.num_inference_steps,
+                max_sequence_length=MAX_SEQUENCE_LENGTH,
+                generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))],
+            ).images
+        finally:
+            free.put(painter)
+
+    jobs, columns = list(itertools.product(PAINTINGS, starts)), {name: [] for name in PAINTINGS}
+    with ThreadPoolExecutor(len(painters)) as threads:
+        painted = tqdm(threads.map(paint_batch, jobs), desc="Painting", total=len(jobs))
+        for (name, _), pictures in zip(jobs, painted):
+            columns[name] += pictures
     return columns
 
 
@@ -229,22 +269,22 @@ def main(args: argparse.Namespace) -> None:
     if not base.is_dir():
         logger.info("No trained base: painting will be noise, made with random weights")
         build_pipeline("demo", args.seed).save_pretrained(base)
-    for mode in modes(args):
-        stages.begin()
-        train(mode, base, args)
+    threads = max(1, torch.get_num_threads() // AT_ONCE)
+    stages.begin()
+    train(base, threads, args)
 
     stages.begin()
-    pipeline = FluxFillSemanticPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
+    torch.set_num_threads(threads)
+    painters = [load_painter(base, args) for _ in range(AT_ONCE)]
     views = read_triptychs(args.output_dir / "test")
     views = [view | {"other": other["semantic"]} for view, other in zip(views, views[1:] + views[:1])]
     columns = {name: [view[name] for view in views] for name in ("visible", "semantic", "target", "other")}
-    columns |= paint(pipeline, views, args)
+    columns |= paint(painters, views, args)
 
     metrics = {name: measure(columns[name], columns["target"]) for name in PAINTINGS}
     best = find_best(columns)
     # A projection has no attention to show.
-    attention = draw_attention(pipeline, views[best], args) if args.semantic_mode == "cross_attention" else {}
+    attention = draw_attention(painters[0], views[best], args) if args.semantic_mode == "cross_attention" else {}
     page = draw_page(columns, best, metrics, draw_charts(args), attention, shell_commands(base, args))
     (args.output_dir / "index.html").write_text(page, encoding="utf-8")
     metrics_file = {"figures": metrics, "minutes": stages.minutes()}

@@ -7,11 +7,14 @@ The picture needs `playwright` and a Chromium, which `playwright install chromiu
 """
 
 import argparse
+import contextlib
 import html
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
@@ -149,20 +152,30 @@ def find_browser() -> str | None:
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
-def take_picture(page: Path) -> PIL.Image.Image:
-    """The large row of a page and the first rows of its grid, as a browser shows them."""
+@contextlib.contextmanager
+def open_browser() -> Iterator[Any]:
+    """A Chromium of playwright."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # The sandbox does not start for root, and it guards against pages of others only.
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def as_picture(shot: bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(shot)).convert("RGB")
+
+
+def take_picture(page: Path) -> PIL.Image.Image:
+    """The large row of a page and the first rows of its grid, as a browser shows them."""
+    with open_browser() as browser:
         window = browser.new_page(viewport={"width": 900, "height": 800})
         window.goto(page.resolve().as_uri())
         rows = f"[...document.querySelectorAll('.row')].slice(0, {1 + PICTURE_ROWS})"
         window.evaluate(f"document.body.replaceChildren(...{rows})")
-        shot = window.locator("body").screenshot()
-        browser.close()
-    return PIL.Image.open(io.BytesIO(shot)).convert("RGB")
+        return as_picture(window.locator("body").screenshot())
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:

@@ -204,14 +204,11 @@ def open_browser():
     """A Chromium. Without playwright or a Chromium the test is skipped."""
     import demo_page
 
-    playwright = pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright")
-    path = demo_page.find_browser()
-    if path is None:
+    pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright")
+    if demo_page.find_browser() is None:
         pytest.skip("no Chromium on this machine: install one, or name it in the variable CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with demo_page.open_browser() as browser:
         yield browser
-        browser.close()
 
 
 # -- Weights and checkpoints --------------------------------------------------------------------------------------------

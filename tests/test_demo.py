@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -48,6 +49,26 @@ def test_the_demo_trains_and_paints(folder):
     config = json.loads((folder / "projection" / "semantic_attention" / "config.json").read_text())
     assert config["_class_name"] == "SemanticProjectionModel"
     assert not (folder / "none" / "semantic_attention").exists()
+    # Only one of the two trainings writes to the terminal.
+    assert "Semantic mode: none" in (folder / "none.log").read_text()
+
+
+def test_two_painters_paint_what_one_does(folder, base_folder):
+    args = demo.parse_args([*OPTIONS, "--batch_size", "1", "--output_dir", str(folder)])
+    painters = [demo.load_painter(Path(base_folder), args) for _ in range(2)]
+    views = [view | {"other": view["target"]} for view in read_triptychs(folder / "test")]
+    alone, shared = (demo.paint(some, views, args) for some in (painters[:1], painters))
+    for name, pictures in alone.items():
+        assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in shared[name]]
+        assert pictures[0].tobytes() != pictures[1].tobytes()
+    assert len({pictures[0].tobytes() for pictures in alone.values()}) == len(demo.PAINTINGS)
+
+
+def test_a_training_that_fails_ends_the_demo(base_folder, tmp_path, capfd):
+    """The other one ends too, and the message says where to look."""
+    with pytest.raises(RuntimeError, match="projection failed. What it said is above or in .*none.log"):
+        demo.train(Path(base_folder), 1, demo.parse_args([*OPTIONS, "--output_dir", str(tmp_path)]))
+    assert "--train_data_dir" in capfd.readouterr().err
 
 
 def test_commands_of_the_page_can_be_copied(folder):
