@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test demo lint docs clean
+.PHONY: test coverage demo lint docs clean
 
 # torch comes first and in its exact version, because an open range takes gigabytes of CUDA on a machine without a GPU.
 $(VENV)/installed: setup.py requirements.txt constraints.txt
@@ -15,6 +15,13 @@ $(VENV)/installed: setup.py requirements.txt constraints.txt
 # files, so that what a file sets up is set up once.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# Lines and branches that the tests reach in their own process. One worker, because what several measure would have to be put
+# together.
+coverage: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt coverage
+	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage report
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --output_dir demo
