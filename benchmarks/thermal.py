@@ -45,23 +45,12 @@ class Streets:
 
         Args:
             painted, target, visible (`torch.Tensor` of shape `(batch, 3, height, width)`): Pictures in 8 bits.
-            shown (`list[int]`, *optional*):
-                The scenes whose maps were shown, if they were others. Then `map` are the figures of their boxes, and `own`
-                those of the scenes' own boxes that touch none of them.
+            shown (`list[int]`, *optional*): The scenes whose maps were shown, if they were others.
         """
-        own, of_map = BoxFigures(), BoxFigures()
+        figures = BoxFigures()
         for index, boxes in enumerate(self.boxes):
-            pictures = (painted[index], target[index])
-            if shown is None:
-                own.add(*pictures, boxes)
-                continue
-            others = self.boxes[shown[index]]
-            apart = [box for box in boxes if not any(box.touches(other) for other in others)]
-            own.add(*pictures, [*apart, *others], apart)
-            of_map.add(*pictures, [*others, *apart], others)
-        found: dict = {"own": own.summary()}
-        if shown is not None:
-            found["map"] = of_map.summary()
+            figures.add(painted[index], target[index], boxes, None if shown is None else self.boxes[shown[index]])
+        found: dict = figures.summary()
         for time in sorted(set(self.times)):
             rows = torch.from_numpy(self.times == time)
             found[f"alignment, {time}"] = alignment(painted[rows], visible[rows])

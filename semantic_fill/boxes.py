@@ -7,11 +7,14 @@ alone, so it tells whether a painting shows what its map says, also with another
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
+
+from semantic_fill.data import TriptychDataset
+from semantic_fill.sampling import wrong_maps
 
 
 # A box of fewer pixels is too small to tell it from noise.
@@ -104,33 +107,104 @@ class BoxFigures:
     """Gathers how boxes stand out in paintings and in their targets, picture by picture."""
 
     def __init__(self):
-        self.found: dict[str, list[tuple[float, float]]] = {}
+        self.found: dict[str, dict[str, list[tuple[float, float]]]] = {}
 
     def add(
-        self, painted: torch.Tensor, target: torch.Tensor, boxes: Sequence[Box], judged: Iterable[Box] | None = None
-    ):
+        self, painted: torch.Tensor, target: torch.Tensor, boxes: Sequence[Box], shown: Sequence[Box] | None = None
+    ) -> None:
         """
-        Adds a painting and its target `(3, height, width)` in 8 bits.
+        Adds a painting and its target.
 
         Args:
-            boxes (`Sequence[Box]`): All boxes of the picture. None of them is surroundings of another one.
-            judged (`Iterable[Box]`, *optional*): Those of them that are judged. Default: all.
+            painted, target (`torch.Tensor` of shape `(3, height, width)`): Pictures in 8 bits.
+            boxes (`Sequence[Box]`): The sample's own boxes.
+            shown (`Sequence[Box]`, *optional*):
+                Those of the map that it was painted with, if that was another sample's. The sample's own boxes are then
+                judged only where they touch none of them.
         """
-        chosen = set(boxes if judged is None else judged)
-        for box, *pair in zip(boxes, contrasts(painted, boxes), contrasts(target, boxes)):
-            if box in chosen and not math.isnan(pair[0]):
-                for name in dict.fromkeys((box.name, f"{box.name}, {box.group}" if box.group else box.name)):
-                    self.found.setdefault(name, []).append((pair[0], pair[1]))
+        boxes = [box for box in boxes if not any(box.touches(other) for other in shown or ())]
+        judged = {"own": boxes} | ({} if shown is None else {"map": shown})
+        # No box is surroundings of another one.
+        together = [box for part in judged.values() for box in part]
+        pairs = zip(contrasts(painted, together), contrasts(target, together))
+        for part, (box, pair) in zip((part for part in judged for _ in judged[part]), zip(together, pairs)):
+            if not math.isnan(pair[0]):
+                for name in dict.fromkeys((box.name, ", ".join(filter(None, (box.name, box.group))))):
+                    self.found.setdefault(part, {}).setdefault(name, []).append(pair)
 
-    def summary(self) -> dict[str, dict[str, float]]:
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """
-        For each class, and each class and group: the number of boxes, the mean difference from their surroundings in gray
-        levels and the share that stands out by 15 or more, in the paintings and in the targets.
+        For the sample's `own` boxes and those of the `map` of another one, for each class, and each class and group: the
+        number of boxes, the mean difference from their surroundings in gray levels and the share that stands out by 15 or
+        more, in the paintings and in the targets.
         """
-        summary = {}
-        for name, pairs in sorted(self.found.items()):
-            summary[name] = {"count": len(pairs)}
-            for column, values in zip(("painted", "target"), zip(*pairs)):
-                summary[name][f"{column}_difference"] = sum(values) / len(values)
-                summary[name][f"{column}_share"] = sum(value >= STANDS_OUT for value in values) / len(values)
+        summary: dict = {}
+        for part, groups in self.found.items():
+            summary[part] = {}
+            for name, pairs in sorted(groups.items()):
+                figures: dict[str, float] = {"count": len(pairs)}
+                for column, values in zip(("painted", "target"), zip(*pairs)):
+                    figures[f"{column}_difference"] = sum(values) / len(values)
+                    figures[f"{column}_share"] = sum(value >= STANDS_OUT for value in values) / len(values)
+                summary[part][name] = figures
         return summary
+
+
+# -- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+class DatasetBoxes:
+    """
+    The boxes of a data set's samples, at the size of its views.
+
+    Args:
+        path (`str`, *optional*): A file for `read_boxes`. Without one, nothing is judged.
+
+    Raises:
+        `ValueError`: if a sample is missing from the file.
+    """
+
+    def __init__(self, path: str | None, dataset: TriptychDataset):
+        self.dataset, self.boxes, self.figures = dataset, [], {}
+        scenes = {} if path is None else read_boxes(path)
+        missing = []
+        for row in range(len(dataset) if path is not None else 0):
+            index = dataset.indices[row]
+            name, finding = dataset.source.name(index), dataset.findings[index]
+            found = scenes.get(name, scenes.get(str(PurePosixPath(name).with_suffix(""))))
+            if found is None:
+                missing.append(name)
+                continue
+            size, (height, width) = (finding.width, finding.height), dataset.size(row)
+            self.boxes.append([box.fitted(size, (width, height)) for box in found])
+        if missing:
+            raise ValueError(
+                f"--boxes {path} has no line for {len(missing)} samples, such as {', '.join(missing[:5])}."
+            )
+
+    def add(self, kind: str, rows: list[int], painted: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds paintings and targets `(batch, 3, height, width)` in 8 bits of rows that were painted with a kind of map."""
+        for row, *pictures in zip(rows if self.boxes else (), painted, target):
+            other = wrong_maps(self.dataset, [row])[row] if kind == "wrong" else None
+            shown = None if other is None else self.boxes[other]
+            self.figures.setdefault(kind, BoxFigures()).add(*pictures, self.boxes[row], shown)
+
+    def summary(self, kind: str) -> dict:
+        return {"boxes": self.figures[kind].summary()} if self.boxes else {}
+
+
+def box_lines(figures: dict[str, dict]) -> list[str]:
+    """Lines of markdown about the boxes in the figures of each kind of map."""
+    lines = [
+        "",
+        "| map | boxes | number | gray levels above surroundings | the target's | stand out | the target's |",
+        "| --- " * 7 + "|",
+    ]
+    for kind, found in figures.items():
+        for part, groups in found.get("boxes", {}).items():
+            for name, values in groups.items():
+                shown = f"{name} of the wrong map" if part == "map" else name
+                cells = [f"{values[f'{who}_difference']:.1f}" for who in ("painted", "target")]
+                cells += [f"{values[f'{who}_share']:.0%}" for who in ("painted", "target")]
+                lines.append(f"| {kind} | {shown} | {values['count']} | {' | '.join(cells)} |")
+    return lines if len(lines) > 3 else []

@@ -31,11 +31,12 @@ from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, read_trained_settings
+from semantic_fill.boxes import DatasetBoxes, box_lines
 from semantic_fill.checks import check_samples
 from semantic_fill.command_line import parse_options
 from semantic_fill.data import TriptychDataset
 from semantic_fill.files import is_hub_id, printable
-from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks
+from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks, to_bytes
 from semantic_fill.option_fields import option
 from semantic_fill.options import DataOptions, ModelOptions
 from semantic_fill.paintings import as_picture, draw_sheet
@@ -276,10 +277,6 @@ def paint(
         yield rows, to_bytes(output.images.float().cpu()), to_bytes(torch.stack([view["target"] for view in views]))
 
 
-def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
-    return (pictures * 255).round().to(torch.uint8)
-
-
 # -- Report -----------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +297,7 @@ def table(report: dict) -> str:
     if report["features"] and {"fid", "kid"} & set(names):
         lines[-1] += f" FID and KID see with {report['features']} and need thousands of samples to be compared."
     lines += [f"{METRICS[name][0]} is absent: {reason}." for name, reason in report["absent"].items()]
+    lines += box_lines(report["figures"])
     return "\n".join(lines) + "\n"
 
 
@@ -336,7 +334,7 @@ def main(options: EvaluationOptions) -> dict:
         # If the first sample of a size has no wrong map, none has, and `right` would be painted before that shows.
         for size in set(map(dataset.size, range(len(dataset)))):
             map_of(dataset, next(row for row in range(len(dataset)) if dataset.size(row) == size), "wrong")
-    options = replace(options, metrics=tuple(metrics))
+    boxes, options = DatasetBoxes(options.boxes, dataset), replace(options, metrics=tuple(metrics))
     networks, not_loaded = load_networks(options, options.device, options.cache_dir)
     absent |= not_loaded
     pipeline = load_pipeline(options)
@@ -352,9 +350,10 @@ def main(options: EvaluationOptions) -> dict:
         column = columns["no map" if kind == "none" else f"{kind} map"] = []
         for rows, painted, target in paint(pipeline, dataset, kind, options):
             gathered.add(painted, target, rows)
+            boxes.add(kind, rows, painted, target)
             # The clone holds only what is shown. A whole data set of paintings would fill the memory.
             column += painted[: len(shown) - len(column)].clone()
-        figures[kind], samples[kind] = gathered.summary(options.seed), gathered.samples
+        figures[kind], samples[kind] = gathered.summary(options.seed) | boxes.summary(kind), gathered.samples
 
     # The table goes into cards, which must not show paths of this machine.
     data = options.dataset_name or options.train_data_dir or ""

@@ -48,6 +48,9 @@ class MetricOptions(OptionGroup):
         None, choices=METRICS, help="Default: all, but mIoU only where the targets are label maps of --palette."
     )
     inception_weights: str | None = option(None, help="File of torch-fidelity's Inception. Default: it is fetched.")
+    boxes: str | None = option(
+        None, help="JSON lines of annotated boxes: how they stand out in paintings is measured too."
+    )
     fid_model: str = option("inception", help="FID's network: inception, or a model such as facebook/dinov2-base.")
 
 
@@ -153,6 +156,10 @@ def likeness(painted: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Ten
         "psnr": peak_signal_noise_ratio(painted, target, data_range=1.0, reduction="none", dim=(1, 2, 3)),
         "ssim": places[..., 5:-5, 5:-5].mean(dim=(1, 2, 3)),
     }
+
+
+def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
+    return (pictures * 255).round().to(torch.uint8)
 
 
 class Figures:

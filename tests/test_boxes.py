@@ -37,39 +37,30 @@ def test_boxes_that_cannot_be_judged():
 
 
 def test_figures_by_class_and_group():
-    boxes = [
-        Box("person", (5, 5, 15, 15), "night, target only"),
-        Box("person", (30, 5, 40, 15), "night, both views"),
-        Box("car", (5, 30, 25, 40), "night, both views"),
-    ]
+    first, second, car = (5, 5, 15, 15), (30, 5, 40, 15), (5, 30, 25, 40)
+    boxes = [Box("person", first, "night, target only"), Box("person", second, "night, both views"), Box("car", car)]
+    painted, target = picture(first, car, value=34), picture(first, second)
     figures = BoxFigures()
-    figures.add(
-        picture((5, 5, 15, 15), (5, 30, 25, 40), value=34), picture((5, 5, 15, 15), (30, 5, 40, 15)), boxes, boxes[:2]
-    )
-    summary = figures.summary()
-    assert summary == {
-        "person": {
-            "count": 2,
-            "painted_difference": 7,
-            "painted_share": 0,
-            "target_difference": 60,
-            "target_share": 1,
-        },
-        "person, night, both views": {
-            "count": 1,
-            "painted_difference": 0,
-            "painted_share": 0,
-            "target_difference": 60,
-            "target_share": 1,
-        },
-        "person, night, target only": {
-            "count": 1,
-            "painted_difference": 14,
-            "painted_share": 0,
-            "target_difference": 60,
-            "target_share": 1,
-        },
+    figures.add(painted, target, boxes)
+
+    def row(count: int, *values: float) -> dict:
+        columns = ("painted_difference", "painted_share", "target_difference", "target_share")
+        return {"count": count} | dict(zip(columns, values, strict=True))
+
+    assert figures.summary() == {
+        "own": {
+            "car": row(1, 14, 0, 0, 0),
+            "person": row(2, 7, 0, 60, 1),
+            "person, night, both views": row(1, 0, 0, 60, 1),
+            "person, night, target only": row(1, 14, 0, 60, 1),
+        }
     }
+    # With another sample's map, its boxes are judged too, and the own ones only where they touch none of these.
+    figures = BoxFigures()
+    figures.add(painted, target, boxes, [Box("person", (12, 5, 22, 15))])
+    found = figures.summary()
+    assert set(found["own"]) == {"car", "person", "person, night, both views"} and found["own"]["person"]["count"] == 1
+    assert found["map"]["person"]["count"] == 1 and 0 < found["map"]["person"]["painted_difference"] < 14
 
 
 def test_boxes_of_a_file(tmp_path):

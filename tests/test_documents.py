@@ -4,6 +4,7 @@ Commands that the documents show. Each names a program of this repository and op
 run in a small form: here, or by the tests of its program. `NOT_RUN` says which are not, and why.
 """
 
+import json
 import re
 import runpy
 import shlex
@@ -45,7 +46,7 @@ RUN_BY = {
     "examples/demo.py": "test_demo.py",
     "examples/demo_page.py": "test_demo.py",
     "examples/make_triptychs.py": "test_make_triptychs.py",
-    "examples/screenshots.py": "test_demo.py",
+    "examples/streets.py": "test_streets.py",
     "examples/train_base.py": "test_train_base.py",
     "benchmarks/ablation.py": "test_benchmarks.py",
     "benchmarks/scaling.py": "test_scaling.py",
@@ -105,8 +106,12 @@ def folder(base_folder, tmp_path_factory):
     """A folder with the data and the weights that commands name."""
     folder = tmp_path_factory.mktemp("commands")
     # Pictures of another shape are no copies of those that are trained on.
-    for name, width in (("my_triptychs", 32), ("held_out", 32), ("earth/train", 32), ("earth/test", 48)):
+    sizes = {"my_triptychs": 32, "held_out": 32, "earth/train": 32, "earth/test": 48, "street/test": 32}
+    for name, width in sizes.items():
         write_triptychs(folder / name, count=3, width=width)
+    boxes = [{"class": "person", "box": [4, 4, 14, 14]}]
+    scenes = [{"file_name": path.name, "boxes": boxes} for path in (folder / "street/test").glob("*.png")]
+    (folder / "street" / "test" / "boxes.jsonl").write_text("\n".join(map(json.dumps, scenes)))
     run(base_folder, folder / "trained", "--max_train_steps", 1, data=folder / "my_triptychs")
     # As docs/training.md shows it.
     text = (ROOT / "docs" / "training.md").read_text()

@@ -66,6 +66,10 @@ def files(base_folder, tmp_path_factory):
         rows.append(json.dumps({"file_name": f"{index}.png", "text": f"caption {index}"}))
     (data / "metadata.jsonl").write_text("\n".join(rows))
     (folder / "palette.json").write_text(json.dumps(PALETTE))
+    boxes = [
+        {"file_name": f"{i}.png", "boxes": [{"class": "sign", "box": [4 * i, 9, 4 * i + 8, 17]}]} for i in range(COUNT)
+    ]
+    (folder / "boxes.jsonl").write_text("\n".join(map(json.dumps, boxes)))
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder / "dinov2")
@@ -90,7 +94,8 @@ def torchvision():
 
 def everything(files) -> list:
     """The options of an evaluation with all metrics, whose last batch holds one sample."""
-    return ["--fid_model", files / "dinov2", "--palette", files / "palette.json", "--batch_size", 2]
+    options = ["--fid_model", files / "dinov2", "--palette", files / "palette.json", "--batch_size", 2]
+    return [*options, "--boxes", files / "boxes.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +116,36 @@ def evaluated(base_folder, files, torchvision):
         for kind, batches in painted.items()
     }
     return report, pictures
+
+
+def test_boxes_against_their_surroundings(evaluated, base_folder, files):
+    report, pictures = evaluated
+    for kind, sides in pictures.items():
+        # The wrong map is the next sample's, and its box is apart from that of the sample where four places lie between.
+        judged = {"own": [(i, i) for i in range(COUNT) if kind != "wrong" or i == COUNT - 1]}
+        if kind == "wrong":
+            judged["map"] = [(i, (i + 1) % COUNT) for i in range(COUNT)]
+        found = report["figures"][kind]["boxes"]
+        assert found.keys() == judged.keys()
+        for part, rows in judged.items():
+            for side, name in zip(sides, ("painted", "target")):
+                differences = []
+                for row, place in rows:
+                    gray, x = side[row].astype(float).mean(axis=2), 4 * place
+                    around = np.zeros_like(gray, dtype=bool)
+                    around[5:21, max(0, x - 4) : x + 12] = True
+                    inside = np.zeros_like(around)
+                    inside[9:17, x : x + 8] = True
+                    differences.append(gray[inside].mean() - gray[around & ~inside].mean())
+                figures = found[part]["sign"]
+                assert figures["count"] == len(rows)
+                assert figures[f"{name}_difference"] == pytest.approx(np.mean(differences), abs=1e-3)
+                assert figures[f"{name}_share"] == np.mean(np.array(differences) >= 15)
+    assert "| wrong | sign of the wrong map | 5 | " in evaluate.table(report)
+
+    (files / "fewer.jsonl").write_text("\n".join((files / "boxes.jsonl").read_text().splitlines()[:-1]))
+    with pytest.raises(ValueError, match=r"fewer.jsonl has no line for 1 samples, such as 4.png\."):
+        evaluate.main(arguments(base_folder, files, "--boxes", files / "fewer.jsonl", "--metrics", "psnr"))
 
 
 def test_psnr_and_ssim_are_those_of_skimage(evaluated):
