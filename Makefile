@@ -38,7 +38,8 @@ docs: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt zensical mkdocstrings-python
 	rm -rf build/docs
 	mkdir -p build/docs
-	cp --parents *.md docs/*.md docs/*.png docs/*/*.md benchmarks/RESULTS.md examples/base/README.md examples/*.py build/docs
+	cp --parents *.md docs/*.md docs/*.png docs/*/*.md benchmarks/RESULTS.md examples/base/README.md build/docs
+	cp --parents examples/*.py examples/*.ipynb build/docs
 	$(BIN)/python docs/options.py > build/docs/docs/reference/options.md
 	$(BIN)/zensical build --strict
 
