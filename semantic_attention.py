@@ -3,6 +3,7 @@
 
 - [`SemanticAttentionModel`] lets the noisy latents attend to the map before each call of the transformer.
 - [`SemanticProjectionModel`] adds the map's latents to the picture channels of the condition, place by place.
+- [`CausalAttention`] has the visible view depend on nothing that changes while a picture is painted.
 
 Both have the same interface (`enhance`, `scales`, `describe`), so the pipeline and the trainer never ask which one
 they hold. Both have gates that start at exactly zero, as ControlNet's zero convolutions do
@@ -36,9 +37,12 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.lora_base import _best_guess_weight_name as guess_weight_name
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+# Private, and what FLUX's own processor projects with, fused or not.
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxPosEmbed, _get_qkv_projections
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 # Private, and what diffusers itself finds the file of a model with, on disk and on the Hub.
@@ -1073,6 +1077,210 @@ def load_semantic_module(
         `OSError`: There is no module in `source`.
     """
     return SemanticAttentionModel.from_pretrained(source, subfolder=subfolder, **kwargs)
+
+
+# -- The visible view, computed once ----------------------------------------------------------------------------------
+
+VISIBLE_ATTENTIONS = ("joint", "causal")
+# The passes of a call, stacked along its batch.
+VISIBLE, TARGET, BOTH = ("visible",), ("target",), ("visible", "target")
+
+
+def split_panels(tokens: torch.Tensor, columns: int, dim: int = 1) -> tuple[torch.Tensor, ...]:
+    r"""Splits the tokens of a diptych, whose panels have so many columns, into those of the visible and the target view."""
+    return tuple(panel.flatten(dim, dim + 1) for panel in tokens.unflatten(dim, (-1, 2, columns)).unbind(dim + 1))
+
+
+def join_panels(visible: torch.Tensor, target: torch.Tensor, columns: int) -> torch.Tensor:
+    r"""Puts the tokens `(batch, tokens, channels)` of two panels of so many columns back beside each other."""
+    return torch.stack([view.unflatten(1, (-1, columns)) for view in (visible, target)], dim=2).flatten(1, 3)
+
+
+class CausalAttnProcessor(FluxAttnProcessor):
+    r"""
+    FLUX's attention for passes that hold the prompt and one view each. The pass of the visible view attends to itself.
+    That of the target also attends to the visible view's tokens in the other pass, or to those kept from an earlier call.
+
+    Args:
+        causal (`CausalAttention`):
+            Says which passes a call holds.
+        stock (`FluxAttnProcessor`):
+            The processor in whose place this one stands.
+    """
+
+    def __init__(self, causal: "CausalAttention", stock: FluxAttnProcessor):
+        super().__init__()
+        self.causal, self._attention_backend = causal, stock._attention_backend
+        self.kept: tuple[torch.Tensor, ...] | None = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """As in `FluxAttnProcessor`. `image_rotary_emb` is of the prompt, the visible and the target view, in this order."""
+        projected = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected[:3])
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            text = [x.unflatten(-1, (-1, attn.head_dim)) for x in projected[3:]]
+            text[:2] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
+            query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, (query, key, value)))
+        tokens = query.shape[1]
+        # Both views have as many tokens.
+        text_tokens = 2 * tokens - image_rotary_emb[0].shape[0]
+        rotary = {
+            "visible": [table[:tokens] for table in image_rotary_emb],
+            "target": [torch.cat((table[:text_tokens], table[tokens:])) for table in image_rotary_emb],
+        }
+        passes, seen, attended = self.causal.passes, self.kept, []
+        for view, q, k, v in zip(passes, *(x.chunk(len(passes)) for x in (query, key, value))):
+            q, k = (apply_rotary_emb(x, rotary[view], sequence_dim=1) for x in (q, k))
+            if view == "visible":
+                seen = k[:, text_tokens:], v[:, text_tokens:]
+            else:
+                k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), seen))
+            attended.append(dispatch_attention_fn(q, k, v, backend=self._attention_backend))
+        if passes == VISIBLE:
+            # Without copies, the prompt's keys and values would be kept too.
+            self.kept = tuple(x.clone() for x in seen)
+        out = torch.cat(attended).flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text_out, image_out = out.split_with_sizes([text_tokens, tokens - text_tokens], dim=1)
+        image_out = attn.to_out[1](attn.to_out[0](image_out.contiguous()))
+        return image_out, attn.to_add_out(text_out.contiguous())
+
+
+class CausalAttention:
+    r"""
+    Runs FLUX on a diptych so that the visible view depends on nothing that changes from step to step.
+
+    It is shown without noise at t = 0, beside the prompt, in a pass of its own. The target's pass sees the keys and values
+    of its tokens. Painting computes them once for all steps. Training computes both passes in one call of the transformer,
+    as twice the samples with half of the image tokens.
+
+    Args:
+        transformer (`FluxTransformer2DModel`):
+            Its attention processors are replaced, until `painting` ends.
+        gradients (`bool`, defaults to `True`):
+            Whether training computes gradients through the pass of the visible view.
+
+    Raises:
+        `ValueError`: The transformer has other attention processors than FLUX's own, or is sharded along its tokens.
+    """
+
+    def __init__(self, transformer: Any, gradients: bool = True):
+        self.gradients, self.passes, self.stock = gradients, BOTH, transformer.attn_processors
+        for name, stock in self.stock.items():
+            if type(stock) not in (FluxAttnProcessor, CausalAttnProcessor) or stock._parallel_config is not None:
+                raise ValueError(
+                    f'`visible_attention="causal"` replaces FLUX\'s own attention processors, but `{name}` is'
+                    f" {type(stock).__name__} with the parallel configuration {stock._parallel_config}."
+                )
+        transformer.set_attn_processor({name: CausalAttnProcessor(self, p) for name, p in self.stock.items()})
+
+    @staticmethod
+    def show(hidden_states: torch.Tensor, columns: int) -> torch.Tensor:
+        r"""Puts the latents of the visible view, which the condition holds, into the place of its noisy ones."""
+        visible, target = split_panels(hidden_states, columns)
+        channels = hidden_states.shape[-1] // 6
+        clean = visible[..., channels : 2 * channels]
+        return join_panels(torch.cat((clean, visible[..., channels:]), dim=-1), target, columns)
+
+    def see(self, transformer: Any, hidden_states: torch.Tensor, timestep: torch.Tensor, **inputs) -> None:
+        r"""Runs the pass of the visible view alone, and keeps its keys and values."""
+        self.passes = VISIBLE
+        transformer(hidden_states=hidden_states, timestep=torch.zeros_like(timestep), **inputs)
+        self.passes = TARGET
+
+    @contextlib.contextmanager
+    def painting(self, transformer: Any, columns: int, enhance: Callable | None = None) -> Iterator[None]:
+        r"""
+        Has the transformer take and return whole diptychs, and see the visible view once, while the context lasts.
+
+        Args:
+            transformer (`FluxTransformer2DModel`):
+                The transformer, or what compiled it.
+            columns (`int`):
+                Columns of a panel, in tokens.
+            enhance (`Callable`, *optional*):
+                A forward pre-hook with keyword arguments that works on the whole diptych.
+        """
+
+        def before(transformer, args, kwargs):
+            if self.passes == VISIBLE:
+                # The call of `see` below.
+                return None
+            noisy = kwargs["hidden_states"]
+            kwargs["hidden_states"] = shown = self.show(noisy, columns)
+            # The visible view leaves its noise behind as the target does, because the VAE decodes both together.
+            moved[:] = [(noisy - shown)[..., : noisy.shape[-1] // 6] / kwargs["timestep"][:, None, None]]
+            if enhance is not None:
+                args, kwargs = enhance(transformer, args, kwargs)
+            visible, target = split_panels(kwargs["hidden_states"], columns)
+            kwargs["img_ids"] = torch.cat(split_panels(kwargs["img_ids"], columns, dim=0))
+            if self.passes == BOTH:
+                # A cache of steps would compare the views with each other.
+                with transformer.cache_context("visible"):
+                    self.see(transformer, **kwargs | {"hidden_states": visible})
+                stack.enter_context(transformer.cache_context("cond"))
+            return args, kwargs | {"hidden_states": target}
+
+        def after(transformer, args, kwargs, output):
+            if self.passes == VISIBLE:
+                return None
+            return (join_panels(torch.zeros_like(output[0]), output[0], columns) + moved[0],)
+
+        def restore():
+            for processor in transformer.attn_processors.values():
+                processor.kept = None
+            transformer.set_attn_processor(dict(self.stock))
+
+        moved: list[torch.Tensor] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(restore)
+            stack.callback(transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(transformer.register_forward_hook(after, with_kwargs=True).remove)
+            yield
+
+    def __call__(
+        self, transformer: Any, hidden_states: torch.Tensor, columns: int, img_ids: torch.Tensor, **inputs
+    ) -> tuple[torch.Tensor]:
+        r"""
+        A forward pass for training.
+
+        Args:
+            transformer (`FluxTransformer2DModel`):
+                The transformer.
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, 384)`):
+                The transformer's input for the diptych, with what `show` puts into it.
+            columns (`int`):
+                Columns of a panel, in tokens.
+            img_ids (`torch.Tensor` of shape `(tokens, 3)`), inputs (*optional*):
+                As in the transformer's `forward`.
+
+        Returns:
+            `tuple[torch.Tensor]`: The velocity `(batch, tokens, 64)`, which is 0 for the visible view.
+        """
+        visible, target = split_panels(hidden_states, columns)
+        inputs |= {"img_ids": torch.cat(split_panels(img_ids, columns, dim=0))}
+        if self.gradients:
+            self.passes, t = BOTH, inputs.pop("timestep")
+            batched = ("encoder_hidden_states", "pooled_projections", "guidance")
+            inputs |= {name: torch.cat((inputs[name],) * 2) for name in batched if inputs[name] is not None}
+            inputs |= {"timestep": torch.cat((torch.zeros_like(t), t))}
+            out = transformer(hidden_states=torch.cat((visible, target)), **inputs)[0].chunk(2)[1]
+        else:
+            with torch.no_grad():
+                self.see(transformer, visible, **inputs)
+            # Autocast would take the copies of weights that it made without gradients.
+            torch.clear_autocast_cache()
+            out = transformer(hidden_states=target, **inputs)[0]
+        return (join_panels(torch.zeros_like(out), out, columns),)
 
 
 # -- Attention maps ---------------------------------------------------------------------------------------------------
