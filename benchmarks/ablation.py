@@ -14,7 +14,8 @@ tells how to get, on a base that was trained on other scenes:
 
 Each cell (task, variant, seed) is a run of the trainer. It then paints held-out pictures with the right map, with another
 picture's and with none. Cells are shared out over `--jobs` processes. Time a step and peak memory are measured afterwards,
-one variant at a time. `--reference VARIANT` adds each variant's mean difference from that one, seed by seed. `--figures FOLDER` draws learning curves, what the map is worth, and where painted places look in it.
+one variant at a time. `--reference VARIANT` adds each variant's mean difference from that one, seed by seed. `--figures
+FOLDER` draws learning curves, what the map is worth, and where painted places look in it.
 """
 
 import argparse
