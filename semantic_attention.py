@@ -1243,7 +1243,8 @@ class CausalAttention:
         moved: list[torch.Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.callback(restore)
-            stack.callback(transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            # Before the hook with which FSDP2 gathers weights, because the call of `see` ends with shards.
+            stack.callback(transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(transformer.register_forward_hook(after, with_kwargs=True).remove)
             yield
 

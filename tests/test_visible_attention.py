@@ -13,10 +13,16 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from helpers import LORA_FILE, arguments, assemble, assert_same_weights, first_loss, gradients, run
-from pipeline_helpers import Trained, differs, make_pipe, paint, picture, trained_like, watched
+from pipeline_helpers import Trained, differs, make_pipe, paint, picture, trained_like
 
 from pipeline_flux_fill_semantic import panel_positions, read_trained_settings, tile_across_panels
-from semantic_attention import CausalAttention, SemanticAttentionModel, SemanticProjectionModel, split_panels
+from semantic_attention import (
+    CausalAttention,
+    SemanticAttentionModel,
+    SemanticProjectionModel,
+    join_panels,
+    split_panels,
+)
 
 
 ROWS, COLUMNS, TEXT = 2, 3, 4
@@ -167,34 +173,38 @@ def test_painting_sees_the_visible_view_once(base, mode):
     model_class = {"projection": SemanticProjectionModel, "cross_attention": SemanticAttentionModel}.get(mode)
     module = None if model_class is None else trained_like(model_class=model_class)
     pipe = make_causal(base, semantic_mode=mode, semantic_attention=module)
-    steps, guide = [], {} if module is None else {"semantic_image": picture(2)}
-    handle = base.transformer.register_forward_pre_hook(lambda _, a, kw: steps.append(dict(kw)), with_kwargs=True)
-    with watched(base.transformer) as (_, fed):
-        end = paint(pipe, output_type="latent", return_diptych=True, num_inference_steps=3, **guide)
+    guide = {} if module is None else {"semantic_image": picture(2)}
+    noise, calls, latents = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(0)), [], []
+
+    def note(pipe, step, timestep, values):
+        latents.append(values["latents"])
+        return values
+
+    handle = base.transformer.register_forward_pre_hook(lambda _, a, kw: calls.append(dict(kw)), with_kwargs=True)
+    paint(pipe, output_type="latent", num_inference_steps=3, latents=noise, callback_on_step_end=note, **guide)
     handle.remove()
-    # The pass of the visible view calls the transformer by itself.
-    steps = [step for step in steps if step["hidden_states"].shape[1] == 12]
-    assert len(steps) == 3 and len(fed) == 4 and {x.shape[1] for x in fed} == {6}
-    latents = [step["hidden_states"][..., :64] for step in steps] + [end]
-    sigmas = pipe.scheduler.sigmas
-    causal = CausalAttention(base.transformer)
-    try:
-        for i, step in enumerate(steps):
-            hidden_states = causal.show(step.pop("hidden_states"), COLUMNS)
-            if module is not None:
-                tokens = tile_across_panels(pipe.encode_semantic(picture(2)), ROWS, COLUMNS, 2)
-                hidden_states = module.enhance(hidden_states, tokens, panel_positions(ROWS, COLUMNS, 2))
-            with torch.no_grad():
-                (expected,) = causal(base.transformer, hidden_states=hidden_states, columns=COLUMNS, **step)
-            velocity = (latents[i + 1] - latents[i]) / (sigmas[i + 1] - sigmas[i])
-            torch.testing.assert_close(
-                *(split_panels(v, COLUMNS)[1] for v in (velocity, expected)), rtol=1e-3, atol=1e-4
-            )
-    finally:
-        base.transformer.set_attn_processor(dict(causal.stock))
-    clean = split_panels(hidden_states, COLUMNS)[0][..., :64]
-    if mode != "cross_attention":
-        torch.testing.assert_close(split_panels(end, COLUMNS)[0], clean, rtol=1e-4, atol=1e-4)
+    visible = calls[0].pop("hidden_states")
+    assert len(calls) == 4 and visible.shape[1] == 6 and not calls[0]["timestep"].any()
+
+    # What is seen is without noise, and enhanced as on the whole diptych.
+    clean, mask = visible[..., :64] if mode == "projection" else visible[..., 64:128], visible[..., 128:]
+    plain = torch.cat((clean, clean, mask), dim=-1)
+    if module is not None:
+        tokens = tile_across_panels(pipe.encode_semantic(picture(2)), ROWS, COLUMNS, 2)
+        with torch.no_grad():
+            plain = module.enhance(join_panels(plain, plain, COLUMNS), tokens, panel_positions(ROWS, COLUMNS, 2))
+        plain = split_panels(plain, COLUMNS)[0]
+    torch.testing.assert_close(visible, plain)
+    causal, sigmas = CausalAttention(base.transformer), pipe.scheduler.sigmas
+    for i, call in enumerate(calls[1:]):
+        whole = join_panels(visible, call.pop("hidden_states"), COLUMNS)
+        call["img_ids"] = join_panels(*call["img_ids"][None].chunk(2, dim=1), COLUMNS)[0]
+        with torch.no_grad():
+            (expected,) = causal(base.transformer, hidden_states=whole, columns=COLUMNS, **call)
+        velocity = (latents[i] - [noise, *latents][i]) / (sigmas[i + 1] - sigmas[i])
+        torch.testing.assert_close(*(split_panels(v, COLUMNS)[1] for v in (velocity, expected)), rtol=1e-3, atol=1e-4)
+    base.transformer.set_attn_processor(dict(causal.stock))
+    torch.testing.assert_close(split_panels(latents[-1], COLUMNS)[0], clean, rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_of_a_batch_are_painted_as_alone(base):
