@@ -1122,7 +1122,7 @@ class CausalAttnProcessor(FluxAttnProcessor):
         image_rotary_emb: Any = None,
     ) -> Any:
         """As in `FluxAttnProcessor`. `image_rotary_emb` is of the prompt, the visible and the target view, in this order."""
-        projected = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        projected: Any = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected[:3])
         query, key = attn.norm_q(query), attn.norm_k(key)
         if encoder_hidden_states is not None:
@@ -1136,9 +1136,12 @@ class CausalAttnProcessor(FluxAttnProcessor):
             "visible": [table[:tokens] for table in image_rotary_emb],
             "target": [torch.cat((table[:text_tokens], table[tokens:])) for table in image_rotary_emb],
         }
-        passes, seen, attended = self.causal.passes, self.kept, []
+        # Its annotations say that it returns two tensors.
+        rotate: Any = apply_rotary_emb
+        passes, attended = self.causal.passes, []
+        seen: Any = self.kept
         for view, q, k, v in zip(passes, *(x.chunk(len(passes)) for x in (query, key, value))):
-            q, k = (apply_rotary_emb(x, rotary[view], sequence_dim=1) for x in (q, k))
+            q, k = (rotate(x, rotary[view], sequence_dim=1) for x in (q, k))
             if view == "visible":
                 seen = k[:, text_tokens:], v[:, text_tokens:]
             else:

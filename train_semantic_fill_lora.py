@@ -184,14 +184,14 @@ def make_batch(
     """Encodes read samples and adds noise. Every draw is a function of the seed and the sample's place in the run."""
     seed = objective.options.seed
     generators = [torch.Generator().manual_seed(seed_of(seed, "step", s["spec"].position)) for s in samples]
-    encoded = encoder.encode_batch(samples, generators, device, dtype)
+    encoded: Any = encoder.encode_batch(samples, generators, device, dtype)
     x_1, t, x_t = add_noise(encoded["x_0"], generators, objective, timesteps)
     guidance = torch.full_like(t, objective.options.guidance_scale) if objective.guidance_embeds else None
     layout, loss_tokens = encoder.layout(samples), None
     if objective.options.loss_region == "target":
         loss_tokens = layout.tokens_of(encoder.mode.panels.index("target")).to(device)
-    sizes = {"size": layout.size, "columns": layout.columns}
-    return Batch(x_1=x_1, t=t, x_t=x_t, guidance=guidance, loss_tokens=loss_tokens, **sizes, **encoded)
+    encoded |= {"x_1": x_1, "t": t, "x_t": x_t, "guidance": guidance, "loss_tokens": loss_tokens}
+    return Batch(size=layout.size, columns=layout.columns, **encoded)
 
 
 # -- Model: attend -> predict -----------------------------------------------------------------------------------------
