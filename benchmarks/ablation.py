@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Every way for the map to enter, and to compute the visible view once, at equal steps, rank and data, on up to three tasks.
+"""Every way in for the map, and the visible view computed once, at equal steps, rank and data, on up to three tasks.
 
     python examples/earth.py --output_dir earth
     python benchmarks/emoji.py --output_dir emoji
