@@ -1281,8 +1281,6 @@ class CausalAttention:
         else:
             with torch.no_grad():
                 self.see(transformer, visible, **inputs)
-            # Autocast would take the copies of weights that it made without gradients.
-            torch.clear_autocast_cache()
             out = transformer(hidden_states=target, **inputs)[0]
         return (join_panels(torch.zeros_like(out), out, columns),)
 
