@@ -48,9 +48,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 if TYPE_CHECKING or __package__:
     from .semantic_attention import (
         SEMANTIC_SUBFOLDER,
-        VISIBLE_ATTENTIONS,
         AttentionRecorder,
-        CausalAttention,
         LoraFile,
         SemanticAttentionModel,
         SemanticAttentionOutput,
@@ -69,9 +67,7 @@ else:
     import semantic_attention as _semantic_attention
 
     SEMANTIC_SUBFOLDER = _semantic_attention.SEMANTIC_SUBFOLDER
-    VISIBLE_ATTENTIONS = _semantic_attention.VISIBLE_ATTENTIONS
     AttentionRecorder = _semantic_attention.AttentionRecorder
-    CausalAttention = _semantic_attention.CausalAttention
     LoraFile = _semantic_attention.LoraFile
     SemanticAttentionModel = _semantic_attention.SemanticAttentionModel
     SemanticAttentionOutput = _semantic_attention.SemanticAttentionOutput
@@ -95,7 +91,7 @@ logger = logging.get_logger(__name__)
 # The key in the LoRA file's safetensors metadata that says how the map entered in training.
 SEMANTIC_METADATA_KEY = "semantic_fill"
 # What the configuration of a pipeline, an adapter and the metadata of a LoRA file all say.
-SETTINGS = ("semantic_mode", "fusion_alpha", "max_sequence_length", "visible_attention")
+SETTINGS = ("semantic_mode", "fusion_alpha", "max_sequence_length")
 # Longest side of a view in pixels that weights may name.
 MAX_SIDE = 16384
 
@@ -148,15 +144,6 @@ def _get_mode(name: str) -> SemanticMode:
     return SEMANTIC_MODES[name]
 
 
-def _check_visible_attention(name: str, mode: str) -> None:
-    if not isinstance(name, str) or name not in VISIBLE_ATTENTIONS:
-        raise ValueError(f"`visible_attention` has to be one of {VISIBLE_ATTENTIONS} but is {name!r:.100}.")
-    if name == "causal" and len(SEMANTIC_MODES[mode].panels) != 2:
-        raise ValueError(
-            f'`visible_attention="causal"` needs a canvas of two panels, unlike `semantic_mode="{mode}"`.'
-        )
-
-
 def _is_of_class(module: torch.nn.Module | None, module_class: type | None) -> bool:
     # A process may hold each class twice, installed and as a dynamic module, so `isinstance` does not tell. The
     # classes' `description` does, and a compiled module passes it through as well.
@@ -172,7 +159,7 @@ class SemanticAdapter:
     What a trained LoRA brings beside its layers. [`FluxFillSemanticPipeline.semantic_adapters`] has one for each.
 
     Args:
-        semantic_mode, fusion_alpha, max_sequence_length, visible_attention:
+        semantic_mode, fusion_alpha, max_sequence_length:
             As in [`FluxFillSemanticPipeline`].
         height, width (`int`, *optional*):
             Size of a view in training, in pixels.
@@ -192,7 +179,6 @@ class SemanticAdapter:
     semantic_mode: str = "cross_attention"
     fusion_alpha: float = 0.5
     max_sequence_length: int = 512
-    visible_attention: str = "joint"
     height: int | None = None
     width: int | None = None
     module: Any = None
@@ -212,7 +198,6 @@ class SemanticAdapter:
             )
         if not 0 <= self.fusion_alpha <= 1:
             raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {self.fusion_alpha}.")
-        _check_visible_attention(self.visible_attention, self.semantic_mode)
 
     @property
     def mode(self) -> SemanticMode:
@@ -228,8 +213,7 @@ class SemanticAdapter:
     def canvas(self) -> str:
         """What is on the canvas, in words. Adapters with the same canvas can act together."""
         visible = f"visible with {self.fusion_alpha:g} of the map" if self.mode.fuses else "visible"
-        panels = " | ".join(visible if panel == "visible" else panel for panel in self.mode.panels)
-        return panels if self.visible_attention == "joint" else f"{panels}, {self.visible_attention}"
+        return " | ".join(visible if panel == "visible" else panel for panel in self.mode.panels)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -479,9 +463,6 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             Share of the map in the blend of `"pixel_fusion"`, in [0, 1].
         max_sequence_length (`int`, defaults to 512):
             Number of T5 tokens of a prompt, used by calls that do not pass one.
-        visible_attention (`str`, defaults to `"joint"`):
-            `"joint"`: all tokens attend to each other. `"causal"`: the visible view attends to itself and the prompt
-            alone, so a call computes it once for all steps. It paints well only with weights that were trained so.
 
     Raises:
         `ValueError`: An argument is out of range, or module and mode do not fit each other.
@@ -506,7 +487,6 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         semantic_mode: str = "cross_attention",
         fusion_alpha: float = 0.5,
         max_sequence_length: int = 512,
-        visible_attention: str = "joint",
     ):
         super().__init__(
             scheduler=scheduler,
@@ -518,10 +498,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             transformer=transformer,
         )
         self.register_to_config(
-            semantic_mode=semantic_mode,
-            fusion_alpha=fusion_alpha,
-            max_sequence_length=max_sequence_length,
-            visible_attention=visible_attention,
+            semantic_mode=semantic_mode, fusion_alpha=fusion_alpha, max_sequence_length=max_sequence_length
         )
         self.register_modules(semantic_attention=semantic_attention)
 
@@ -733,9 +710,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     # -- Guide --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _semantic_guidance(
-        self, guides: list[_Guide], positions: torch.Tensor | None, canvas: _Canvas, visible_attention: str
-    ):
+    def _semantic_guidance(self, guides: list[_Guide], positions: torch.Tensor | None, canvas: _Canvas):
         """Enhances the transformer's input during one call. An error in that call ends the guidance as well."""
         if self._attention_observer is not None and not guides:
             raise ValueError(
@@ -760,10 +735,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         with contextlib.ExitStack() as stack:
             # FirstBlockCache and similar caches need a context, and `FluxFillPipeline` opens none.
             stack.enter_context(self.transformer.cache_context("cond"))
-            if visible_attention == "causal":
-                causal = CausalAttention(self.transformer)
-                stack.enter_context(causal.painting(self.transformer, canvas.columns, enhance if guides else None))
-            elif guides:
+            if guides:
                 handle = self.transformer.register_forward_pre_hook(enhance, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
@@ -821,8 +793,6 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 )
         if not isinstance(semantic_scale, (int, float)) or not np.isfinite(semantic_scale):
             raise ValueError(f"`semantic_scale` has to be a finite number but is {semantic_scale!r}.")
-        if acting[0].visible_attention == "causal" and not translates:
-            raise ValueError('`mask_image` cannot go with `visible_attention="causal"`, which needs a visible view.')
         if semantic_image is None:
             return
         if not any(adapter.mode.uses_map for adapter in acting):
@@ -1063,7 +1033,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             guides = self._prepare_guides(semantic_tokens, acting, semantic_scale)
 
         # 4. Denoise and decode
-        with self._semantic_guidance(guides, positions, canvas, adapters[0].visible_attention):
+        with self._semantic_guidance(guides, positions, canvas):
             # The stock annotations leave out pictures that the stock method accepts.
             paint: Any = super().__call__
             images = paint(
@@ -1395,7 +1365,6 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         max_sequence_length: int = 512,
         height: int | None = None,
         width: int | None = None,
-        visible_attention: str = "joint",
     ) -> None:
         r"""
         Saves a LoRA. With `semantic_mode` or `semantic_attention` it is saved as a trained one, with its module.
@@ -1425,14 +1394,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 `"cross_attention"` if a module is passed.
             height, width (`int`, *optional*):
                 Size of a view in training, in pixels.
-            visible_attention (`str`, defaults to `"joint"`):
-                As in [`FluxFillSemanticPipeline`].
 
         Raises:
             `ValueError`: The mode is unknown, the module is not of its class, the format would lose the mode, or there
                 are no layers.
         """
-        if semantic_mode is not None or semantic_attention is not None or visible_attention != "joint":
+        if semantic_mode is not None or semantic_attention is not None:
             semantic_mode = semantic_mode or "cross_attention"
             module_class = _get_mode(semantic_mode).module_class
             if not _is_of_class(semantic_attention, module_class):
@@ -1454,10 +1421,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 "fusion_alpha": fusion_alpha,
                 "max_sequence_length": max_sequence_length,
             }
-            _check_visible_attention(visible_attention, semantic_mode)
-            # A file that does not say so is joint, as all were before there was a choice.
-            others = {"height": height, "width": width, "visible_attention": visible_attention}
-            trained_with |= {name: value for name, value in others.items() if value not in (None, "joint")}
+            sizes = {"height": height, "width": width}
+            trained_with |= {name: size for name, size in sizes.items() if size is not None}
             metadata = {"format": "pt", SEMANTIC_METADATA_KEY: json.dumps(trained_with)}
             configs = {
                 "transformer": transformer_lora_adapter_metadata,
@@ -1528,7 +1493,7 @@ def read_trained_settings(
             As in [`~huggingface_hub.hf_hub_download`].
 
     Returns:
-        `dict[str, Any]`: `semantic_mode`, `fusion_alpha`, `max_sequence_length` and `visible_attention`, and the size of a view in training
+        `dict[str, Any]`: `semantic_mode`, `fusion_alpha` and `max_sequence_length`, and the size of a view in training
         as `height` and `width`. What the file does not say is missing: earlier files have no size, and ordinary LoRAs
         say nothing. Nothing is known either where there is no LoRA.
 
@@ -1557,8 +1522,6 @@ def _read_settings(file: LoraFile) -> dict[str, Any]:
             check_number("max_sequence_length", settings["max_sequence_length"], least=1, most=512, whole=True)
         if "semantic_mode" in settings:
             _get_mode(settings["semantic_mode"])
-        if "visible_attention" in settings:
-            _check_visible_attention(settings["visible_attention"], settings.get("semantic_mode", "none"))
     except ValueError as error:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {file.path}: {error}"

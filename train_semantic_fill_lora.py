@@ -18,7 +18,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
@@ -39,7 +39,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
-from semantic_attention import CausalAttention
+from semantic_attention import SemanticModel
 from semantic_fill import reports
 from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
@@ -49,7 +49,7 @@ from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
 from semantic_fill.files import ornament
 from semantic_fill.lora import add_lora, compiler_options
-from semantic_fill.memory import set_checkpointing
+from semantic_fill.memory import Plan, choose_plan, set_checkpointing
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.page import painted_samples, write_page
 from semantic_fill.precision import FrozenLinearConfig
@@ -88,7 +88,6 @@ class Batch:
     pooled_prompt_embeds: torch.Tensor  # [B, 768]
     guidance: torch.Tensor | None  # [B], None for a transformer without guidance embedding
     size: tuple[int, int]  # height and width of a view in pixels
-    columns: int  # columns of a panel in tokens
     semantic_tokens: torch.Tensor | None = None  # [B, N, 64], None for a mode without module
     positions: torch.Tensor | None = None  # [N, 2] row and column of each token within its panel
     keep_map: torch.Tensor | None = None  # [B] False for samples that are trained without their map
@@ -184,14 +183,13 @@ def make_batch(
     """Encodes read samples and adds noise. Every draw is a function of the seed and the sample's place in the run."""
     seed = objective.options.seed
     generators = [torch.Generator().manual_seed(seed_of(seed, "step", s["spec"].position)) for s in samples]
-    encoded: Any = encoder.encode_batch(samples, generators, device, dtype)
+    encoded = encoder.encode_batch(samples, generators, device, dtype)
     x_1, t, x_t = add_noise(encoded["x_0"], generators, objective, timesteps)
     guidance = torch.full_like(t, objective.options.guidance_scale) if objective.guidance_embeds else None
     layout, loss_tokens = encoder.layout(samples), None
     if objective.options.loss_region == "target":
         loss_tokens = layout.tokens_of(encoder.mode.panels.index("target")).to(device)
-    encoded |= {"x_1": x_1, "t": t, "x_t": x_t, "guidance": guidance, "loss_tokens": loss_tokens}
-    return Batch(size=layout.size, columns=layout.columns, **encoded)
+    return Batch(x_1=x_1, t=t, x_t=x_t, guidance=guidance, size=layout.size, loss_tokens=loss_tokens, **encoded)
 
 
 # -- Model: attend -> predict -----------------------------------------------------------------------------------------
@@ -200,9 +198,10 @@ def make_batch(
 class SemanticFillModel(torch.nn.Module):
     """Everything that is trained in one module, so that one wrapper of DDP or FSDP2 holds it."""
 
-    def __init__(self, transformer: Any, semantic_attention: Any, causal: CausalAttention | None = None):
+    def __init__(self, transformer: FluxTransformer2DModel, semantic_attention: SemanticModel | None):
         super().__init__()
-        self.transformer, self.semantic_attention, self.causal = transformer, semantic_attention, causal
+        self.transformer: Any = transformer
+        self.semantic_attention: Any = semantic_attention
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.predict(self.attend(batch), batch)
@@ -210,8 +209,6 @@ class SemanticFillModel(torch.nn.Module):
     def attend(self, batch: Batch) -> torch.Tensor:
         """The transformer's input `[B, N, 384]`, x_t and x_cond, enhanced with the map unless a sample drops it."""
         hidden_states = torch.cat((batch.x_t, batch.x_cond), dim=-1)
-        if self.causal is not None:
-            hidden_states = self.causal.show(hidden_states, batch.columns)
         if self.semantic_attention is None or batch.keep_map is None:
             return hidden_states
         enhanced = self.semantic_attention.enhance(hidden_states, batch.semantic_tokens, batch.positions)
@@ -219,10 +216,7 @@ class SemanticFillModel(torch.nn.Module):
 
     def predict(self, hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The predicted velocity `[B, N, 64]`."""
-        run = self.transformer
-        if self.causal is not None:
-            run = functools.partial(self.causal, self.transformer, columns=batch.columns)
-        return run(
+        return self.transformer(
             hidden_states=hidden_states,
             timestep=batch.t,
             guidance=batch.guidance,
@@ -288,10 +282,7 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
             semantic_attention = module_class(in_channels=transformer.out_channels, **config)
         # Loaded models come in evaluation mode, new ones in training mode.
         semantic_attention.to(transformer.device).requires_grad_(True).train()
-    causal = None
-    if options.visible_attention == "causal":
-        causal = CausalAttention(transformer, options.visible_gradients)
-    model = SemanticFillModel(transformer.train(), semantic_attention, causal)
+    model = SemanticFillModel(transformer.train(), semantic_attention)
     # PEFT gives adapters the dtype of their base. In bfloat16, updates as small as a learning rate would be lost.
     cast_training_params(model, dtype=torch.float32)
     if options.lora_weights:
@@ -413,7 +404,7 @@ def assemble(
             encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, plan, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
-        options = replace(options, **vars(reports.plan_fast(options, encoder, device, dtype)))
+        options = replace(options, **vars(plan_fast(options, encoder, device, dtype)))
 
     set_seed(options.seed)
     with reports.explain_out_of_memory(options, encoder):
@@ -450,6 +441,15 @@ def assemble(
     make = functools.partial(make, encoder=encoder)
     parts = (model, optimizer, lr_scheduler, checkpointer, state, make, stopwatch)
     return Run(options, engine, encoder, held_out, objective, *parts)
+
+
+def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
+    """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
+    fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
+    choice = choose_plan(reports.workload(options, encoder), fixed, device, dtype)
+    plan, reason = broadcast_object_list(list(choice))
+    logger.info(f"--fast chose {plan}: {reason}")
+    return plan
 
 
 # -- Train ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""Every way in for the map, and the visible view computed once, at equal steps, rank and data, on up to three tasks.
+"""Every way for the map to enter, at equal steps, rank and data, on up to three tasks.
 
     python examples/earth.py --output_dir earth
     python benchmarks/emoji.py --output_dir emoji
@@ -14,8 +14,7 @@ tells how to get, on a base that was trained on other scenes:
 
 Each cell (task, variant, seed) is a run of the trainer. It then paints held-out pictures with the right map, with another
 picture's and with none. Cells are shared out over `--jobs` processes. Time a step and peak memory are measured afterwards,
-one variant at a time. `--reference VARIANT` adds each variant's mean difference from that one, seed by seed. `--figures
-FOLDER` draws learning curves, what the map is worth, and where painted places look in it.
+one variant at a time. `--figures FOLDER` draws learning curves, what the map is worth, and where painted places look in it.
 """
 
 import argparse
@@ -51,23 +50,20 @@ class Variant:
     Args:
         options (`str`): Options of the trainer.
         module (`str`, *optional*): Class in `variants.py` that replaces the trainer's module.
-        causal (`str`, *optional*): Class in `variants.py` that computes the visible view once in the trainer's place.
-        steps (`float`): Factor for the number of steps.
+        steps (`int`): Factor for the number of steps.
         paint_scale (`float`): The pipeline's `semantic_scale`.
         weighs (`bool`): Whether it chooses among places of the map, so that there is attention to draw.
     """
 
     options: str = ""
     module: str | None = None
-    causal: str | None = None
-    steps: float = 1
+    steps: int = 1
     paint_scale: float = 1.0
     weighs: bool = False
 
 
 NONE, ROPE, TWO_LAYERS = "--semantic_position none", "--semantic_position rope", "--semantic_num_layers 2"
 PROJECTION = "--semantic_mode projection"
-CAUSAL = f"{PROJECTION} --visible_attention causal"
 VARIANTS = {
     "none": Variant("--semantic_mode none"),
     "pixel_fusion": Variant("--semantic_mode pixel_fusion"),
@@ -86,19 +82,6 @@ VARIANTS = {
     "condition, aligned, 2 layers": Variant(f"{NONE} {TWO_LAYERS}", "AlignedFromCondition"),
     "condition, aligned, 3 x the steps": Variant(NONE, "AlignedFromCondition", steps=3),
     "in_context, 3 x the steps": Variant("--semantic_mode in_context", steps=3),
-    "projection, rank 32": Variant(f"{PROJECTION} --rank 32"),
-    "projection, 3 x the steps": Variant(PROJECTION, steps=3),
-    "causal": Variant(CAUSAL),
-    "causal, no gradients": Variant(f"{CAUSAL} --no-visible_gradients"),
-    # A step at FLUX's size takes 1.2 times as long as a joint one with 512 text tokens, and without gradients 1 / 1.3.
-    "causal, equal time": Variant(CAUSAL, steps=1 / 1.2),
-    "causal, no gradients, equal time": Variant(f"{CAUSAL} --no-visible_gradients", steps=1.3),
-    "causal, prompt unseen": Variant(CAUSAL, causal="PromptUnseen"),
-    "causal, zeros for noise": Variant(CAUSAL, causal="ZeroNoise"),
-    "causal, LoRA of its own": Variant(CAUSAL, causal="OwnLora"),
-    "causal, rank 32": Variant(f"{CAUSAL} --rank 32"),
-    "causal, joint at first": Variant(CAUSAL, causal="JointAtFirst"),
-    "causal, 3 x the steps": Variant(CAUSAL, steps=3),
 }
 # The variants that --figures compares. Each has one color in all panels.
 COMPARED = (
@@ -206,23 +189,6 @@ def table(rows: list[dict], costs: list[dict], task: str) -> str:
         columns += [f"{cost[name][key]:.0f}" if name in cost else "" for key in ("step_ms", "peak_mib")]
         lines.append(f"| {name} | " + " | ".join(columns) + f" | {len(cells)} |")
     return "\n".join(lines) + (f"\n\n{street_tables(variants)}" if variants and task == "thermal" else "")
-
-
-def differences(rows: list[dict], task: str, reference: str) -> str:
-    """Markdown: what each variant has more than the reference of the same seed, as the mean over the seeds and all of them."""
-    cells = {(row["variant"], row["seed"]): row for row in rows if row["task"] == task}
-    lines = ["| variant | PSNR, dB | SSIM | wrong-map drop | seed by seed, dB |", "| --- " * 5 + "|"]
-    for name in dict.fromkeys(name for name, _ in cells if name != reference):
-        seeds = [seed for variant, seed in cells if variant == name and (reference, seed) in cells]
-        pairs = [(cells[name, seed], cells[reference, seed]) for seed in sorted(seeds)]
-        if not pairs:
-            continue
-        psnr, ssim = ([a["right"][key] - b["right"][key] for a, b in pairs] for key in ("psnr", "ssim"))
-        drops = [[c["right"]["psnr"] - c["wrong"]["psnr"] for c in pair] for pair in pairs if "wrong" in pair[0]]
-        drop = f"{np.mean([a for a, _ in drops]) / np.mean([b for _, b in drops]):.0%}" if drops else ""
-        each = ", ".join(f"{value:+.2f}" for value in psnr)
-        lines.append(f"| {name} | {np.mean(psnr):+.2f} | {np.mean(ssim):+.3f} | {drop} | {each} |")
-    return "\n".join(lines)
 
 
 def learning_curves(rows: list[dict], task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -355,9 +321,6 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", action="store_true", help="Print the tables of what --output holds, run nothing.")
     parser.add_argument("--sheets", type=Path, help="Folder for a sheet of each cell's paintings.")
-    parser.add_argument(
-        "--reference", choices=VARIANTS, metavar="VARIANT", help="Also print differences from this one."
-    )
     parser.add_argument("--figures", type=Path, help="Draw what --output holds, and attention, in this folder.")
     return parser.parse_args(args)
 
@@ -393,8 +356,6 @@ def main(args: argparse.Namespace) -> None:
     rows, costs = read_output(args.output), read_output(costs_file)
     for task in args.tasks:
         print(f"\n## {task}\n\n{table(rows, costs, task)}")
-        if args.reference is not None:
-            print(f"\nFrom {args.reference}:\n\n{differences(rows, task, args.reference)}")
     if args.figures is not None:
         draw_figures(rows, args.tasks, args.figures)
 

@@ -24,12 +24,10 @@ from emoji import nearest_colors
 from measurement import StepTracker, assemble, free
 from thermal import Streets
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from variants import CAUSAL, MODULES
+from variants import MODULES
 
-import pipeline_flux_fill_semantic
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_attention import CausalAttention
 from semantic_fill.checks import check_samples
 from semantic_fill.data import TriptychDataset
 from semantic_fill.encoding import Encoder, read_encoding
@@ -123,14 +121,9 @@ def build(
             model.semantic_attention = MODULES[variant.module](**config).to(transformer.device)
         return model
 
-    causal = CAUSAL.get(variant.causal, CausalAttention)
-    trainer.CausalAttention = causal
-    pipeline_flux_fill_semantic.CausalAttention = getattr(causal, "painted_with", causal)
     key = (task, options.semantic_mode)
     run = assemble(options, tracker, encoder=encoders.get(key), build_model=build_model)
     encoders[key] = run.encoder
-    if variant.causal == "JointAtFirst":
-        run.engine.unwrap(run.model).causal.joint_steps = steps // 3
     # Nothing goes on from a cell, and the checkpoint of a variant's module would not be the trainer's.
     run.checkpointer.save = lambda state: None
     return run, tracker
@@ -146,7 +139,6 @@ def make_painter(run: trainer.Run) -> FluxFillSemanticPipeline:
         **components | trained,
         semantic_mode=run.options.semantic_mode,
         fusion_alpha=run.options.fusion_alpha,
-        visible_attention=run.options.visible_attention,
     )
     painter.vae.to(run.engine.accelerator.device)
     painter.set_progress_bar_config(disable=True)
@@ -259,7 +251,7 @@ def run_cell(
     task: str, name: str, seed: int, variant, picture: Path | None, sheet: Path | None, args: argparse.Namespace
 ) -> dict:
     """Trains and paints one cell. `picture` and `sheet` are where attention maps and paintings go, if they are drawn."""
-    run, tracker = build(task, variant, seed, round(variant.steps * args.steps), args, args.num_train)
+    run, tracker = build(task, variant, seed, variant.steps * args.steps, args, args.num_train)
     start = time.monotonic()
     trainer.train(run)
     seconds, losses = time.monotonic() - start, tracker.losses

@@ -7,10 +7,6 @@ Both get the same transformer, VAE, canvas, steps and prompt embeddings, in turn
 The recipe is the README's: LoRA fused, blocks in fp8 and compiled, FirstBlockCache. A random model paints no picture, so
 the small trained base (`--shape base`) compares the recipe's picture with that of the slow way. It also tells which steps a
 cache leaves out, and `--replay` leaves out the same ones at FLUX's size.
-
-What causal attention of the visible view saves is measured in the same way, by one more pipeline:
-
-    python benchmarks/inference_speed.py --painters guided,causal --rows steps,FirstBlockCache --replay base.json
 """
 
 import argparse
@@ -35,11 +31,6 @@ from semantic_fill.precision import quantize_blocks
 from semantic_fill.views import cut_triptych
 
 
-# In the order of their turns.
-PAINTERS = ("FluxFillPipeline", "without map", "guided", "causal")
-ROWS = ("eager", "LoRA", "LoRA fused", "compiled", "fp8", "FirstBlockCache")
-
-
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("inference_speed.json"))
@@ -50,11 +41,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=3, help="Turns of the two pipelines.")
-    parser.add_argument(
-        "--painters", default=",".join(PAINTERS[:3]), help=f"Who paints in turns, of {', '.join(PAINTERS)}."
-    )
-    parser.add_argument("--rows", default=",".join(ROWS), help="What is measured. `steps` are single steps, compiled.")
-    parser.add_argument("--text_tokens", default="512,80", help="Lengths of the prompt for `steps`.")
     parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Thresholds of FirstBlockCache.")
     parser.add_argument("--picture", type=Path, help="A triptych to paint, for --shape base.")
     parser.add_argument("--prompt", default="hillshade to satellite", help="For --shape base.")
@@ -67,6 +53,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.resolution = args.resolution or (512 if args.shape == "flux" else 64)
     return args
+
+
+# In the order of their turns.
+PAINTERS = ("FluxFillPipeline", "without map", "guided")
 
 
 class CacheDecisions:
@@ -82,9 +72,6 @@ class CacheDecisions:
         @torch.compiler.disable
         def decide(hook, residual: torch.Tensor) -> bool:
             computed = plain(hook, residual)
-            if hook.state_manager.context.name == "visible":
-                # The pass of the visible view alone is no step.
-                return computed
             if self.replayed is not None:
                 computed = bool(self.replayed[len(self.taken) % len(self.replayed)])
             self.taken.append(int(computed))
@@ -124,24 +111,19 @@ class Painter:
         text = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         kept = {"scheduler": scheduler, "vae": vae, "transformer": self.transformer} | text
         self.ours = FluxFillSemanticPipeline(**kept, semantic_attention=self.module)
-        self.causal = FluxFillSemanticPipeline(**kept, semantic_attention=self.module, visible_attention="causal")
         self.theirs = FluxFillPipeline(**kept)
-        for pipeline in (self.ours, self.causal, self.theirs):
+        for pipeline in (self.ours, self.theirs):
             pipeline.set_progress_bar_config(disable=True)
 
-    def paint(self, who: str, **more) -> tuple[torch.Tensor, float]:
+    def paint(self, who: str) -> tuple[torch.Tensor, float]:
         """Picture and seconds of one of PAINTERS."""
         args = self.args
-        same = (
-            self.prompt
-            | {
-                "num_inference_steps": args.steps,
-                "guidance_scale": 30.0,
-                "output_type": "pt",
-                "generator": torch.Generator().manual_seed(0),
-            }
-            | more
-        )
+        same = self.prompt | {
+            "num_inference_steps": args.steps,
+            "guidance_scale": 30.0,
+            "output_type": "pt",
+            "generator": torch.Generator().manual_seed(0),
+        }
         synchronize(self.device)
         start = time.perf_counter()
         if who == "FluxFillPipeline":
@@ -149,8 +131,7 @@ class Painter:
             size = {"height": args.resolution, "width": 2 * args.resolution}
             painted = self.theirs(image=canvas, mask_image=mask, **size, **same)
         else:
-            pipeline = self.causal if who == "causal" else self.ours
-            painted = pipeline(image=self.visible, semantic_image=None if who == "without map" else self.map, **same)
+            painted = self.ours(image=self.visible, semantic_image=self.map if who == "guided" else None, **same)
         synchronize(self.device)
         return painted.images, time.perf_counter() - start
 
@@ -167,35 +148,12 @@ class Painter:
         self.transformer.requires_grad_(False)
 
     def compile(self) -> None:
-        # Earlier compiled calls are dropped, because the blocks may have changed. A graph for each number of tokens is faster.
+        # Earlier compiled calls are dropped, because the blocks may have changed.
         torch._dynamo.reset()
-        self.transformer.compile_repeated_blocks(dynamic=False)
-
-    def step_seconds(self, who: str, text_tokens: int) -> tuple[float, list[float]]:
-        """
-        Seconds of the first denoising step, which includes what is done once, and of each later one. Only the text encoders
-        and the VAE are left out.
-        """
-        times = []
-
-        def note(pipeline, step, timestep, values):
-            synchronize(self.device)
-            times.append(time.perf_counter())
-            return values
-
-        def start(transformer, args, kwargs):
-            if not times:
-                note(None, 0, None, None)
-
-        handle = self.transformer.register_forward_pre_hook(start, with_kwargs=True)
-        prompt = {"prompt_embeds": self.prompt["prompt_embeds"][:, :text_tokens]}
-        self.paint(who, callback_on_step_end=note, **prompt)
-        handle.remove()
-        first, *later = (after - before for before, after in zip(times, times[1:]))
-        return first, later
+        self.transformer.compile_repeated_blocks()
 
 
-def turns(painter: Painter, report: Report, name: str, rounds: int, painters: list[str]) -> dict:
+def turns(painter: Painter, report: Report, name: str, rounds: int, painters: tuple[str, ...] = PAINTERS) -> dict:
     """
     Medians of painting in turns, and of what each takes more than the first one in the same turn. The clocks change by
     more than that from turn to turn. The first turn warms up.
@@ -214,25 +172,6 @@ def turns(painter: Painter, report: Report, name: str, rounds: int, painters: li
         row[f"{who}, each turn"] = " ".join(f"{percent:+.2f}" for percent in each)
     report.add(**row, **{"peak GiB": peak_gib(painter.device)})
     return row
-
-
-def steps(painter: Painter, report: Report, rounds: int, painters: list[str], text_tokens: int, more: str = "") -> None:
-    """Medians of single steps, in turns, the first of which warms up."""
-    seconds = {who: [] for who in painters}
-    firsts = {who: [] for who in painters}
-    for _ in range(rounds + 1):
-        for who in painters:
-            first, later = painter.step_seconds(who, text_tokens)
-            firsts[who].append(first)
-            seconds[who].append(statistics.median(later))
-    row = {"row": f"one step, compiled{more}, {text_tokens} text tokens"}
-    for who in painters:
-        row[f"{who}, ms"] = 1000 * statistics.median(seconds[who][1:])
-        row[f"{who}, first step, ms"] = 1000 * statistics.median(firsts[who][1:])
-    for who in painters[1:]:
-        ratios = [a / b for a, b in zip(seconds[painters[0]][1:], seconds[who][1:])]
-        row[f"{who}, times as fast"] = statistics.median(ratios)
-    report.add(**row, **{"peak GiB": peak_gib(painter.device)})
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -265,19 +204,14 @@ def main(args: argparse.Namespace) -> None:
 
     eager = {}
 
-    painters, rows = args.painters.split(","), args.rows.split(",")
-
     def with_lora():
         painter.add_lora()
-        if "LoRA" in rows:
-            painter.slow = painter.paint("guided")[0]
-            report.add(row="eager, LoRA not fused", **{"guided, s": painter.paint("guided")[1]})
+        painter.slow = painter.paint("guided")[0]
+        report.add(row="eager, LoRA not fused", **{"guided, s": painter.paint("guided")[1]})
 
     def compare(name):
-        ours = [who for who in painters if who in ("guided", "causal")]
-        row = turns(painter, report, name, max(1, args.rounds - 1), ours)
-        if eager:
-            report.rows[-1]["times eager FluxFillPipeline"] = eager["FluxFillPipeline, s"] / row["guided, s"]
+        row = turns(painter, report, name, max(1, args.rounds - 1), painters=("guided",))
+        report.rows[-1]["times eager FluxFillPipeline"] = eager["FluxFillPipeline, s"] / row["guided, s"]
         if args.shape == "base":
             report.rows[-1]["PSNR dB"] = psnr(painter.paint("guided")[0], painter.slow)
         report.save()
@@ -286,26 +220,12 @@ def main(args: argparse.Namespace) -> None:
         painter.ours.fuse_lora()
         # This removes PEFT's layers. The fused weights and the module stay.
         painter.ours.unload_lora_weights()
-        if "LoRA fused" in rows:
-            compare("LoRA fused")
-
-    def compiled():
-        painter.compile()
-        turns(painter, report, "compiled", args.rounds, painters)
-
-    def single_steps():
-        painter.compile()
-        for text_tokens in map(int, args.text_tokens.split(",")):
-            steps(painter, report, args.rounds, painters, text_tokens)
-            # At batch 1 the host may be slower than the GPU. Most of its time goes into checks of what was compiled.
-            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-                steps(painter, report, args.rounds, painters, text_tokens, ", guards skipped")
+        compare("LoRA fused")
 
     def in_fp8():
         quantize_blocks(painter.transformer, "fp8")
-        if "fp8" in rows:
-            painter.compile()
-            compare("LoRA fused, fp8, compiled")
+        painter.compile()
+        compare("LoRA fused, fp8, compiled")
 
     def cached(threshold):
         def step():
@@ -320,14 +240,12 @@ def main(args: argparse.Namespace) -> None:
 
         return step
 
-    if "eager" in rows:
-        attempt("eager", lambda: eager.update(turns(painter, report, "eager", args.rounds, painters)))
+    attempt("eager", lambda: eager.update(turns(painter, report, "eager", args.rounds)))
     if attempt("LoRA", with_lora) and attempt("LoRA fused", fused):
-        for name, step in (("compiled", compiled), ("steps", single_steps)):
-            if name in rows:
-                attempt(name, step)
+        painter.transformer.compile_repeated_blocks()
+        attempt("compiled", lambda: turns(painter, report, "compiled", args.rounds))
         attempt("fp8", in_fp8)
-        for threshold in map(float, args.thresholds.split(",") if "FirstBlockCache" in rows else ()):
+        for threshold in map(float, args.thresholds.split(",")):
             attempt(f"FirstBlockCache {threshold}", cached(threshold))
     print(json.dumps(report.about, indent=1))
     print(report.table())

@@ -1,28 +1,14 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""What the product does not offer, for `ablation.py` to measure against what it does: ways in for the map, and ways to
-compute the visible view once.
+"""Ways in for the map that the product does not offer, for `ablation.py` to measure against those that it does.
 
-Each is a subclass of a class of the product with the same interface, so it trains and paints like the original. More ways
-in for the map were measured with commit bd5985d, which has their code (RESULTS.md).
+Each is a subclass of a model of the product with the same interface, so it trains, starts without effect and paints like
+the original. More of them were measured with commit bd5985d, which has their code (RESULTS.md).
 """
-
-import copy
 
 import torch
 import torch.nn as nn
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-from semantic_attention import (
-    CausalAttention,
-    SemanticAttentionModel,
-    SemanticCrossAttention,
-    SemanticProjectionModel,
-    join_panels,
-    split_panels,
-)
-
-
-# -- Ways in for the map ----------------------------------------------------------------------------------------------
+from semantic_attention import SemanticAttentionModel, SemanticCrossAttention, SemanticProjectionModel
 
 
 class AttentionFromCondition(SemanticAttentionModel):
@@ -77,87 +63,3 @@ class AlignedFromCondition(Aligned):
 
 
 MODULES = {cls.__name__: cls for cls in (AttentionFromCondition, ProjectionOnNoise, Aligned, AlignedFromCondition)}
-
-
-# -- Ways to compute the visible view once ----------------------------------------------------------------------------
-
-
-class TwoCalls(CausalAttention):
-    """Training calls the transformer once for each pass, so that they can differ. Only eager blocks without checkpointing."""
-
-    def __call__(self, transformer, hidden_states, columns, img_ids, **inputs):
-        visible, target = split_panels(hidden_states, columns)
-        inputs |= {"img_ids": torch.cat(split_panels(img_ids, columns, dim=0))}
-        seen: list[torch.Tensor] = []
-        handle = transformer.proj_out.register_forward_hook(lambda module, args, out: seen.append(out))
-        self.see(transformer, visible, **inputs)
-        handle.remove()
-        # Weights that only lead to the output of the visible view get gradients of zero, because a run checks for some.
-        out = transformer(hidden_states=target, **inputs)[0] + 0 * seen[0].sum()
-        return (join_panels(torch.zeros_like(out), out, columns),)
-
-
-class PromptUnseen(TwoCalls):
-    """The visible view attends to itself alone."""
-
-    def see(self, transformer, hidden_states, timestep, encoder_hidden_states, txt_ids, **inputs):
-        inputs |= {"encoder_hidden_states": encoder_hidden_states[:, :0], "txt_ids": txt_ids[:0]}
-        super().see(transformer, hidden_states, timestep, **inputs)
-
-
-class ZeroNoise(TwoCalls):
-    """The noise channels of the visible view are zero. The condition shows it all the same."""
-
-    def see(self, transformer, hidden_states, timestep, **inputs):
-        channels = hidden_states.shape[-1] // 6
-        hidden_states = torch.cat((torch.zeros_like(hidden_states[..., :channels]), hidden_states[..., channels:]), -1)
-        super().see(transformer, hidden_states, timestep, **inputs)
-
-
-class OwnLora(TwoCalls):
-    """The pass of the visible view has a LoRA of its own, of the same rank."""
-
-    def __init__(self, transformer, gradients=True):
-        super().__init__(transformer, gradients)
-        self.layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-        if "visible" not in transformer.peft_config:
-            transformer.add_adapter(copy.deepcopy(transformer.peft_config["default"]), "visible")
-            self.choose("default")
-            for name, parameter in transformer.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-
-    def choose(self, name: str) -> None:
-        for layer in self.layers:
-            # PEFT's own method would also freeze the other one.
-            layer._active_adapter = [name]
-
-    def see(self, transformer, hidden_states, timestep, **inputs):
-        self.choose("visible")
-        super().see(transformer, hidden_states, timestep, **inputs)
-        self.choose("default")
-
-
-class JointAtFirst(CausalAttention):
-    """The first `joint_steps` of a training are joint."""
-
-    joint_steps = 0
-    painted_with = CausalAttention
-
-    def __init__(self, transformer, gradients=True):
-        super().__init__(transformer, gradients)
-        self.calls, self.processors = 0, transformer.attn_processors
-        transformer.set_attn_processor(dict(self.stock))
-
-    def show(self, hidden_states, columns):
-        return hidden_states if self.calls < self.joint_steps else super().show(hidden_states, columns)
-
-    def __call__(self, transformer, hidden_states, columns, **inputs):
-        self.calls += 1
-        if self.calls <= self.joint_steps:
-            return transformer(hidden_states=hidden_states, **inputs)
-        if self.calls == self.joint_steps + 1:
-            transformer.set_attn_processor(dict(self.processors))
-        return super().__call__(transformer, hidden_states, columns, **inputs)
-
-
-CAUSAL = {cls.__name__: cls for cls in (PromptUnseen, ZeroNoise, OwnLora, JointAtFirst)}

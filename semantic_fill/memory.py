@@ -49,8 +49,6 @@ def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
         plain = cls.forward
 
         def forward(self, *args, **kwargs):
-            if not torch.is_grad_enabled():
-                return plain(self, *args, **kwargs)
             context_fn = functools.partial(create_selective_checkpoint_contexts, keep_products)
             block = functools.partial(plain, self)
             return checkpoint(block, *args, use_reentrant=False, context_fn=context_fn, **kwargs)

@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
-from semantic_attention import SEMANTIC_POSITIONS, VISIBLE_ATTENTIONS
+from semantic_attention import SEMANTIC_POSITIONS
 from semantic_fill.memory import CHECKPOINTING
 from semantic_fill.option_fields import OptionGroup, option
 from semantic_fill.precision import PRECISIONS
@@ -112,15 +112,6 @@ class SemanticOptions(OptionGroup):
     semantic_weights: str | None = option(
         None, help="Trained module to start from, with its own configuration: a trained folder or Hub repository."
     )
-    visible_attention: str = option(
-        "joint",
-        choices=VISIBLE_ATTENTIONS,
-        help="What the visible view attends to: everything (joint), or itself and the prompt alone, without noise"
-        " (causal). Painting then computes it once for all steps.",
-    )
-    visible_gradients: bool = option(
-        True, help="Compute gradients through the visible view's own pass of --visible_attention causal."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,11 +162,7 @@ class ObjectiveOptions(OptionGroup):
         above=0,
         help="`resolution`: shift timesteps as inference does at this size. `none`, or a factor such as 3.0.",
     )
-    loss_region: str = option(
-        None,
-        choices=("diptych", "target"),
-        help="Panels that the loss is taken over. Default: diptych, or target with --visible_attention causal.",
-    )
+    loss_region: str = option("diptych", choices=("diptych", "target"), help="Panels that the loss is taken over.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +301,6 @@ class Options(
             max_sequence_length="auto" if self.fast else 512,
             semantic_learning_rate=self.learning_rate,
             cache_root=str(Path(self.output_dir, "cache")),
-            loss_region="diptych" if self.visible_attention == "joint" else "target",
         )
         # Prodigy finds the step size itself and knows one rate only.
         factor = 1 if self.optimizer == "prodigy" else 10
@@ -337,13 +323,6 @@ class Options(
                 "--semantic_head_dim has to be a multiple of 4 with --semantic_position rope, half for rows and half for"
                 f" columns, but is {self.semantic_head_dim}."
             )
-        if self.visible_attention == "causal":
-            if len(SEMANTIC_MODES[self.semantic_mode].panels) != 2:
-                raise ValueError(f"--visible_attention causal cannot go with --semantic_mode {self.semantic_mode}.")
-            if self.loss_region != "target":
-                raise ValueError(
-                    "--visible_attention causal needs --loss_region target, as only the target is painted."
-                )
         rates = {self.learning_rate, self.semantic_learning_rate, self.semantic_scale_learning_rate}
         if self.optimizer == "prodigy" and len(rates) > 1:
             raise ValueError(f"--optimizer prodigy takes one learning rate for all weights but got {sorted(rates)}.")

@@ -82,7 +82,6 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[di
         **components | {"transformer": model.transformer, "semantic_attention": model.semantic_attention},
         semantic_mode=options.semantic_mode,
         fusion_alpha=options.fusion_alpha,
-        visible_attention=options.visible_attention,
     )
     pipeline.set_progress_bar_config(disable=True)
     indices = range(min(options.num_validation_images, len(dataset)))

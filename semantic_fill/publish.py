@@ -129,13 +129,6 @@ def save_model_card(path: Path, options: Options, report: str, samples: list[Pat
     arguments = "\n".join(f"- `{name}`: `{as_code(value)}`" for name, value in public_config(options).items())
     prompt = as_string(options.instance_prompt or "...")
     size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
-    causal = ""
-    if options.visible_attention == "causal":
-        causal = """The visible view was trained with causal attention (`visible_attention` in the LoRA's metadata). The pipeline below
-follows it. A program that does not know it, such as a stock `FluxFillPipeline`, ComfyUI or sd-scripts, loads this LoRA all
-the same and paints wrong pictures.
-
-"""
     text = f"""
 # Semantic fill: {as_text(repo)}
 
@@ -143,7 +136,7 @@ A LoRA{" and a semantic module" if mode.module_class else ""} for
 {f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{as_code(base_name)}`"}. It paints a second view of a scene beside the
 first, in the mode `{options.semantic_mode}`.
 
-{causal}{report}
+{report}
 {picture}## Use
 
 ```python

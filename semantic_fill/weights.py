@@ -56,7 +56,6 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
         max_sequence_length=options.max_sequence_length,
         height=options.resolution,
         width=options.width,
-        visible_attention=options.visible_attention,
         # Private, and what the diffusers training scripts themselves write rank and alpha with.
         **_collate_lora_metadata({"transformer": model.transformer}),
     )

@@ -92,13 +92,11 @@ def trained_like(seed: int = 0, model_class: type = SemanticAttentionModel, **co
 class Trained:
     """A LoRA folder, and what its weights paint before they are saved."""
 
-    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention", visible="joint"):
+    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention"):
         self.folder, self.semantic_mode = folder, semantic_mode
         module_class = SEMANTIC_MODES[semantic_mode].module_class
         self.module = None if module_class is None else trained_like(seed, model_class=module_class)
-        pipe = make_pipe(
-            base, own=True, semantic_attention=self.module, semantic_mode=semantic_mode, visible_attention=visible
-        )
+        pipe = make_pipe(base, own=True, semantic_attention=self.module, semantic_mode=semantic_mode)
         # The rank is not the alpha, so that a lost alpha shows.
         config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_out"])
         torch.manual_seed(seed)
@@ -114,7 +112,6 @@ class Trained:
             transformer_lora_layers=layers,
             semantic_attention=self.module,
             semantic_mode=semantic_mode,
-            visible_attention=visible,
             transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
         )
 

@@ -2,7 +2,6 @@
 """The benchmarks run, at the size of the tests, and lose no row to another's failure."""
 
 import io
-import itertools
 import json
 
 import numpy as np
@@ -151,29 +150,6 @@ def test_figures_of_an_ablation(ablation, tmp_path, base_folder, monkeypatch):
     (folder / "attention-earth.png").unlink()
     ablation.main(ablation.parse_args([*options, "--show"]))
     assert {path.name for path in folder.iterdir()} == names
-
-
-def test_ways_to_compute_the_visible_view_once(ablation, tmp_path, base_folder, monkeypatch, capsys):
-    for split in ("train", "test"):
-        write_triptychs(tmp_path / "earth" / split, 2, 128, 128)
-    variants = [name for name, variant in ablation.VARIANTS.items() if variant.causal]
-    options = ["--tasks", "earth", "--earth", tmp_path / "earth", "--earth_base", base_folder, "--steps", 6]
-    options += ["--seeds", 0, "--num_train", 1, "--batch_size", 1, "--num_inference_steps", 2, "--cost_steps", 0]
-    options += ["--output", tmp_path / "ablation.jsonl", "--cache_root", tmp_path / "cache", "--device", "cpu"]
-    options += ["--reference", "projection", "--variants", "projection", "causal", *variants]
-    ablation.main(ablation.parse_args([str(option) for option in options]))
-    rows = {row["variant"]: row for row in map(json.loads, (tmp_path / "ablation.jsonl").read_text().splitlines())}
-    assert len(variants) == 4 and rows.keys() == {"projection", "causal", *variants}
-    # Each of them trains and paints in a way of its own.
-    losses = {name: row["curve"] for name, row in rows.items()}
-    assert losses["causal, joint at first"][:2] == losses["projection"][:2]
-    assert all(losses[name] != losses[other] for name, other in itertools.combinations(rows, 2))
-    lora = rows["causal"]["trained"] - 4224
-    assert rows["causal, LoRA of its own"]["trained"] == 2 * lora + 4224
-    assert (
-        f"| causal | {rows['causal']['right']['psnr'] - rows['projection']['right']['psnr']:+.2f} |"
-        in capsys.readouterr().out
-    )
 
 
 def test_costs_of_an_ablation(ablation, tmp_path, base_folder):
