@@ -10,7 +10,7 @@
 The third task are streets by day and night in thermal, from a folder with `train` and `test`, whose views `docs/data.md`
 tells how to get, on a base that was trained on other scenes:
 
-    python benchmarks/ablation.py --tasks thermal --thermal street --thermal_base street/base --num_test 69 --jobs 24
+    python benchmarks/ablation.py --tasks thermal --thermal street --thermal_base street/model --num_test 69 --jobs 24
 
 Each cell (task, variant, seed) is a run of the trainer. It then paints held-out pictures with the right map, with another
 picture's and with none. Cells are shared out over `--jobs` processes. Time a step and peak memory are measured afterwards,
@@ -305,7 +305,10 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--emoji", type=Path, default=Path("emoji"))
     parser.add_argument("--emoji_base", type=Path, default=Path("emoji/base"))
     parser.add_argument("--thermal", type=Path, default=Path("street"))
-    parser.add_argument("--thermal_base", type=Path, default=Path("street/base"))
+    parser.add_argument("--thermal_base", type=Path, default=Path("street/model"))
+    parser.add_argument(
+        "--thermal_prompt", default="visible to target", help="The prompt that its base was trained with."
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)

@@ -66,7 +66,7 @@ def find_task(name: str, args: argparse.Namespace) -> Task:
         return Task(args.earth, args.earth_base, 128, 128, water)
     if name == "emoji":
         return Task(args.emoji, args.emoji_base, 96, 96, nearest_colors)
-    return Task(args.thermal, args.thermal_base, 256, 336, prompt="visible to infrared")
+    return Task(args.thermal, args.thermal_base, 256, 336, prompt=args.thermal_prompt)
 
 
 # -- Train ------------------------------------------------------------------------------------------------------------
