@@ -42,6 +42,13 @@ def fresh_libraries():
         sys.modules["torch._dynamo"].reset()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collected_models():
+    """Frees the models of a file's tests: a model is few objects for a collection that counts them, but much memory."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def base() -> FluxFillPipeline:
     """A tiny FLUX Fill. All tests share it, so they may change copies only."""
