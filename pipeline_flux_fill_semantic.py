@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +48,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 if TYPE_CHECKING or __package__:
     from .semantic_attention import (
         SEMANTIC_SUBFOLDER,
+        SINGLE_MAP,
         AttentionRecorder,
         LoraFile,
         SemanticAttentionModel,
@@ -56,6 +57,7 @@ if TYPE_CHECKING or __package__:
         check_lora,
         check_lora_fits,
         check_manifest,
+        check_map_names,
         check_number,
         find_lora_file,
         load_semantic_module,
@@ -67,6 +69,7 @@ else:
     import semantic_attention as _semantic_attention
 
     SEMANTIC_SUBFOLDER = _semantic_attention.SEMANTIC_SUBFOLDER
+    SINGLE_MAP = _semantic_attention.SINGLE_MAP
     AttentionRecorder = _semantic_attention.AttentionRecorder
     LoraFile = _semantic_attention.LoraFile
     SemanticAttentionModel = _semantic_attention.SemanticAttentionModel
@@ -75,6 +78,7 @@ else:
     check_lora = _semantic_attention.check_lora
     check_lora_fits = _semantic_attention.check_lora_fits
     check_manifest = _semantic_attention.check_manifest
+    check_map_names = _semantic_attention.check_map_names
     check_number = _semantic_attention.check_number
     find_lora_file = _semantic_attention.find_lora_file
     load_semantic_module = _semantic_attention.load_semantic_module
@@ -106,7 +110,7 @@ class SemanticMode:
 
     Args:
         panels (`tuple[str, ...]`):
-            The views on the canvas, from left to right.
+            The views on the canvas, from left to right. `"semantic"` stands for all maps.
         module_class (`type`, *optional*):
             The class of the module that brings the map into the transformer's input.
         fuses (`bool`, defaults to `False`):
@@ -116,6 +120,10 @@ class SemanticMode:
     panels: tuple[str, ...] = ("visible", "target")
     module_class: type | None = None
     fuses: bool = False
+
+    def panels_of(self, maps: Sequence[str]) -> tuple[str, ...]:
+        """The views on the canvas, with the maps by their names."""
+        return tuple(view for panel in self.panels for view in (maps if panel == "semantic" else (panel,)))
 
     @property
     def map_on_canvas(self) -> bool:
@@ -165,6 +173,8 @@ class SemanticAdapter:
             Size of a view in training, in pixels.
         module (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
             The module of a mode that has one.
+        semantic_maps (`list[str]`, *optional*):
+            Names of the maps, in their order. Defaults to the module's, or else to one map, `semantic`.
         lora_scaling (`float`, defaults to 1.0):
             The mean scaling of the LoRA's layers at weight 1. PEFT keeps weights multiplied by it.
         fused_weight (`float`, *optional*):
@@ -182,6 +192,7 @@ class SemanticAdapter:
     height: int | None = None
     width: int | None = None
     module: Any = None
+    semantic_maps: Any = None
     lora_scaling: float = 1.0
     fused_weight: float | None = None
     is_permanent: bool = False
@@ -198,6 +209,16 @@ class SemanticAdapter:
             )
         if not 0 <= self.fusion_alpha <= 1:
             raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {self.fusion_alpha}.")
+        named, own = self.semantic_maps, getattr(self.module, "maps", None)
+        self.semantic_maps = check_map_names(list(named or own or SINGLE_MAP))
+        if own is not None and self.semantic_maps != tuple(own):
+            raise ValueError(
+                f"`semantic_maps` has to be {tuple(own)}, those of the module, but is {self.semantic_maps}."
+            )
+        if mode.fuses and len(self.semantic_maps) > 1:
+            raise ValueError(
+                f'`semantic_mode="{self.semantic_mode}"` takes one map, but `semantic_maps` is {self.semantic_maps}.'
+            )
 
     @property
     def mode(self) -> SemanticMode:
@@ -213,7 +234,12 @@ class SemanticAdapter:
     def canvas(self) -> str:
         """What is on the canvas, in words. Adapters with the same canvas can act together."""
         visible = f"visible with {self.fusion_alpha:g} of the map" if self.mode.fuses else "visible"
-        return " | ".join(visible if panel == "visible" else panel for panel in self.mode.panels)
+        return " | ".join(visible if panel == "visible" else panel for panel in self.panels)
+
+    @property
+    def panels(self) -> tuple[str, ...]:
+        """The views on the canvas, from left to right."""
+        return self.mode.panels_of(self.semantic_maps)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -246,11 +272,11 @@ def _lora_state(model: torch.nn.Module | None) -> _LoraState:
 
 
 class _Guide(NamedTuple):
-    """A module at work in one call: the map's tokens in its dtype, and the strength of its guidance."""
+    """A module at work in one call: its maps' tokens in its dtype, and the strength of the guidance of each map."""
 
     module: Any
     semantic_tokens: torch.Tensor
-    scale: float
+    scale: list[float]
 
 
 # -- The token grid ---------------------------------------------------------------------------------------------------
@@ -463,6 +489,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             Share of the map in the blend of `"pixel_fusion"`, in [0, 1].
         max_sequence_length (`int`, defaults to 512):
             Number of T5 tokens of a prompt, used by calls that do not pass one.
+        semantic_maps (`list[str]`, *optional*):
+            Names of the maps where there are several, in the order of their panels. Defaults to the module's, or else to
+            one map, `"semantic"`.
 
     Raises:
         `ValueError`: An argument is out of range, or module and mode do not fit each other.
@@ -487,6 +516,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         semantic_mode: str = "cross_attention",
         fusion_alpha: float = 0.5,
         max_sequence_length: int = 512,
+        semantic_maps: Sequence[str] | None = None,
     ):
         super().__init__(
             scheduler=scheduler,
@@ -500,6 +530,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         self.register_to_config(
             semantic_mode=semantic_mode, fusion_alpha=fusion_alpha, max_sequence_length=max_sequence_length
         )
+        if semantic_maps is not None:
+            self.register_to_config(semantic_maps=list(semantic_maps))
         self.register_modules(semantic_attention=semantic_attention)
 
     # -- What acts: the trained adapters that are active, or else the pipeline's own module and settings ---------------
@@ -530,7 +562,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     @property
     def _own_settings(self) -> dict[str, Any]:
-        return {name: self._internal_dict[name] for name in SETTINGS}
+        return {
+            name: self._internal_dict[name] for name in (*SETTINGS, "semantic_maps") if name in self._internal_dict
+        }
 
     @property
     def semantic_attention(self) -> Any:
@@ -575,6 +609,15 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         return super().from_pipe(pipeline, **getattr(pipeline, "_own_settings", {}) | kwargs)
 
     @property
+    def semantic_maps(self) -> tuple[str, ...]:
+        r"""The names of the maps that a call takes: those of the active adapters, or else of the pipeline's own module."""
+        acting = [adapter for adapter, _ in self._acting_adapters()]
+        using = [adapter for adapter in acting if adapter.guide is not None or adapter.mode.map_on_canvas]
+        # A call has to work while an adapter is switched off, so that people can compare.
+        using = using or [adapter for adapter in self.semantic_adapters.values() if adapter.mode.uses_map] or acting
+        return tuple(dict.fromkeys(name for adapter in using for name in adapter.semantic_maps))
+
+    @property
     def patch_size(self) -> int:
         """Number of pixels along one side of a token: the VAE's factor times the 2x2 packing."""
         return self.vae_scale_factor * 2
@@ -585,7 +628,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         self,
         visible: torch.Tensor,
         target: torch.Tensor | None = None,
-        semantic: torch.Tensor | None = None,
+        semantic: torch.Tensor | dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
         Puts the views on one canvas, arranged as the pipeline's `semantic_mode` says.
@@ -596,23 +639,30 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             target (`torch.Tensor` of the same shape, *optional*):
                 The target view. If it is unknown, the visible view takes its place: with `strength` below 1, painting
                 starts from it; at 1, and in the masked picture, it leaves no trace.
-            semantic (`torch.Tensor` of the same shape, *optional*):
-                The semantic map, for the modes that put it on the canvas. Without it, `"pixel_fusion"` leaves the
-                visible view unchanged and `"in_context"` has a mid-gray third panel.
+            semantic (`torch.Tensor` of the same shape or `dict[str, torch.Tensor]`, *optional*):
+                The semantic map, or maps by their names, for the modes that put them on the canvas. Without it,
+                `"pixel_fusion"` leaves the visible view unchanged and `"in_context"` has a mid-gray panel in its place.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The canvas `(batch, 3, height, panels * width)` in [0, 1], and the
             mask `(1, 1, height, panels * width)`, which is 1 on the target panel and 0 elsewhere.
         """
-        mode = SEMANTIC_MODES[self.config["semantic_mode"]]
+        adapter, _ = self._acting_adapters()[0]
         target = visible if target is None else target
-        semantic_panel = torch.full_like(visible, 0.5) if semantic is None else semantic
-        if mode.fuses and semantic is not None:
-            visible = torch.lerp(visible, semantic, self.config["fusion_alpha"])
-        views = {"visible": visible, "target": target, "semantic": semantic_panel}
-        diptych = torch.cat([views[panel] for panel in mode.panels], dim=3)
+        maps = (
+            semantic
+            if isinstance(semantic, dict)
+            else {}
+            if semantic is None
+            else {adapter.semantic_maps[0]: semantic}
+        )
+        missing = torch.full_like(visible, 0.5)
+        for semantic_map in maps.values() if adapter.mode.fuses else ():
+            visible = torch.lerp(visible, semantic_map, adapter.fusion_alpha)
+        views = {**dict.fromkeys(adapter.semantic_maps, missing), **maps, "visible": visible, "target": target}
+        diptych = torch.cat([views[panel] for panel in adapter.panels], dim=3)
         one_panel = torch.ones_like(visible[:1, :1])
-        mask = torch.cat([one_panel * (panel == "target") for panel in mode.panels], dim=3)
+        mask = torch.cat([one_panel * (panel == "target") for panel in adapter.panels], dim=3)
         return diptych, mask
 
     def encode_moments(self, diptych: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -712,7 +762,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     @contextlib.contextmanager
     def _semantic_guidance(self, guides: list[_Guide], positions: torch.Tensor | None, canvas: _Canvas):
         """Enhances the transformer's input during one call. An error in that call ends the guidance as well."""
-        if self._attention_observer is not None and not guides:
+        seen = self._attention_observer
+        if seen is not None and not any(g.module is seen.module and g.scale[seen.semantic_map] != 0 for g in guides):
             raise ValueError(
                 "`semantic_attention_maps` needs a `semantic_image` and a `semantic_scale` other than 0, because"
                 " without them nothing attends to a map."
@@ -780,9 +831,16 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         return pixels.to(self._execution_device)
 
     def _check_semantic_arguments(
-        self, semantic_image, semantic_scale, translates: bool, acting: list[SemanticAdapter]
+        self,
+        semantic_image: dict[str, Any],
+        semantic_scale: dict[str, float],
+        translates: bool,
+        acting: list[SemanticAdapter],
     ) -> None:
-        """Refuses adapters that cannot act together, and calls whose map would be ignored in silence."""
+        """
+        Refuses adapters that cannot act together, and calls whose maps would be ignored in silence. `semantic_image` and
+        `semantic_scale` have an entry for each map.
+        """
         name, mode = acting[0].semantic_mode, acting[0].mode
         for adapter in acting[1:]:
             if adapter.canvas != acting[0].canvas:
@@ -791,18 +849,20 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     f" {adapter.canvas} (`{adapter.semantic_mode}`), so they cannot paint together. Choose one of them"
                     " with `set_adapters`."
                 )
-        if not isinstance(semantic_scale, (int, float)) or not np.isfinite(semantic_scale):
-            raise ValueError(f"`semantic_scale` has to be a finite number but is {semantic_scale!r}.")
-        if semantic_image is None:
+        for scale in semantic_scale.values():
+            if not isinstance(scale, (int, float)) or not np.isfinite(scale):
+                raise ValueError(f"`semantic_scale` has to be a finite number but is {scale!r}.")
+        if not semantic_image:
             return
         if not any(adapter.mode.uses_map for adapter in acting):
             raise ValueError(f'`semantic_image` was passed, but `semantic_mode="{name}"` uses no map. Leave it out.')
-        if mode.map_on_canvas and (not translates or semantic_scale not in (0, 1)):
+        scales = [semantic_scale[map_name] for map_name in semantic_image]
+        if mode.map_on_canvas and (not translates or not set(scales) <= {0, 1}):
             raise ValueError(
                 f'With `semantic_mode="{name}"` the map is a part of the canvas, so `semantic_image` excludes'
-                f" `mask_image` and needs a `semantic_scale` of 0 or 1, which is {semantic_scale}."
+                f" `mask_image` and needs a `semantic_scale` of 0 or 1, which is {', '.join(map(str, scales))}."
             )
-        if mode.map_on_canvas or semantic_scale == 0 or any(adapter.guide is not None for adapter in acting):
+        if mode.map_on_canvas or not any(scales) or any(adapter.guide is not None for adapter in acting):
             return
         if any(adapter.mode.uses_map for adapter in self.semantic_adapters.values()):
             # The same call has to work while an adapter is switched off, so that people can compare.
@@ -812,6 +872,30 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             "`semantic_image` was passed, but the pipeline has no `semantic_attention` that could use it. Load one"
             " with `load_lora_weights` or pass one to the constructor, or leave `semantic_image` out."
         )
+
+    def _name_maps(self, semantic_image, semantic_scale, maps: tuple[str, ...]) -> tuple[dict, dict]:
+        """The maps of a call that are there and the scale of each map that could be, both by name."""
+        if semantic_image is None:
+            semantic_image = {}
+        elif not isinstance(semantic_image, dict) and len(maps) == 1:
+            semantic_image = {maps[0]: semantic_image}
+        elif isinstance(semantic_image, (list, tuple)) and len(semantic_image) == len(maps):
+            semantic_image = dict(zip(maps, semantic_image))
+        elif not isinstance(semantic_image, dict):
+            raise ValueError(
+                f"`semantic_image` has to be a dict of the maps {', '.join(maps)} or a list of {len(maps)} in this order,"
+                f" but is {f'a list of {len(semantic_image)}' if isinstance(semantic_image, (list, tuple)) else 'one map'}."
+            )
+        for argument, given in (("semantic_image", semantic_image), ("semantic_scale", semantic_scale)):
+            unknown = [name for name in given if name not in maps] if isinstance(given, dict) else []
+            if unknown:
+                raise ValueError(
+                    f"`{argument}` has to name maps out of {', '.join(maps)}, which these weights were trained with, but"
+                    f" names {', '.join(map(repr, unknown))}."
+                )
+        scales = semantic_scale if isinstance(semantic_scale, dict) else dict.fromkeys(maps, semantic_scale)
+        scales = {name: scales.get(name, 1.0) for name in maps}
+        return {name: semantic_image[name] for name in maps if semantic_image.get(name) is not None}, scales
 
     def _read_pictures_to_fill(self, image, mask_image) -> tuple[Any, Any]:
         """Reads the PIL images among the arguments of the fill mode, and leaves all others to `FluxFillPipeline`."""
@@ -829,24 +913,25 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # `FluxFillPipeline` resizes a mask in the mask's own mode, so only its orientation may change here.
         return read_all("image", image, _to_srgb), read_all("mask_image", mask_image, lambda picture: picture)
 
-    def _read_semantic(self, semantic_image, height: int, width: int, resizes: bool) -> torch.Tensor:
-        """Reads the map at the size of a view. It is resized only if the view was, since a wrong map must not pass."""
+    def _read_semantic(self, name: str, semantic_image, height: int, width: int, resizes: bool) -> torch.Tensor:
+        """Reads a map at the size of a view. It is resized only if the view was, since a wrong map must not pass."""
         # A map holds labels. Blending two of them would make a third.
         size = (height, width) if resizes else (None, None)
-        semantic = self._read_view("semantic_image", semantic_image, *size, mode="nearest-exact")
+        semantic = self._read_view(name, semantic_image, *size, mode="nearest-exact")
         if semantic.shape[-2:] != (height, width):
             raise ValueError(
-                f"`semantic_image` has to be as large as `image`, {width}x{height} pixels, but is"
+                f"`{name}` has to be as large as `image`, {width}x{height} pixels, but is"
                 f" {semantic.shape[-1]}x{semantic.shape[-2]}. Pass `height` and `width` to resize both."
             )
         return semantic
 
     def _prepare_canvas(
-        self, visible: torch.Tensor, semantic: torch.Tensor | None, num_images_per_prompt: int
+        self, visible: torch.Tensor, maps: dict[str, torch.Tensor], num_images_per_prompt: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts the views on the canvas and repeats it for each picture of a prompt."""
-        if semantic is not None and SEMANTIC_MODES[self.config["semantic_mode"]].map_on_canvas:
-            image, mask = self.prepare_diptych(visible.expand_as(semantic), semantic=semantic.to(visible))
+        if maps and SEMANTIC_MODES[self.config["semantic_mode"]].map_on_canvas:
+            maps = {name: semantic.to(visible) for name, semantic in maps.items()}
+            image, mask = self.prepare_diptych(visible.expand_as(next(iter(maps.values()))), semantic=maps)
         else:
             image, mask = self.prepare_diptych(visible)
         if len(image) > 1:
@@ -855,20 +940,28 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         return image, mask
 
     def _prepare_guides(
-        self, semantic_tokens: torch.Tensor, acting: list[tuple[SemanticAdapter, float]], semantic_scale: float
+        self,
+        semantic_tokens: dict[str, torch.Tensor],
+        acting: list[tuple[SemanticAdapter, float]],
+        semantic_scale: dict[str, float],
     ) -> list[_Guide]:
-        """Brings the modules that act to the device, and the map's tokens to their dtype."""
+        """Brings the modules that act to the device, and their maps' tokens to their dtype."""
         guides = []
         for adapter, weight in acting:
-            module = adapter.guide
-            if module is None:
+            module, given = adapter.guide, [name for name in adapter.semantic_maps if name in semantic_tokens]
+            if module is None or not given:
                 continue
+            tokens = semantic_tokens[given[0]]
+            if len(adapter.semantic_maps) > 1:
+                # A map that is left out has a scale of 0, so its tokens are never looked at.
+                tokens = torch.stack([semantic_tokens.get(name, tokens) for name in adapter.semantic_maps], dim=1)
             if module is not self._own_module:
                 # It is no component, so it follows the transformer as its LoRA does.
-                module.to(semantic_tokens.device)
+                module.to(tokens.device)
                 if module.dtype != self._module_dtype:
                     module.to(self._module_dtype)
-            guides.append(_Guide(module, semantic_tokens.to(module.dtype), weight * semantic_scale))
+            scale = [weight * semantic_scale[name] if name in given else 0.0 for name in adapter.semantic_maps]
+            guides.append(_Guide(module, tokens.to(module.dtype), scale))
         return guides
 
     @property
@@ -878,12 +971,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     def _prepare_semantic_tokens(
         self, semantic: torch.Tensor, canvas: _Canvas, total: int, as_batches: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encodes the maps as tokens of the canvas, repeated for all pictures that are painted, and their positions."""
+    ) -> torch.Tensor:
+        """Encodes pictures of a map as tokens of the canvas, repeated for all pictures that are painted."""
         tokens = tile_across_panels(self.encode_semantic(semantic), *canvas[:3])
         copies = total // len(tokens)
-        tokens = tokens.repeat(copies, 1, 1) if as_batches else tokens.repeat_interleave(copies, dim=0)
-        return tokens, panel_positions(*canvas[:3], device=tokens.device)
+        return tokens.repeat(copies, 1, 1) if as_batches else tokens.repeat_interleave(copies, dim=0)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -911,8 +1003,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         callback_on_step_end: Callable[[int, int, dict], None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int | None = None,
-        semantic_image: PipelineImageInput | None = None,
-        semantic_scale: float = 1.0,
+        semantic_image: PipelineImageInput | Mapping[str, Any] | None = None,
+        semantic_scale: float | Mapping[str, float] = 1.0,
         return_diptych: bool = False,
     ):
         r"""
@@ -957,11 +1049,14 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             max_sequence_length (`int`, *optional*):
                 Number of T5 tokens of a prompt. Defaults to that of the active adapters' training, or else to the
                 pipeline's.
-            semantic_image (as `image`, *optional*):
+            semantic_image (as `image` or `dict`, *optional*):
                 The semantic map of the same scene, pixel for pixel. One map serves all pictures of a batch. With
-                `height` and `width`, or `mask_image`, it is resized with them and keeps its colors.
-            semantic_scale (`float`, defaults to 1.0):
-                Strength of the guidance. 0 drops the map. The modes that put the map on the canvas accept 0 and 1.
+                `height` and `width`, or `mask_image`, it is resized with them and keeps its colors. Weights for several
+                maps take a dict of their names or a list in the order of [`~FluxFillSemanticPipeline.semantic_maps`].
+                Maps that are missing or `None` are left out.
+            semantic_scale (`float` or `dict[str, float]`, defaults to 1.0):
+                Strength of the guidance, of all maps or by their names. 0 drops a map. The modes that put the map on the
+                canvas accept 0 and 1.
             return_diptych (`bool`, defaults to `False`):
                 Whether to return the whole canvas instead of the target view. It has no effect with `mask_image`.
 
@@ -977,7 +1072,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         acting = self._acting_adapters((joint_attention_kwargs or {}).get("scale", 1.0))
         adapters = [adapter for adapter, _ in acting]
         mode = adapters[0].mode
-        self._check_semantic_arguments(semantic_image, semantic_scale, translates, adapters)
+        given, scales = self._name_maps(semantic_image, semantic_scale, self.semantic_maps)
+        self._check_semantic_arguments(given, scales, translates, adapters)
 
         # 1. Read the pictures
         if translates:
@@ -993,13 +1089,14 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             view_height, view_width = (
                 (side or default) // self.patch_size * self.patch_size for side in (height, width)
             )
-        semantic, num_maps = None, 0
-        if semantic_image is not None:
-            semantic = self._read_semantic(semantic_image, view_height, view_width, resizes)
-            num_maps = len(semantic)
+        maps = {}
+        for name, picture in given.items():
+            argument = "semantic_image" if len(scales) == 1 else f'semantic_image["{name}"]'
+            maps[name] = self._read_semantic(argument, picture, view_height, view_width, resizes)
+        num_maps = max(map(len, maps.values()), default=0)
         if max_sequence_length is None:
             max_sequence_length = max(adapter.max_sequence_length for adapter in adapters)
-        panels, target = (len(mode.panels), mode.panels.index("target")) if translates else (1, 0)
+        panels, target = (len(adapters[0].panels), mode.panels.index("target")) if translates else (1, 0)
         canvas = _Canvas(view_height // self.patch_size, view_width // self.patch_size, panels, target)
 
         # 2. Match pictures, maps and prompts
@@ -1011,26 +1108,28 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 [text] * max(num_images, num_maps) if isinstance(text, str) else text for text in (prompt, prompt_2)
             )
         batch_size = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
-        for name, number in (("image", num_images if translates else 1), ("semantic_image", num_maps)):
+        numbers = [("image", num_images if translates else 1), *(("semantic_image", len(m)) for m in maps.values())]
+        for name, number in numbers:
             if number > 1 and number != batch_size and (translates or number != num_images):
                 raise ValueError(
                     f"`{name}` has to hold 1 picture or one for each of the {batch_size} prompts, but holds {number}."
                 )
 
         # 3. Put the views on the canvas and encode the map
-        if semantic is not None:
-            semantic = None if semantic_scale == 0 else semantic.expand(max(batch_size, num_maps), -1, -1, -1)
+        maps = {name: m.expand(max(batch_size, num_maps), -1, -1, -1) for name, m in maps.items() if scales[name] != 0}
         if translates:
-            image, mask_image = self._prepare_canvas(visible, semantic, per_prompt)
+            image, mask_image = self._prepare_canvas(visible, maps, per_prompt)
             width = view_width * panels
         guides, positions = [], None
-        if semantic is not None and any(adapter.guide is not None for adapter in adapters):
+        if maps and any(adapter.guide is not None for adapter in adapters):
             # `FluxFillPipeline` repeats several pictures to fill as whole batches, and the maps go with them.
             as_batches = not translates and num_images > 1
-            semantic_tokens, positions = self._prepare_semantic_tokens(
-                semantic, canvas, batch_size * per_prompt, as_batches
-            )
-            guides = self._prepare_guides(semantic_tokens, acting, semantic_scale)
+            semantic_tokens = {
+                name: self._prepare_semantic_tokens(semantic, canvas, batch_size * per_prompt, as_batches)
+                for name, semantic in maps.items()
+            }
+            positions = panel_positions(*canvas[:3], device=next(iter(semantic_tokens.values())).device)
+            guides = self._prepare_guides(semantic_tokens, acting, scales)
 
         # 4. Denoise and decode
         with self._semantic_guidance(guides, positions, canvas):
@@ -1076,6 +1175,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         layer: int = -1,
         average_heads: bool = True,
         chunk_size: int = 256,
+        semantic_map: str | None = None,
         **kwargs,
     ) -> SemanticAttentionOutput:
         r"""
@@ -1095,6 +1195,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 Whether to average the heads instead of returning a map for each.
             chunk_size (`int`, defaults to 256):
                 Number of points whose attention is computed at once. The whole attention matrix is never formed.
+            semantic_map (`str`, *optional*):
+                Name of the map that the points look in. Defaults to the module's first one.
             args, kwargs:
                 As in `__call__`. `semantic_image` has to be among them.
 
@@ -1103,24 +1205,29 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             weights of its copies are added up.
 
         Raises:
-            `ValueError`: A point lies outside of the view, a step or layer does not exist, the pipeline's module is no
-                attention, or the call uses no map.
+            `ValueError`: A point lies outside of the view, a step, layer or map does not exist, the pipeline's module is
+                no attention, or the call uses no map.
         """
         acting = [adapter for adapter, _ in self._acting_adapters()]
-        module: Any = next(
-            (a.module for a in acting if a.semantic_mode == "cross_attention" and a.module is not None), None
-        )
+        attending = [a.module for a in acting if a.semantic_mode == "cross_attention" and a.module is not None]
+        # Of several modules, the first that has the map.
+        module: Any = next((m for m in attending if semantic_map in m.maps), attending[0] if attending else None)
         if module is None:
             raise ValueError(
                 "`semantic_attention_maps` needs a pipeline with a `SemanticAttentionModel`, because nothing else"
                 f" attends to the map, but this one has {type(self.semantic_attention).__name__} in the mode"
                 f" {acting[0].semantic_mode!r}."
             )
-        if not -len(module.layers) <= layer < len(module.layers):
+        if semantic_map is not None and semantic_map not in module.maps:
             raise ValueError(
-                f"`layer` has to be within [{-len(module.layers)}, {len(module.layers) - 1}] but is {layer}."
+                f"`semantic_map` has to be one of {', '.join(module.maps)}, which these weights were trained with, but is"
+                f" {semantic_map!r}."
             )
-        recorder = AttentionRecorder(self, module, points, steps, layer, average_heads, chunk_size)
+        index = 0 if semantic_map is None else module.maps.index(semantic_map)
+        count = len(module.layers_of(index))
+        if not -count <= layer < count:
+            raise ValueError(f"`layer` has to be within [{-count}, {count - 1}] but is {layer}.")
+        recorder = AttentionRecorder(self, module, index, points, steps, layer, average_heads, chunk_size)
         self._attention_observer = recorder
         try:
             images = self(*args, **kwargs)[0]
@@ -1264,7 +1371,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             self._check_channels(module)
         if self._own_module is not None:
             logger.warning("While this LoRA is active, it takes the place of the pipeline's own `semantic_attention`.")
-        return SemanticAdapter(**self._own_settings | settings, module=module)
+        own = {name: self._own_settings[name] for name in SETTINGS}
+        return SemanticAdapter(**own | settings, module=module)
 
     def fuse_lora(self, *args, **kwargs) -> None:
         r"""
@@ -1339,7 +1447,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 for layer in module.layers if module is not None else ():
                     layer.scale.data.mul_(weight)
                 stack.callback(setattr, transformer, "_semantic_adapters", self.semantic_adapters)
-                saved.register_to_config(**{name: self.config[name] for name in self._own_settings})
+                saved.register_to_config(**{name: self.config[name] for name in SETTINGS})
+                maps = acting[0][0].semantic_maps
+                if maps != SINGLE_MAP or "semantic_maps" in self._own_settings:
+                    saved.register_to_config(semantic_maps=list(maps))
                 transformer._semantic_adapters = {}
                 saved.semantic_attention = module
             if transformer is not None:
@@ -1365,6 +1476,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         max_sequence_length: int = 512,
         height: int | None = None,
         width: int | None = None,
+        semantic_maps: Sequence[str] | None = None,
     ) -> None:
         r"""
         Saves a LoRA. With `semantic_mode` or `semantic_attention` it is saved as a trained one, with its module.
@@ -1394,6 +1506,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 `"cross_attention"` if a module is passed.
             height, width (`int`, *optional*):
                 Size of a view in training, in pixels.
+            semantic_maps (`list[str]`, *optional*):
+                Names of the maps, in their order. Defaults to the module's, or else to one map, `semantic`.
 
         Raises:
             `ValueError`: The mode is unknown, the module is not of its class, the format would lose the mode, or there
@@ -1421,6 +1535,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 "fusion_alpha": fusion_alpha,
                 "max_sequence_length": max_sequence_length,
             }
+            maps = SemanticAdapter(semantic_mode, module=semantic_attention, semantic_maps=semantic_maps).semantic_maps
+            if maps != SINGLE_MAP:
+                trained_with["semantic_maps"] = maps
             sizes = {"height": height, "width": width}
             trained_with |= {name: size for name, size in sizes.items() if size is not None}
             metadata = {"format": "pt", SEMANTIC_METADATA_KEY: json.dumps(trained_with)}
@@ -1493,8 +1610,8 @@ def read_trained_settings(
             As in [`~huggingface_hub.hf_hub_download`].
 
     Returns:
-        `dict[str, Any]`: `semantic_mode`, `fusion_alpha` and `max_sequence_length`, and the size of a view in training
-        as `height` and `width`. What the file does not say is missing: earlier files have no size, and ordinary LoRAs
+        `dict[str, Any]`: `semantic_mode`, `fusion_alpha` and `max_sequence_length`, the size of a view in training
+        as `height` and `width`, and the names of several maps as `semantic_maps`. What the file does not say is missing: earlier files have no size, and ordinary LoRAs
         say nothing. Nothing is known either where there is no LoRA.
 
     Raises:
@@ -1520,13 +1637,15 @@ def _read_settings(file: LoraFile) -> dict[str, Any]:
             check_number("fusion_alpha", settings["fusion_alpha"], least=0, most=1)
         if "max_sequence_length" in settings:
             check_number("max_sequence_length", settings["max_sequence_length"], least=1, most=512, whole=True)
+        if "semantic_maps" in settings:
+            settings["semantic_maps"] = check_map_names(settings["semantic_maps"])
         if "semantic_mode" in settings:
             _get_mode(settings["semantic_mode"])
     except ValueError as error:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {file.path}: {error}"
         ) from error
-    known = (*SETTINGS, "height", "width")
+    known = (*SETTINGS, "height", "width", "semantic_maps")
     unknown = sorted(settings.keys() - set(known))
     if unknown:
         logger.warning(f"{file.path} says what this version does not know, and it is ignored: {str(unknown)[:200]}")

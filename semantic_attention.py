@@ -20,7 +20,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -49,6 +49,9 @@ from peft import LoraConfig
 
 
 SEMANTIC_POSITIONS = ("none", "rope")
+# The name of the map where there is one. Only several maps need names of their own.
+SINGLE_MAP = ("semantic",)
+MAX_MAPS = 16
 # The wavelengths run from 6 to 200 tokens. A panel of 1024 pixels is 64 tokens wide.
 ROPE_THETA = 100
 # The last commit that can use every module ever saved, for messages about modules that this version cannot use.
@@ -165,6 +168,27 @@ def check_number(
     if not least <= value <= most:
         raise ValueError(f"`{name}` has to be within [{least:g}, {most:g}] but is {value!r:.100}")
     return value
+
+
+def check_map_names(names: Any) -> tuple[str, ...]:
+    r"""
+    Returns the names of semantic maps as a tuple. They stand in logs, cards, figures and downloaded files.
+
+    Raises:
+        `ValueError`: There are none or more than 16, one is no word of letters, digits, `_`, `-` and `.`, is that of another
+            view, or comes twice.
+    """
+    if not isinstance(names, (list, tuple)) or not 1 <= len(names) <= MAX_MAPS:
+        raise ValueError(f"`maps` has to be a list of 1 to {MAX_MAPS} names but is {names!r:.100}")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name) or name in ("visible", "target"):
+            raise ValueError(
+                "`maps` has to hold names of up to 64 letters, digits, `_`, `-` and `.`, other than `visible` and `target`,"
+                f" but holds {name!r:.100}"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"`maps` has to hold different names but holds {names!r:.200}")
+    return tuple(names)
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -288,10 +312,14 @@ def check_module_files(model_class: type, config_file: str | os.PathLike, weight
                 raise ValueError(f"`{name}` has to be a text but is {config[name]!r:.100}.")
         for name in config.keys() & {"in_channels", "num_layers", "num_heads", "head_dim"}:
             check_number(name, config[name], least=1, most=MAX_MODULE_SIZE, whole=True)
+        maps = check_map_names(config.get("maps", SINGLE_MAP))
         # Each layer takes time to make, even without memory for its weights.
         layers = len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
-        if config.get("num_layers", 1) != layers:
-            raise ValueError(f"`num_layers` is {config.get('num_layers', 1)}, but the weights are of {layers} layers.")
+        if config.get("num_layers", 1) * len(maps) != layers:
+            each = "" if len(maps) == 1 else f" for each of {len(maps)} maps"
+            raise ValueError(
+                f"`num_layers` is {config.get('num_layers', 1)}{each}, but the weights are of {layers} layers."
+            )
         with torch.device("meta"):
             wanted = {
                 name: tuple(weight.shape) for name, weight in model_class.from_config(config).state_dict().items()
@@ -695,10 +723,30 @@ class SemanticModel(ModelMixin, ConfigMixin):
     A subclass has its layers in `layers`, names itself in `description`, and says in `input_part` which of the
     transformer's input channels it enhances: part 0 are the noisy latents, part 1 the picture channels of the
     condition, each `in_channels` wide.
+
+    A module for several maps has `num_layers` layers for each of them, map by map. All maps see the same input, and their
+    updates add up, so their order makes no difference.
     """
 
     description: str
     input_part: int
+    layers: Any
+
+    def register_to_config(self, **kwargs) -> None:
+        # The files of a module for one map are those of versions that knew no other.
+        if tuple(kwargs.get("maps", ())) == SINGLE_MAP:
+            del kwargs["maps"]
+        super().register_to_config(**kwargs)
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        r"""The names of the semantic maps, in the order of their tokens."""
+        return tuple(self.config.get("maps", SINGLE_MAP))
+
+    def layers_of(self, semantic_map: int) -> Any:
+        r"""The layers of a map, by its index in `maps`."""
+        count = len(self.layers) // len(self.maps)
+        return list(self.layers)[semantic_map * count : (semantic_map + 1) * count]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
@@ -805,7 +853,8 @@ class SemanticModel(ModelMixin, ConfigMixin):
         hidden_states: torch.Tensor,
         semantic_tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
-        semantic_scale: float = 1.0,
+        semantic_scale: float | Sequence[float] = 1.0,
+        keep_map: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
         Enhances this model's part of the transformer's input and leaves the other channels unchanged.
@@ -815,11 +864,14 @@ class SemanticModel(ModelMixin, ConfigMixin):
                 The transformer's input, `x_t` and `x_cond` concatenated on channels, in any floating dtype.
             semantic_tokens (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
                 One token of the map for the place of each image token, in the module's dtype. `tile_across_panels`
-                and [`FluxFillSemanticPipeline.encode_semantic`] make them.
+                and [`FluxFillSemanticPipeline.encode_semantic`] make them. Those of a module for several maps have the
+                shape `(batch, maps, tokens, in_channels)`.
             positions (`torch.Tensor` of shape `(tokens, 2)`, *optional*):
                 Row and column of each token within its panel. Only an attention with `position="rope"` uses them.
-            semantic_scale (`float`, defaults to 1.0):
-                Strength of the guidance. It multiplies the learned gates.
+            semantic_scale (`float` or `list[float]`, defaults to 1.0):
+                Strength of the guidance, of all maps or of each. It multiplies the learned gates. 0 leaves a map out.
+            keep_map (`torch.Tensor` of shape `(batch, maps)` and dtype bool, *optional*):
+                `False` where a sample leaves a map out.
 
         Returns:
             `torch.Tensor` of the shape and dtype of `hidden_states`.
@@ -828,16 +880,93 @@ class SemanticModel(ModelMixin, ConfigMixin):
             `ValueError`: The shapes do not fit each other.
         """
         before, part, after = self.split_input(hidden_states)
-        enhanced = self(part, semantic_tokens, positions, semantic_scale)
+        enhanced = self(part, semantic_tokens, positions, semantic_scale, keep_map)
         return torch.cat((before, enhanced.to(hidden_states.dtype), after), dim=-1)
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        semantic_scale: float | Sequence[float] = 1.0,
+        keep_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Applies the layers to the part of the input that this model enhances.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
+                Noisy image tokens `x_t` for an attention, the picture channels of `x_cond` for a projection.
+            semantic_tokens, positions, semantic_scale, keep_map:
+                As in [`~SemanticModel.enhance`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, in_channels)`: The enhanced tokens, in the dtype of
+            `hidden_states`.
+        """
+        enhanced = None
+        for index, scale in enumerate(self._scale_of_each(semantic_scale)):
+            if scale == 0:
+                continue
+            tokens = self._tokens_of(semantic_tokens, index)
+            updated = self._run_layers(self.layers_of(index), hidden_states, tokens, positions, scale)
+            if keep_map is not None:
+                updated = torch.where(keep_map[:, index, None, None], updated, hidden_states)
+            enhanced = updated if enhanced is None else enhanced + (updated - hidden_states)
+        return hidden_states if enhanced is None else enhanced
+
+    def _run_layers(
+        self,
+        layers: Any,
+        hidden_states: torch.Tensor,
+        semantic_tokens: torch.Tensor,
+        positions: torch.Tensor | None,
+        semantic_scale: float,
+    ) -> torch.Tensor:
+        """Applies the layers of one map, one after the other. Its tokens have the shape of `hidden_states`."""
+        raise NotImplementedError
+
+    def _scale_of_each(self, semantic_scale: float | Sequence[float]) -> Sequence[float]:
+        if not isinstance(semantic_scale, (list, tuple)):
+            return [semantic_scale] * len(self.maps)  # pyright: ignore[reportReturnType] It is a number.
+        if len(semantic_scale) != len(self.maps):
+            raise ValueError(
+                f"`semantic_scale` has to hold a number for each of the maps {self.maps} but holds {len(semantic_scale)}."
+            )
+        return semantic_scale
+
+    def _tokens_of(self, semantic_tokens: torch.Tensor, semantic_map: int) -> torch.Tensor:
+        if len(self.maps) == 1:
+            return semantic_tokens
+        if semantic_tokens.ndim != 4 or semantic_tokens.shape[1] != len(self.maps):
+            raise ValueError(
+                f"`semantic_tokens` has to have the shape (batch, {len(self.maps)}, tokens, channels) for the maps"
+                f" {self.maps} but has {tuple(semantic_tokens.shape)}."
+            )
+        return semantic_tokens[:, semantic_map]
+
     def scales(self) -> list[float]:
-        r"""Returns the mean absolute gate of each layer. All are exactly 0 before training."""
+        r"""Returns the mean absolute gate of each layer, in the order of `layers`. All are exactly 0 before training."""
         return [layer.scale.detach().abs().mean().item() for layer in self.layers]
+
+    def named_scales(self) -> dict[str, float]:
+        r"""Returns the mean absolute gates by what logs call each layer, which with several maps says which map it is for."""
+        return dict(zip(name_layers(self.maps, len(self.layers)), self.scales()))
 
     def describe(self) -> list[str]:
         r"""Returns the two lines that a training run logs at its start: what the module is, and its size."""
-        return [self._summary(), f"Added {self.num_parameters()} {self.description} parameters to optimizer"]
+        maps = "" if len(self.maps) == 1 else f" for each of the maps {', '.join(self.maps)}"
+        return [
+            f"{self._summary()}{maps}",
+            f"Added {self.num_parameters()} {self.description} parameters to optimizer",
+        ]
+
+
+def name_layers(maps: Sequence[str], count: int) -> list[str]:
+    r"""Names the `count` layers of a module for these maps: `layer 0`, or `land layer 0` where there are several maps."""
+    if len(maps) == 1:
+        return [f"layer {index}" for index in range(count)]
+    return [f"{name} layer {index}" for name in maps for index in range(count // len(maps))]
 
 
 class SemanticAttentionModel(SemanticModel):
@@ -857,9 +986,12 @@ class SemanticAttentionModel(SemanticModel):
             `"none"` compares contents only. `"rope"` rotates queries and keys by their row and column within the panel
             (2-D rotary embedding, https://huggingface.co/papers/2104.09864, half of each head for either axis) and
             starts with each token attending to its own place. It needs a `head_dim` that is a multiple of 4.
+        maps (`list[str]`, defaults to `["semantic"]`):
+            Names of the semantic maps. Each has layers of its own.
 
     Raises:
-        `ValueError`: A size is not a positive integer, or `position` is unknown or does not fit `head_dim`.
+        `ValueError`: A size is not a positive integer, `position` is unknown or does not fit `head_dim`, or a name cannot
+            be.
     """
 
     description = "semantic cross-attention"
@@ -875,8 +1007,10 @@ class SemanticAttentionModel(SemanticModel):
         num_heads: int = 8,
         head_dim: int = 16,
         position: str = "none",
+        maps: Sequence[str] = SINGLE_MAP,
     ):
         super().__init__()
+        maps = check_map_names(maps)
         self._check_sizes(in_channels=in_channels, num_layers=num_layers, num_heads=num_heads, head_dim=head_dim)
         if position not in SEMANTIC_POSITIONS:
             raise ValueError(f"`position` has to be one of {SEMANTIC_POSITIONS} but is {position!r}.")
@@ -887,7 +1021,7 @@ class SemanticAttentionModel(SemanticModel):
             )
         self.pos_embed = None
         self.layers: Any = nn.ModuleList(
-            SemanticCrossAttention(in_channels, num_heads, head_dim) for _ in range(num_layers)
+            SemanticCrossAttention(in_channels, num_heads, head_dim) for _ in range(num_layers * len(maps))
         )
         if position == "rope":
             self.pos_embed = FluxPosEmbed(theta=ROPE_THETA, axes_dim=[head_dim // 2] * 2)
@@ -895,7 +1029,7 @@ class SemanticAttentionModel(SemanticModel):
                 layer.start_at_own_place()
 
     def _summary(self) -> str:
-        return f"Using Cross-Attention with {len(self.layers)} layers, {self.config['num_heads']} heads"
+        return f"Using Cross-Attention with {self.config['num_layers']} layers, {self.config['num_heads']} heads"
 
     def _rotary_emb(
         self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor, positions: torch.Tensor | None
@@ -913,28 +1047,9 @@ class SemanticAttentionModel(SemanticModel):
             )
         return self.pos_embed(positions)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        semantic_tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        semantic_scale: float = 1.0,
-    ) -> torch.Tensor:
-        r"""
-        Applies the layers to the noisy latents alone.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
-                Noisy image tokens `x_t`.
-            semantic_tokens, positions, semantic_scale:
-                As in [`~SemanticModel.enhance`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, in_channels)`: The enhanced tokens, in the dtype of
-            `hidden_states`.
-        """
+    def _run_layers(self, layers, hidden_states, semantic_tokens, positions, semantic_scale) -> torch.Tensor:
         rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
-        for layer in self.layers:
+        for layer in layers:
             hidden_states = layer(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
         return hidden_states
 
@@ -944,10 +1059,11 @@ class SemanticAttentionModel(SemanticModel):
         hidden_states: torch.Tensor,
         semantic_tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
-        semantic_scale: float = 1.0,
+        semantic_scale: float | Sequence[float] = 1.0,
         layer: int = -1,
         tokens: torch.Tensor | list[int] | None = None,
         chunk_size: int = 256,
+        semantic_map: int = 0,
     ) -> Iterator[torch.Tensor]:
         r"""
         Computes where the image tokens look in the semantic map.
@@ -961,11 +1077,13 @@ class SemanticAttentionModel(SemanticModel):
             semantic_tokens, positions, semantic_scale:
                 As in [`~SemanticModel.enhance`].
             layer (`int`, defaults to -1):
-                Index of the layer whose attention is returned. The layers before it are applied.
+                Index of the layer whose attention is returned, among those of one map. The layers before it are applied.
             tokens (`torch.Tensor` or `list[int]`, *optional*):
                 Indices of the image tokens whose attention is returned. Defaults to all of them.
             chunk_size (`int`, defaults to 256):
                 Number of image tokens in a chunk.
+            semantic_map (`int`, defaults to 0):
+                Index of the map that the tokens look in.
 
         Yields:
             `torch.Tensor` of shape `(batch, num_heads, up to chunk_size, semantic_tokens)` in float32. Each row sums
@@ -975,10 +1093,14 @@ class SemanticAttentionModel(SemanticModel):
             `IndexError`: `layer` or one of `tokens` does not exist.
             `ValueError`: The shapes do not fit each other.
         """
-        rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
-        block = self.layers[layer]
-        for earlier in self.layers[: layer % len(self.layers)]:
-            hidden_states = earlier(hidden_states, semantic_tokens, rotary_emb, semantic_scale)
+        semantic_tokens, layers = self._tokens_of(semantic_tokens, semantic_map), self.layers_of(semantic_map)
+        rotary_emb, scale = (
+            self._rotary_emb(hidden_states, semantic_tokens, positions),
+            self._scale_of_each(semantic_scale),
+        )
+        block = layers[layer]
+        for earlier in layers[: layer % len(layers)]:
+            hidden_states = earlier(hidden_states, semantic_tokens, rotary_emb, scale[semantic_map])
         query, key = block.query_and_key(hidden_states, block.norm_semantic(semantic_tokens), rotary_emb)
         if tokens is not None:
             query = query[:, :, torch.as_tensor(tokens, device=query.device)]
@@ -998,9 +1120,11 @@ class SemanticProjectionModel(SemanticModel):
             Channels of the image and semantic tokens. With 64 channels a layer has 4224 parameters.
         num_layers (`int`, defaults to 1):
             Number of layers, applied one after the other.
+        maps (`list[str]`, defaults to `["semantic"]`):
+            Names of the semantic maps. Each has layers of its own.
 
     Raises:
-        `ValueError`: A size is not a positive integer.
+        `ValueError`: A size is not a positive integer, or a name cannot be.
     """
 
     description = "semantic projection"
@@ -1009,43 +1133,23 @@ class SemanticProjectionModel(SemanticModel):
     _no_split_modules = ["SemanticProjection"]
 
     @register_to_config
-    def __init__(self, in_channels: int = 64, num_layers: int = 1):
+    def __init__(self, in_channels: int = 64, num_layers: int = 1, maps: Sequence[str] = SINGLE_MAP):
         super().__init__()
+        maps = check_map_names(maps)
         self._check_sizes(in_channels=in_channels, num_layers=num_layers)
-        self.layers = nn.ModuleList(SemanticProjection(in_channels) for _ in range(num_layers))
+        self.layers = nn.ModuleList(SemanticProjection(in_channels) for _ in range(num_layers * len(maps)))
 
     def _summary(self) -> str:
-        return f"Using a projection with {len(self.layers)} layers"
+        return f"Using a projection with {self.config['num_layers']} layers"
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        semantic_tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        semantic_scale: float = 1.0,
-    ) -> torch.Tensor:
-        r"""
-        Applies the layers to the picture channels of the condition alone.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, in_channels)`):
-                The picture channels of `x_cond`.
-            semantic_tokens, semantic_scale:
-                As in [`~SemanticModel.enhance`].
-            positions (*optional*):
-                A projection ignores them. The argument exists because both models are called alike.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, in_channels)`: The enhanced tokens, in the dtype of
-            `hidden_states`.
-        """
+    def _run_layers(self, layers, hidden_states, semantic_tokens, positions, semantic_scale) -> torch.Tensor:
         self._check_tokens(hidden_states, semantic_tokens)
         if semantic_tokens.shape[1] != hidden_states.shape[1]:
             raise ValueError(
                 f"`semantic_tokens` has to hold one token for each of the {hidden_states.shape[1]} image tokens but"
                 f" holds {semantic_tokens.shape[1]}."
             )
-        for layer in self.layers:
+        for layer in layers:
             hidden_states = layer(hidden_states, semantic_tokens, semantic_scale)
         return hidden_states
 
@@ -1188,8 +1292,10 @@ class SemanticAttentionOutput(BaseOutput):
 class AttentionRecorder:
     r"""Collects the heat maps of [`FluxFillSemanticPipeline.semantic_attention_maps`] while a call runs."""
 
-    def __init__(self, pipeline, module, points, steps, layer: int, average_heads: bool, chunk_size: int):
-        self.pipeline, self.module = pipeline, module
+    def __init__(
+        self, pipeline, module, semantic_map: int, points, steps, layer: int, average_heads: bool, chunk_size: int
+    ):
+        self.pipeline, self.module, self.semantic_map = pipeline, module, semantic_map
         self.points = [(x, y) for x, y in points]
         self.steps: Any = steps if steps is None else list(steps)
         self.layer, self.average_heads, self.chunk_size = layer, average_heads, chunk_size
@@ -1223,9 +1329,8 @@ class AttentionRecorder:
             guide = next(guide for guide in guides if guide.module is self.module)
             _, part, _ = self.module.split_input(hidden_states)
             chunks = []
-            for chunk in self.module.attention_maps(
-                part, guide.semantic_tokens, positions, guide.scale, self.layer, self.tokens, self.chunk_size
-            ):
+            how = (self.layer, self.tokens, self.chunk_size, self.semantic_map)
+            for chunk in self.module.attention_maps(part, guide.semantic_tokens, positions, guide.scale, *how):
                 chunk = chunk.unflatten(-1, (canvas.rows, canvas.panels, canvas.columns)).sum(dim=-2).transpose(1, 2)
                 chunks.append((chunk.mean(dim=2) if self.average_heads else chunk).cpu())
             self.maps[self.calls] = torch.cat(chunks, dim=1).numpy()

@@ -88,9 +88,9 @@ class Batch:
     pooled_prompt_embeds: torch.Tensor  # [B, 768]
     guidance: torch.Tensor | None  # [B], None for a transformer without guidance embedding
     size: tuple[int, int]  # height and width of a view in pixels
-    semantic_tokens: torch.Tensor | None = None  # [B, N, 64], None for a mode without module
+    semantic_tokens: torch.Tensor | None = None  # [B, N, 64], of M maps [B, M, N, 64], None for a mode without module
     positions: torch.Tensor | None = None  # [N, 2] row and column of each token within its panel
-    keep_map: torch.Tensor | None = None  # [B] False for samples that are trained without their map
+    keep_map: torch.Tensor | None = None  # [B, M] False for samples that are trained without their map
     loss_tokens: torch.Tensor | None = None  # indices of the image tokens that the loss is taken over, None for all
 
 
@@ -188,7 +188,7 @@ def make_batch(
     guidance = torch.full_like(t, objective.options.guidance_scale) if objective.guidance_embeds else None
     layout, loss_tokens = encoder.layout(samples), None
     if objective.options.loss_region == "target":
-        loss_tokens = layout.tokens_of(encoder.mode.panels.index("target")).to(device)
+        loss_tokens = layout.tokens_of(encoder.panels.index("target")).to(device)
     return Batch(x_1=x_1, t=t, x_t=x_t, guidance=guidance, size=layout.size, loss_tokens=loss_tokens, **encoded)
 
 
@@ -211,8 +211,8 @@ class SemanticFillModel(torch.nn.Module):
         hidden_states = torch.cat((batch.x_t, batch.x_cond), dim=-1)
         if self.semantic_attention is None or batch.keep_map is None:
             return hidden_states
-        enhanced = self.semantic_attention.enhance(hidden_states, batch.semantic_tokens, batch.positions)
-        return torch.where(batch.keep_map[:, None, None], enhanced, hidden_states)
+        maps = {"semantic_tokens": batch.semantic_tokens, "positions": batch.positions, "keep_map": batch.keep_map}
+        return self.semantic_attention.enhance(hidden_states, **maps)
 
     def predict(self, hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The predicted velocity `[B, N, 64]`."""
@@ -227,9 +227,9 @@ class SemanticFillModel(torch.nn.Module):
             return_dict=False,
         )[0]
 
-    def scales(self) -> list[float]:
-        """Mean absolute gate of each layer of the module."""
-        return [] if self.semantic_attention is None else self.semantic_attention.scales()
+    def scales(self) -> dict[str, float]:
+        """Mean absolute gate of each layer of the module, by the layer's name."""
+        return {} if self.semantic_attention is None else self.semantic_attention.named_scales()
 
 
 # -- Loss: compare ----------------------------------------------------------------------------------------------------
@@ -273,11 +273,11 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
     module_class = SEMANTIC_MODES[options.semantic_mode].module_class
     if module_class is not None:
         if options.semantic_weights:
-            semantic_attention = load_module(options.semantic_weights, module_class, options.cache_dir)
+            maps = options.semantic_maps
+            semantic_attention = load_module(options.semantic_weights, module_class, options.cache_dir, maps)
         else:
-            names = ("num_layers", "num_heads", "head_dim", "position")
-            # Each kind of module takes those that its configuration has.
-            names = [name for name in names if name in inspect.signature(module_class).parameters]
+            # Each kind of module has options of its own.
+            names = inspect.signature(module_class).parameters.keys() - {"in_channels"}
             config = {name: getattr(options, f"semantic_{name}") for name in names}
             semantic_attention = module_class(in_channels=transformer.out_channels, **config)
         # Loaded models come in evaluation mode, new ones in training mode.

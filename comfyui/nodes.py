@@ -28,7 +28,10 @@ SETTINGS = {
     "max_sequence_length": int,
     "height": int,
     "width": int,
+    "semantic_maps": list,
 }
+# The name of the map where there is one.
+SINGLE_MAP = ("semantic",)
 # The modes whose map enters through a module, with the weights of a layer and the input channels that it enhances: the
 # noisy latents, or the picture channels of the condition behind them.
 MODULES = {
@@ -69,6 +72,7 @@ class SemanticModule:
     layers: list[dict[str, torch.Tensor]]
     num_heads: int = 8
     position: str = "none"
+    maps: tuple[str, ...] = SINGLE_MAP
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Cosines and sines for rows and columns, half of a head for either."""
@@ -93,9 +97,11 @@ class SemanticModule:
         attended = F.scaled_dot_product_attention(query, key, value)
         return F.linear(attended.transpose(1, 2).flatten(-2), weights["to_out.weight"])
 
-    def enhance(self, x, tokens, rotary, scale: float) -> torch.Tensor:
-        """Enhances tokens of the transformer's input with the map's tokens, each for its own place."""
-        for layer in self.layers:
+    def enhance(self, x, tokens, rotary, scale: float, name: str) -> torch.Tensor:
+        """Enhances tokens of the transformer's input with the tokens of a map, each for its own place."""
+        count = len(self.layers) // len(self.maps)
+        first = self.maps.index(name) * count
+        for layer in self.layers[first : first + count]:
             weights = {name: weight.to(x) for name, weight in layer.items()}
             if self.kind == "projection":
                 update = F.linear(tokens, weights["linear.weight"], weights["linear.bias"])
@@ -116,35 +122,50 @@ class SemanticFill:
     width: int = 0
     module: SemanticModule | None = None
     strength: float = 1.0
+    semantic_maps: list[str] | tuple[str, ...] = SINGLE_MAP
 
     @property
     def panels(self) -> tuple[str, ...]:
         """The views on the canvas, from left to right."""
-        return ("visible", "target", "semantic") if self.semantic_mode == "in_context" else ("visible", "target")
+        return ("visible", "target", *(self.semantic_maps if self.semantic_mode == "in_context" else ()))
 
 
 class Guidance:
     """Enhances the input of FLUX before each of its calls."""
 
-    def __init__(self, module: SemanticModule, tokens: torch.Tensor, size: tuple[int, int], panels: int, scale: float):
+    def __init__(
+        self,
+        module: SemanticModule,
+        tokens: dict[str, torch.Tensor],
+        size: tuple[int, int],
+        panels: int,
+        scales: dict[str, float],
+    ):
         rows, columns = size[0] // 2, size[1] // 2
-        tiled = tokens.unflatten(1, (rows, 1, columns)).expand(-1, -1, panels, -1, -1)
+        tiled = {n: t.unflatten(1, (rows, 1, columns)).expand(-1, -1, panels, -1, -1) for n, t in tokens.items()}
         places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(rows, 1, columns, 2)
-        self.module, self.tokens, self.scale = module, tiled.flatten(1, 3), scale
+        self.module, self.scales = module, scales
+        self.tokens = {name: each.flatten(1, 3) for name, each in tiled.items()}
+        self.count = len(next(iter(tokens.values())))
         self.rotary = module.rotary(places.expand(-1, panels, -1, -1).flatten(0, 2))
         self.size = (size[0], size[1] * panels)
 
     def __call__(self, executor, x: torch.Tensor, *args, **kwargs):
         """`x` are the noisy latents, the masked picture's latents and the mask, `(batch, 96, height, width)`."""
-        if tuple(x.shape[-2:]) != self.size or x.shape[0] % len(self.tokens):
+        if tuple(x.shape[-2:]) != self.size or x.shape[0] % self.count:
             raise ValueError(
-                f"The map is for {len(self.tokens)} latents of {self.size}, but {x.shape[0]} of {tuple(x.shape[-2:])} are"
+                f"The map is for {self.count} latents of {self.size}, but {x.shape[0]} of {tuple(x.shape[-2:])} are"
                 " sampled. Sample the latent that Semantic Fill Conditioning gives."
             )
         channels = MODULES[self.module.kind][1]
         # Positive and negative prompts come as whole batches, one behind the other.
-        tokens = self.tokens.to(x).repeat(x.shape[0] // len(self.tokens), 1, 1)
-        enhanced = self.module.enhance(pack(x[:, channels]), tokens, self.rotary, self.scale)
+        copies, part = x.shape[0] // self.count, pack(x[:, channels])
+        updated = [
+            self.module.enhance(part, tokens.to(x).repeat(copies, 1, 1), self.rotary, self.scales[name], name)
+            for name, tokens in self.tokens.items()
+        ]
+        # All maps see the same input, and their updates add up.
+        enhanced = sum((other - part for other in updated[1:]), start=updated[0])
         x = torch.cat((x[:, : channels.start], unpack(enhanced, *self.size), x[:, channels.stop :]), dim=1)
         return executor(x, *args, **kwargs)
 
@@ -167,6 +188,14 @@ def read_json(text: str, name: str) -> dict:
     return value
 
 
+def check_names(names, source: str) -> tuple[str, ...]:
+    """The names of maps in a file that somebody else wrote."""
+    known = isinstance(names, list) and all(isinstance(name, str) and len(name) <= 64 for name in names)
+    if not known or not 1 <= len(names) <= 16 or len(set(names)) < len(names):
+        raise ValueError(f"{source} has to name 1 to 16 different maps but has {names!r:.100}.")
+    return tuple(names)
+
+
 def load_module(path: str) -> SemanticModule:
     """Loads a module. Weights tell which of the two kinds it is, and `config.json` beside them tells the rest."""
     config_file, config = os.path.join(os.path.dirname(path), "config.json"), {}
@@ -181,8 +210,11 @@ def load_module(path: str) -> SemanticModule:
     kinds = [kind for kind, (names, _) in MODULES.items() if all(layer.keys() == names for layer in ordered)]
     if not ordered or not kinds or any(layer["scale"].shape != (64,) for layer in ordered):
         raise ValueError(f"{path} is no module for FLUX that these nodes can use.")
+    maps = check_names(config.get("maps", list(SINGLE_MAP)), config_file)
+    if len(ordered) % len(maps):
+        raise ValueError(f"{config_file} names {len(maps)} maps, but the weights have {len(ordered)} layers.")
     if kinds[0] == "projection":
-        return SemanticModule("projection", ordered)
+        return SemanticModule("projection", ordered, maps=maps)
     if not config:
         raise ValueError(f"{path} needs the `config.json` that lies beside it in the trained folder.")
     position, injection, heads = config.get("position"), config.get("injection", "noise"), config.get("num_heads")
@@ -191,7 +223,7 @@ def load_module(path: str) -> SemanticModule:
             f"{config_file} has position={position!r}, injection={injection!r} and num_heads={heads!r}, but these nodes"
             " can use the positions 'none' and 'rope' on the noise."
         )
-    return SemanticModule("cross_attention", ordered, heads, position)
+    return SemanticModule("cross_attention", ordered, heads, position, maps)
 
 
 def add_alphas(lora: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
@@ -244,6 +276,7 @@ class LoadSemanticFill:
         if not said and module == BESIDE and not os.path.isfile(beside):
             raise ValueError(f"{lora} was not trained by Semantic Fill. Load it with ComfyUI's own node Load LoRA.")
         fill = SemanticFill(**said, strength=strength)
+        fill.semantic_maps = check_names(list(fill.semantic_maps), lora)
         if fill.semantic_mode not in MODES:
             raise ValueError(f"{lora} has the `semantic_mode` {fill.semantic_mode!r}, but these nodes know {MODES}.")
         if fill.semantic_mode in MODULES:
@@ -258,6 +291,8 @@ class LoadSemanticFill:
             if fill.module.kind != fill.semantic_mode and fill.module.kind != "projection":
                 raise ValueError(f"{lora} needs a module of the kind {fill.semantic_mode}, but {chosen} is another.")
             fill.semantic_mode = fill.module.kind
+            if tuple(fill.semantic_maps) != fill.module.maps:
+                raise ValueError(f"{lora} is for the maps {fill.semantic_maps}, but {chosen} for {fill.module.maps}.")
         config = read_json(metadata.get("lora_adapter_metadata", "{}"), f"The metadata of {lora}")
         model, _ = comfy.sd.load_lora_for_models(model, None, add_alphas(weights, config), strength, 0.0)
         return model, fill, fill.max_sequence_length
@@ -285,11 +320,24 @@ class SemanticFillConditioning:
                 "height": ("INT", side),
                 "scale": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.05}),
             },
-            "optional": {"semantic": ("IMAGE", {"tooltip": "The semantic map of the same scene."})},
+            "optional": {
+                "semantic": ("IMAGE", {"tooltip": "The semantic map of the same scene."}),
+                "maps": ("SEMANTIC_MAPS", {"tooltip": "Several maps by name, from Semantic Map."}),
+            },
         }
 
-    def prepare(self, semantic_fill, model, positive, negative, vae, visible, width, height, scale, semantic=None):
+    def prepare(
+        self, semantic_fill, model, positive, negative, vae, visible, width, height, scale, semantic=None, maps=None
+    ):
         fill, mode = semantic_fill, semantic_fill.semantic_mode
+        names = list(fill.semantic_maps)
+        if semantic is not None and len(names) > 1:
+            raise ValueError(f"This LoRA takes the maps {', '.join(names)}: connect them to `maps`, by Semantic Map.")
+        given = dict(maps or {}) | ({} if semantic is None else {names[0]: (semantic, 1.0)})
+        unknown = [name for name in given if name not in names]
+        if unknown and mode != "none":
+            raise ValueError(f"This LoRA takes the maps {', '.join(names)}, but `maps` has {', '.join(unknown)}.")
+        scales = {name: scale * own for name, (_, own) in given.items()}
         config = model.get_model_object("model_config").unet_config
         if config.get("image_model") != "flux" or config.get("in_channels") != 96:
             raise ValueError(
@@ -299,19 +347,22 @@ class SemanticFillConditioning:
         size = (height or fill.height or visible.shape[1], width or fill.width or visible.shape[2])
         if size[0] % 16 or size[1] % 16:
             raise ValueError(f"`width` and `height` have to be multiples of 16 but are {size[1]} and {size[0]}.")
-        if semantic is not None and mode == "none":
+        if given and mode == "none":
             raise ValueError("This LoRA was trained without a map: leave `semantic` out.")
-        if semantic is not None and fill.module is None and scale not in (0, 1):
-            raise ValueError(f"The mode {mode} has the map on its canvas, so `scale` has to be 0 or 1 but is {scale}.")
+        for each in scales.values() if fill.module is None else ():
+            if each not in (0, 1):
+                raise ValueError(
+                    f"The mode {mode} has the map on its canvas, so `scale` has to be 0 or 1 but is {each}."
+                )
         # A map holds labels, and blending two of them would make a third.
         views = {"visible": resize(visible, size, "bicubic").clamp(0, 1)}
-        if semantic is not None and scale != 0:
-            views["semantic"] = resize(semantic, size, "nearest-exact")
+        views |= {name: resize(given[name][0], size, "nearest-exact") for name in names if scales.get(name, 0) != 0}
         batch = max(len(view) for view in views.values())
         if any(len(view) not in (1, batch) for view in views.values()):
-            raise ValueError(f"`visible` holds {len(visible)} pictures but `semantic` {len(views['semantic'])}.")
+            counts = ", ".join(f"`{name}` {len(view)}" for name, view in views.items() if name != "visible")
+            raise ValueError(f"`visible` holds {len(visible)} pictures but {counts}.")
         views = {name: view.expand(batch, -1, -1, -1) for name, view in views.items()}
-        visible, semantic = views["visible"], views.get("semantic")
+        visible, shown = views["visible"], {name: views[name] for name in names if name in views}
 
         def encode(pixels):
             latents = vae.encode(pixels.movedim(1, -1).contiguous())
@@ -319,8 +370,8 @@ class SemanticFillConditioning:
                 raise ValueError(f"`vae` has to be that of FLUX, with 16 channels, but has {latents.shape[1]}.")
             return latents
 
-        views = {"semantic": torch.full_like(visible, 0.5), "target": visible} | views
-        if mode == "pixel_fusion" and semantic is not None:
+        views = dict.fromkeys(names, torch.full_like(visible, 0.5)) | {"target": visible} | views
+        for semantic in shown.values() if mode == "pixel_fusion" else ():
             views["visible"] = torch.lerp(visible, semantic, fill.fusion_alpha)
         canvas = torch.cat([views[name] for name in fill.panels], dim=3)
         mask = torch.cat([torch.full_like(visible[:, :1], name == "target") for name in fill.panels], dim=3)
@@ -328,12 +379,38 @@ class SemanticFillConditioning:
         positive, negative = (node_helpers.conditioning_set_values(each, condition) for each in (positive, negative))
         model = model.clone()
         model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-        if fill.module is not None and semantic is not None:
-            tokens = pack(model.get_model_object("latent_format").process_in(encode(semantic)))
+        if fill.module is not None and shown:
+            latents = model.get_model_object("latent_format")
+            tokens = {name: pack(latents.process_in(encode(each))) for name, each in shown.items()}
+            strengths = {name: scales[name] * fill.strength for name in shown}
             latent_size = (size[0] // 8, size[1] // 8)
-            guidance = Guidance(fill.module, tokens, latent_size, len(fill.panels), scale * fill.strength)
+            guidance = Guidance(fill.module, tokens, latent_size, len(fill.panels), strengths)
             model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, guidance)
         return model, positive, negative, {"samples": encode(canvas)}
+
+
+class SemanticFillMap:
+    DESCRIPTION = "Names one of several maps. Chain one node for each map, and connect the last to the conditioning."
+    CATEGORY = "conditioning/inpaint"
+    FUNCTION = "add"
+    RETURN_TYPES = ("SEMANTIC_MAPS",)
+    RETURN_NAMES = ("maps",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "name": ("STRING", {"default": "semantic", "tooltip": "What the map was called in training."}),
+                "image": ("IMAGE",),
+                "scale": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.05}),
+            },
+            "optional": {"maps": ("SEMANTIC_MAPS",)},
+        }
+
+    def add(self, name, image, scale, maps=None):
+        if name in (maps or {}):
+            raise ValueError(f"Two maps are called {name}.")
+        return ({**(maps or {}), name: (image, scale)},)
 
 
 class SemanticFillCutTarget:
@@ -353,6 +430,7 @@ class SemanticFillCutTarget:
 
 NODES = {
     "Load Semantic Fill": LoadSemanticFill,
+    "Semantic Map": SemanticFillMap,
     "Semantic Fill Conditioning": SemanticFillConditioning,
     "Cut Target": SemanticFillCutTarget,
 }

@@ -18,7 +18,7 @@ import html
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ class Painter:
         name = self.pipeline.config.semantic_mode
         mode, has_module = SEMANTIC_MODES[name], self.pipeline.semantic_attention is not None
         self.takes_map = has_module or mode.map_on_canvas
+        self.maps = self.pipeline.semantic_maps
         # Only a module has a scale, and only a cross-attention attends.
         self.has_scale, self.attends = has_module, has_module and name == "cross_attention"
         if not args.weights:
@@ -154,10 +155,18 @@ class Painter:
         return color_labels(np.asarray(semantic)[..., 0], self.palette)
 
     def paint(
-        self, visible: PIL.Image.Image, semantic: PIL.Image.Image, prompt: str, scale: float, seed: int, on_step
+        self,
+        visible: PIL.Image.Image,
+        maps: dict[str, PIL.Image.Image],
+        prompt: str,
+        scales: dict[str, float],
+        seed: int,
+        on_step,
+        looked_in: str,
     ) -> tuple[PIL.Image.Image, SemanticAttentionOutput | None]:
         """
-        Returns the painting and, if the module attends, what every token of it looked at half-way through denoising.
+        Returns the painting and, if the module attends, what every token of it looked at in the map `looked_in` half-way
+        through denoising.
         """
 
         def after_step(pipeline, step, timestep, tensors):
@@ -167,18 +176,21 @@ class Painter:
         call = {
             "prompt": prompt,
             "image": visible,
-            "semantic_image": semantic if self.takes_map else None,
-            "semantic_scale": scale if self.has_scale else 1.0,
+            "semantic_image": maps if self.takes_map else None,
+            "semantic_scale": scales if self.has_scale else 1.0,
             "num_inference_steps": self.num_inference_steps,
             "max_sequence_length": self.max_sequence_length,
             "generator": torch.Generator().manual_seed(seed),
             "callback_on_step_end": after_step,
         }
-        if not self.attends or scale == 0:
+        if not self.attends or scales[looked_in] == 0:
             return self.pipeline(**call).images[0], None
         centers = [side * 16 + 8 for side in range(self.resolution // 16)]
         seen = self.pipeline.semantic_attention_maps(
-            points=[(x, y) for y in centers for x in centers], steps=[self.num_inference_steps // 2], **call
+            points=[(x, y) for y in centers for x in centers],
+            steps=[self.num_inference_steps // 2],
+            semantic_map=looked_in,
+            **call,
         )
         return seen.images[0], replace(seen, images=[])
 
@@ -231,7 +243,7 @@ def read_drawing(payload: Any, read: Callable) -> Any:
     return read(payload)
 
 
-def check_request(prompt: Any, scale: Any, seed: Any) -> None:
+def check_request(prompt: Any, scales: Sequence[Any], seed: Any) -> None:
     """
     Refuses what the page's own fields cannot hold. A request need not come from the page.
 
@@ -240,7 +252,7 @@ def check_request(prompt: Any, scale: Any, seed: Any) -> None:
     """
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
         raise ValueError(f"The prompt has to be a text of at most {MAX_PROMPT} characters.")
-    if not isinstance(scale, int | float) or not 0 <= scale <= 2:
+    if not all(isinstance(scale, int | float) and 0 <= scale <= 2 for scale in scales):
         raise ValueError("The scale has to be a number from 0 to 2.")
     if not isinstance(seed, int | float) or not 0 <= seed < 2**32 or seed != int(seed):
         raise ValueError("The seed has to be a whole number.")
@@ -249,15 +261,16 @@ def check_request(prompt: Any, scale: Any, seed: Any) -> None:
 def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> gr.Blocks:
     size, shown = painter.resolution, painter.shown_size
     colors = ["#%02x%02x%02x" % color for color in painter.palette.values()]
-    blank = PIL.Image.new("RGB", (shown, shown), colors[0])
+    blank, names = PIL.Image.new("RGB", (shown, shown), colors[0]), painter.maps
 
     def enlarge(picture: PIL.Image.Image) -> PIL.Image.Image:
         return picture.resize((shown, shown), PIL.Image.Resampling.NEAREST)
 
     def pick(event: gr.SelectData):
         sample = samples[event.index]
-        visible, semantic = painter.fit(sample["visible"], size), painter.fit(sample["semantic"], shown, is_map=True)
-        return visible, enlarge(visible), snap_to_palette(semantic, painter.palette)
+        visible = painter.fit(sample["visible"], size)
+        maps = [painter.fit(sample.get(name, blank), shown, is_map=True) for name in names]
+        return visible, enlarge(visible), *(snap_to_palette(semantic, painter.palette) for semantic in maps)
 
     def upload(path: str):
         try:
@@ -275,25 +288,33 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
             refuse(error)
             return gr.skip()
 
-    def paint(visible, drawn, prompt, scale, seed, progress=gr.Progress()):
+    def paint(visible, *values, progress=gr.Progress()):
+        # Only a page for several maps lets a visitor choose the one whose attention is shown.
+        drawings, (prompt, *scales, seed, looked_in) = (
+            values[: len(names)],
+            (*values, names[0])[len(names) : 2 * len(names) + 3],
+        )
         unchanged = [gr.skip()] * 6
         if visible is None:
             refuse(ValueError("There is no picture yet: pick one or upload your own."))
             return unchanged
         try:
-            check_request(prompt, scale, seed)
+            check_request(prompt, scales, seed)
+            if looked_in not in names:
+                raise ValueError(f"The map has to be one of {', '.join(names)}.")
         except ValueError as error:
             refuse(error)
             return unchanged
-        drawn = blank if drawn is None or drawn["composite"] is None else drawn["composite"]
+        drawings = [blank if each is None or each["composite"] is None else each["composite"] for each in drawings]
         # A request may send a drawing of another size than the page's. Fitted first, it takes no more time than others.
-        semantic = snap_to_palette(painter.fit(drawn, size, is_map=True), painter.palette)
+        fitted = [snap_to_palette(painter.fit(each, size, is_map=True), painter.palette) for each in drawings]
+        maps, strengths = dict(zip(names, fitted)), dict(zip(names, scales))
 
         def on_step(step, steps):
             progress((step, steps), desc="Painting", unit="steps")
 
         try:
-            painted, seen = painter.paint(visible, semantic, prompt, scale, int(seed), on_step)
+            painted, seen = painter.paint(visible, maps, prompt, strengths, int(seed), on_step, looked_in)
         except ValueError as error:
             refuse(error)
             return unchanged
@@ -302,6 +323,7 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
             if seen
             else "There is no attention to show: no cross-attention was in use."
         )
+        semantic = maps[looked_in]
         return enlarge(painted), (enlarge(visible), enlarge(painted)), enlarge(semantic), None, hint, (semantic, seen)
 
     def look(state, event: gr.SelectData):
@@ -345,29 +367,50 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
                 picture.preprocess = lambda payload: None if payload is None else payload.path
                 prompt = gr.Textbox(painter.prompt, label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
                 with gr.Row():
-                    scale = gr.Slider(
-                        0, 2, 1, step=0.05, label="Scale of the map", interactive=painter.has_scale, elem_id="scale"
-                    )
+                    scales = [
+                        gr.Slider(
+                            0,
+                            2,
+                            1,
+                            step=0.05,
+                            label=f"Scale of {'the map' if len(names) == 1 else name}",
+                            interactive=painter.has_scale,
+                            elem_id="scale" if name == names[0] else f"scale-{name}",
+                        )
+                        for name in names
+                    ]
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
             # The editor fits its canvas to the first width that it has, so this is the final one.
             with gr.Column(min_width=500):
-                editor = gr.ImageEditor(
-                    blank,
-                    type="pil",
-                    label="Semantic map",
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    canvas_size=(shown, shown),
-                    fixed_canvas=True,
-                    brush=gr.Brush(colors=colors, default_size=shown // 16, color_mode="fixed"),
-                    height=560,
-                    buttons=[],
-                    elem_id="map",
-                )
-                editor.preprocess = functools.partial(read_drawing, read=editor.preprocess)
-                gr.HTML(legend(painter.palette))
-                map_file = gr.UploadButton("Upload a map", file_types=["image"], size="sm", elem_id="map-file")
+                editors, map_files = [], []
+                for name in names:
+                    label, suffix = ("", "") if len(names) == 1 else (f": {name}", f" {name}")
+                    part = "" if name == names[0] else f"-{name}"
+                    editor = gr.ImageEditor(
+                        blank,
+                        type="pil",
+                        label=f"Semantic map{label}",
+                        sources=(),
+                        transforms=(),
+                        layers=False,
+                        canvas_size=(shown, shown),
+                        fixed_canvas=True,
+                        brush=gr.Brush(colors=colors, default_size=shown // 16, color_mode="fixed"),
+                        height=560,
+                        buttons=[],
+                        elem_id=f"map{part}",
+                    )
+                    editor.preprocess = functools.partial(read_drawing, read=editor.preprocess)
+                    editors.append(editor)
+                    if name == names[0]:
+                        gr.HTML(legend(painter.palette))
+                    upload_button = gr.UploadButton(
+                        f"Upload a map{suffix}", file_types=["image"], size="sm", elem_id=f"map-file{part}"
+                    )
+                    map_files.append(upload_button)
+                chosen = []
+                if painter.attends and len(names) > 1:
+                    chosen.append(gr.Radio(list(names), value=names[0], label="Attention in", elem_id="looked-in"))
         button = gr.Button("Paint", variant="primary", elem_id="paint")
         with gr.Row():
             painted = gr.Image(
@@ -398,14 +441,15 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
                 classes = gr.Label(label="Attention by class", visible=painter.attends, elem_id="classes")
 
         if samples:
-            gallery.select(pick, None, [visible_state, picture, editor], show_progress="hidden")
+            gallery.select(pick, None, [visible_state, picture, *editors], show_progress="hidden")
         picture.upload(upload, picture, [visible_state, picture])
         picture.clear(lambda: None, None, visible_state)
-        map_file.upload(upload_map, map_file, editor)
+        for map_file, editor in zip(map_files, editors):
+            map_file.upload(upload_map, map_file, editor)
         # There is one pipeline, which paints one picture at a time.
         button.click(
             paint,
-            [visible_state, editor, prompt, scale, seed],
+            [visible_state, *editors, prompt, *scales, seed, *chosen],
             [painted, slider, attention, classes, hint, seen_state],
             concurrency_limit=1,
         )
@@ -461,7 +505,9 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     painter = Painter(args)
     if args.data_dir:
-        samples = read_triptychs(args.data_dir, painter.palette if args.palette else None, option="--data_dir")
+        panels = ",".join(painter.maps) if len(painter.maps) > 1 else None
+        palette = painter.palette if args.palette else None
+        samples = read_triptychs(args.data_dir, palette, option="--data_dir", semantic_panels=panels)
     else:
         with tempfile.TemporaryDirectory() as folder:
             samples = read_triptychs(earth.write_split(Path(folder), "test", 6, painter.resolution, seed=0))

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from semantic_fill.data import TriptychDataset
-from semantic_fill.sampling import wrong_maps
+from semantic_fill.sampling import wrong_maps, wrong_name
 
 
 # A box of fewer pixels is too small to tell it from noise.
@@ -185,7 +185,9 @@ class DatasetBoxes:
     def add(self, kind: str, rows: list[int], painted: torch.Tensor, target: torch.Tensor) -> None:
         """Adds paintings and targets `(batch, 3, height, width)` in 8 bits of rows that were painted with a kind of map."""
         for row, *pictures in zip(rows if self.boxes else (), painted, target):
-            other = wrong_maps(self.dataset, [row])[row] if kind == "wrong" else None
+            # A row that lacks a map, or has the only one, has no wrong one.
+            name = wrong_name(kind, self.dataset.maps)
+            other = None if name is None else wrong_maps(self.dataset, [row], name).get(row)
             shown = None if other is None else self.boxes[other]
             self.figures.setdefault(kind, BoxFigures()).add(*pictures, self.boxes[row], shown)
 

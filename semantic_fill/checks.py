@@ -7,6 +7,7 @@ the files stay unchanged, so that a second start over a large data set takes sec
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -35,38 +36,38 @@ class Finding:
     width: int
     height: int
     panels: int
-    # The different values of a semantic view that may hold label numbers, see `find_labels`.
-    labels: list[int] | None
-    # SHA-256 of each picture as it is stored.
+    # For each map that the sample has, the different values if it may hold label numbers, see `find_labels`.
+    map_labels: dict[str, list[int] | None]
+    # SHA-256 of each picture as it is stored, and nothing for a map that is missing.
     digests: tuple[str, ...]
     # SHA-256 of the visible view's pixels.
     visible: str
     # SHA-256 of the target view's pixels, or nothing for a view of one color, which many scenes may share.
     target: str
 
-    def has_shape(self, shape: float | None, pairs: bool) -> bool:
+    def has_shape(self, shape: float | None, pairs: bool, maps: Sequence[str]) -> bool:
         """Whether a sample would be cut into the same views for other arguments of `inspect`, which are checked alike."""
         canvas = (self.width * self.panels, self.height)
-        return len(self.digests) > 1 or count_panels(canvas, shape, pairs) == self.panels
+        return len(self.digests) > 1 or count_panels(canvas, shape, pairs, 2 + len(maps)) == self.panels
 
 
-def inspect(pictures: list[bytes], shape: float | None, pairs: bool) -> Finding:
+def inspect(pictures: Sequence[bytes | None], shape: float | None, pairs: bool, maps: Sequence[str]) -> Finding:
     """
     Decodes a sample.
 
     Raises:
         `ValueError`: with a reason that reads after the name of the sample.
     """
-    decoded = [read_picture(data) for data in pictures]
-    panels = count_panels(decoded[0].size, shape, pairs) if len(decoded) == 1 else len(decoded)
-    views = cut_triptych(decoded, panels)
+    decoded: list[Any] = [None if data is None else read_picture(data) for data in pictures]
+    panels = count_panels(decoded[0].size, shape, pairs, 2 + len(maps)) if len(decoded) == 1 else len(decoded)
+    views = cut_triptych(decoded, panels, maps)
     target = views["target"]
     extrema: Any = target.getextrema()
     return Finding(
         *target.size,
         panels,
-        labels=find_labels(views["semantic"]) if "semantic" in views else None,
-        digests=tuple(hashlib.sha256(data).hexdigest() for data in pictures),
+        map_labels={name: find_labels(views[name]) for name in maps if name in views},
+        digests=tuple("" if data is None else hashlib.sha256(data).hexdigest() for data in pictures),
         visible=_pixel_hash(views["visible"]),
         target="" if all(low == high for low, high in extrema) else _pixel_hash(target),
     )
@@ -95,14 +96,15 @@ def check_samples(
     Raises:
         `ValueError`: if samples cannot be used. The message names up to 50 of them with the reasons.
     """
-    memory = FileMemory(memory_file, f"{READER_VERSION} {[field.name for field in fields(Finding)]}")
+    maps = source.maps
+    memory = FileMemory(memory_file, f"{READER_VERSION} {[field.name for field in fields(Finding)]} {maps}")
 
     def check(index: int, known: dict | None) -> Finding | str:
         problems, finding = [], None
         try:
             finding = Finding(**known) if known else None
-            if finding is None or not finding.has_shape(shape, pairs):
-                finding = inspect(source.pictures(index), shape, pairs)
+            if finding is None or not finding.has_shape(shape, pairs, maps):
+                finding = inspect(source.pictures(index), shape, pairs, maps)
         # Reading files and decoding them raises errors of many kinds.
         except Exception as error:
             problems.append(str(error))
@@ -149,7 +151,7 @@ def check_samples(
         [*source.problems, *(finding for finding in findings if isinstance(finding, str))], "samples cannot be used"
     )
     # Pairs have no map whose labels would matter.
-    return [replace(finding, labels=None) for finding in findings] if pairs else findings
+    return [replace(finding, map_labels={}) for finding in findings] if pairs else findings
 
 
 def refuse(problems: list[str], what: str) -> None:

@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from pipeline_flux_fill_semantic import read_picture
+from semantic_attention import SINGLE_MAP
 from semantic_fill.checks import READER_VERSION, Finding, check_samples, refuse
 from semantic_fill.files import printable
 from semantic_fill.options import DataOptions, Options
@@ -38,20 +39,25 @@ logger = get_logger(__name__)
 
 
 def choose_label_colors(
-    source: Source, findings: list[Finding], palette: Palette | None, others: Sequence[Finding] = ()
+    source: Source,
+    findings: list[Finding],
+    palette: Palette | None,
+    others: Sequence[Finding] = (),
+    name: str = SINGLE_MAP[0],
 ) -> Palette | None:
     """
-    The colors of the labels in all semantic maps, or `None` for maps that hold colors themselves.
+    The colors of the labels in all semantic maps of a name, or `None` for maps that hold colors themselves.
 
     Raises:
         `ValueError`: if the maps hold label numbers that have no colors. The message names up to 50 of the samples.
     """
-    found = [finding.labels for finding in (*findings, *others)]
+    found = [finding.map_labels[name] for finding in (*findings, *others) if name in finding.map_labels]
+    what = "" if source.maps == SINGLE_MAP else f" of `{name}`"
     if palette is None:
         # Maps that are all black hold nothing that colors would tell.
         if are_labels(found) and any(labels != [0] for labels in found):
             raise ValueError(
-                f"All semantic maps have one channel and values below {LABEL_LIMIT}: they hold label numbers, which are"
+                f"All semantic maps{what} have one channel and values below {LABEL_LIMIT}: they hold label numbers, which are"
                 " nearly black as colors. Pass their colors with --palette."
             )
         return None
@@ -59,15 +65,17 @@ def choose_label_colors(
     if not found or None in found or not (are_labels(found) or any(name.isdecimal() for name in palette)):
         return None
     problems = []
-    for index, labels in enumerate(found[: len(findings)]):
-        missing = [str(label) for label in labels or () if str(label) not in palette]
+    for index, finding in enumerate(findings):
+        missing = [str(label) for label in finding.map_labels.get(name) or () if str(label) not in palette]
         if missing:
             problems.append(f"{source.name(index)}: {', '.join(missing)}")
     refuse(problems, "samples have labels without a color in --palette")
     return palette
 
 
-def read_triptychs(folder: Path, palette: Palette | None = None, option: str = "--train_data_dir") -> list[dict]:
+def read_triptychs(
+    folder: Path, palette: Palette | None = None, option: str = "--train_data_dir", semantic_panels: str | None = None
+) -> list[dict]:
     """
     The views of all samples of a folder, in a form of --train_data_dir, for those who need neither size nor text. Maps of
     label numbers take the colors of the palette, and messages call the folder by the option.
@@ -75,14 +83,22 @@ def read_triptychs(folder: Path, palette: Palette | None = None, option: str = "
     Raises:
         `ValueError`: if samples cannot be used, or maps hold label numbers that have no colors.
     """
-    source = list_folder(folder, DataOptions(train_data_dir=str(folder), instance_prompt=""), option=option)
-    findings = check_samples(source, None, pairs=False)
-    palette = choose_label_colors(source, findings, palette)
-    samples = [cut_triptych([read_picture(data) for data in source.pictures(i)]) for i in range(len(source))]
-    for views in samples:
-        if palette is not None:
-            views["semantic"] = color_labels(np.asarray(views["semantic"])[..., 0], palette)
+    options = DataOptions(train_data_dir=str(folder), instance_prompt="", semantic_panels=semantic_panels)
+    source = list_folder(folder, options, option=option)
+    findings, samples = check_samples(source, None, pairs=False), []
+    palettes = {name: choose_label_colors(source, findings, palette, name=name) for name in source.maps}
+    for index, finding in enumerate(findings):
+        samples.append(cut_sample(source, index, finding.panels))
+        for name in palettes.keys() & samples[-1].keys():
+            if (colors := palettes[name]) is not None:
+                samples[-1][name] = color_labels(np.asarray(samples[-1][name])[..., 0], colors)
     return samples
+
+
+def cut_sample(source: Source, index: int, panels: int) -> dict[str, PIL.Image.Image]:
+    """The views of a sample by their names, as they are stored."""
+    pictures = [None if data is None else read_picture(data) for data in source.pictures(index)]
+    return cut_triptych(pictures, panels, source.maps)
 
 
 # -- Data sets --------------------------------------------------------------------------------------------------------
@@ -126,8 +142,8 @@ class TriptychDataset(torch.utils.data.Dataset):
             else [(options.resolution, options.width)]
         )
         self._groups, self._map_hashes = self.groups(), {}
-        palette = None if options.palette is None else read_palette(options.palette)
-        self.palette = choose_label_colors(source, findings, palette, others)
+        palette, self.maps = None if options.palette is None else read_palette(options.palette), source.maps
+        self.palettes = {name: choose_label_colors(source, findings, palette, others, name) for name in self.maps}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -157,8 +173,8 @@ class TriptychDataset(torch.utils.data.Dataset):
 
     def digests(self, index: int) -> tuple:
         """What the views depend on: the stored pictures, and how they are read."""
-        palette = None if self.palette is None else tuple(sorted(self.palette.items()))
-        return (*self.findings[self.indices[index]].digests, READER_VERSION, palette)
+        palettes = [palette and tuple(sorted(palette.items())) for palette in self.palettes.values()]
+        return (*self.findings[self.indices[index]].digests, READER_VERSION, *palettes)
 
     def fingerprint(self) -> str:
         """A hash of all samples in their order: stored pictures, how they are read, and captions."""
@@ -167,23 +183,28 @@ class TriptychDataset(torch.utils.data.Dataset):
             digest.update(repr((self.digests(index), self.size(index), self.captions(index))).encode())
         return digest.hexdigest()
 
-    def map_hash(self, index: int) -> bytes:
-        """A hash of the pixels of a sample's map, which is read once."""
+    def has_map(self, index: int, name: str) -> bool:
+        """Whether a sample has a map."""
+        return name in self.findings[self.indices[index]].map_labels
+
+    def map_hash(self, index: int, name: str) -> bytes | None:
+        """A hash of the pixels of a sample's map, which is read once. `None` where it is missing."""
         if index not in self._map_hashes:
-            pixels = self.views(index)["semantic"].numpy().tobytes()
-            self._map_hashes[index] = hashlib.sha256(pixels).digest()
-        return self._map_hashes[index]
+            views = self.views(index)
+            pixels = {name: views[name].numpy().tobytes() for name in self.maps if name in views}
+            self._map_hashes[index] = {name: hashlib.sha256(data).digest() for name, data in pixels.items()}
+        return self._map_hashes[index].get(name)
 
     def views(self, index: int, flip: bool = False) -> dict[str, torch.Tensor]:
-        """The views by their names in `PANELS`. The semantic one is missing from pairs."""
+        """The views by their names: `visible`, `target` and the maps that the sample has. Pairs have none."""
         (height, width), index = self.size(index), self.indices[index]
-        pictures = [read_picture(data) for data in self.source.pictures(index)]
         views = {}
-        for name, picture in cut_triptych(pictures, self.findings[index].panels).items():
-            if name == "semantic" and self.palette is not None:
-                picture = color_labels(np.asarray(picture)[..., 0], self.palette)
+        for name, picture in cut_sample(self.source, index, self.findings[index].panels).items():
+            palette = self.palettes.get(name)
+            if palette is not None:
+                picture = color_labels(np.asarray(picture)[..., 0], palette)
             # The colors of a semantic map are labels, which must not be blended.
-            resample = PIL.Image.Resampling.NEAREST if name == "semantic" else PIL.Image.Resampling.LANCZOS
+            resample = PIL.Image.Resampling.NEAREST if name in self.maps else PIL.Image.Resampling.LANCZOS
             if picture.size != (width, height):
                 picture = PIL.ImageOps.fit(picture, (width, height), resample)
             picture = PIL.ImageOps.mirror(picture) if flip else picture
@@ -202,11 +223,16 @@ class TriptychDataset(torch.utils.data.Dataset):
         enlarged = sum(f.width < w or f.height < h for f, (h, w) in shapes)
         used = Counter(f"{w}x{h}" for _, (h, w) in shapes)
         target = ", ".join(used) if len(used) < 4 else f"{len(used)} shapes"
-        colored = "" if self.palette is None else ", maps colored by --palette"
+        colored = ", maps colored by --palette" if any(self.palettes.values()) else ""
         pairs = sum(finding.panels == 2 for finding in findings)
+        lacking = [f"{pairs} without a map"] if pairs else []
+        for name in self.maps if len(self.maps) > 1 else ():
+            missing = sum(name not in finding.map_labels for finding in findings)
+            lacking += [f"{missing} without `{name}`"] if missing and not pairs else []
+        lacking = ", ".join(lacking)
         prompted = sum(not self.source.own_captions(index) for index in self.indices)
         return (
-            f"{len(self)} samples{f' ({pairs} without a map)' if pairs else ''}, {len(self.all_captions())} captions"
+            f"{len(self)} samples{f' ({lacking})' if lacking else ''}, {len(self.all_captions())} captions"
             f"{f' ({prompted} samples have --instance_prompt)' if prompted else ''}, views of {len(sizes)} sizes ({shown})"
             f" brought to {target}: {cropped} cropped{loss}, {enlarged} enlarged{colored}."
             f" {len(self.source.left_out)} other files left out"
@@ -264,7 +290,7 @@ def load_datasets(
             f"{len(twins)} samples are not trained on, because the held-out data shows the same visible or target view:"
             f" {', '.join(map(printable, twins[:50]))}"
         )
-    if options.palette is not None and dataset.palette is None and not pairs:
+    if options.palette is not None and not any(dataset.palettes.values()) and not pairs:
         logger.warning(f"--palette {options.palette} is not used, because the maps hold colors and no label numbers")
     if accelerator.is_main_process:
         _write_left_out(Path(options.output_dir, "left_out.txt"), [dataset, *([held_out] if held_out else [])])

@@ -9,7 +9,7 @@ import copy
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from accelerate.utils import gather_object
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
-from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, panel_positions, tile_across_panels
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, tile_across_panels
+from semantic_attention import SINGLE_MAP
 from semantic_fill.data import TriptychDataset
 from semantic_fill.files import (
     FileMemory,
@@ -35,6 +36,7 @@ from semantic_fill.files import (
     remove_leftovers,
     write_encoding,
 )
+from semantic_fill.layout import Layout
 from semantic_fill.memory import device_memory, parameter_bytes
 from semantic_fill.options import Options
 from semantic_fill.sampling import SampleSpec, ValidationPlan
@@ -59,6 +61,7 @@ def load_encoders(options: Options, dtype: torch.dtype) -> FluxFillSemanticPipel
             dtype=dtype,
             semantic_mode=options.semantic_mode,
             fusion_alpha=options.fusion_alpha,
+            semantic_maps=None if options.semantic_maps == SINGLE_MAP else options.semantic_maps,
             **options.loading,
         )
     except safetensors.SafetensorError as error:
@@ -124,36 +127,6 @@ def longest_prompt(lengths: Iterable[int]) -> int:
 # -- Encodings --------------------------------------------------------------------------------------------------------
 
 
-class Layout:
-    """The canvas for views of one size: its tokens `rows`, `columns` of a panel and `panels`, its mask and positions."""
-
-    def __init__(self, pipeline: FluxFillSemanticPipeline, height: int, width: int, panels: int):
-        patch = pipeline.patch_size
-        if height % patch or width % patch:
-            raise ValueError(
-                f"--resolution and --width have to be multiples of {patch} with this VAE but are {(height, width)}."
-            )
-        self.size = (height, width)
-        self.rows, self.columns, self.panels = height // patch, width // patch, panels
-        self.mask = pipeline.prepare_diptych(torch.zeros(1, 3, height, width))[1]
-        self.positions = panel_positions(self.rows, self.columns, panels)
-
-    @property
-    def image_tokens(self) -> int:
-        """Number of image tokens on the whole canvas."""
-        return self.rows * self.columns * self.panels
-
-    def tokens_of(self, panel: int) -> torch.Tensor:
-        """Indices of the image tokens that lie on a panel."""
-        panels = torch.arange(self.panels).repeat_interleave(self.columns).repeat(self.rows)
-        # Indices, because with a boolean mask the host would wait for the device in every step.
-        return (panels == panel).nonzero().flatten()
-
-    def to(self, device: torch.device) -> "Layout":
-        self.mask, self.positions = self.mask.to(device), self.positions.to(device)
-        return self
-
-
 class Encoder:
     """
     Encodes samples.
@@ -182,14 +155,15 @@ class Encoder:
     ):
         self.pipeline: Any = pipeline
         self.dataset, self.max_sequence_length = dataset, max_sequence_length
-        self.mode = SEMANTIC_MODES[pipeline.config["semantic_mode"]]
+        self.mode, self.maps = SEMANTIC_MODES[pipeline.config["semantic_mode"]], dataset.maps
+        self.panels = self.mode.panels_of(self.maps)
         self.cached, self.folder = cache_dir is not None, cache_dir or Path()
         self.layouts = self._layouts()
         if self.cached:
             memory = FileMemory(self.folder / MEMORY, MEMORY_VERSION) if from_files else None
             weights, config = fingerprint(pipeline.vae, memory), pipeline.vae.config
             # Modes that put the same on the canvas share its encoding.
-            self.canvas_key = (weights, self.mode.panels, self.mode.fuses and pipeline.config["fusion_alpha"])
+            self.canvas_key = (weights, self.panels, self.mode.fuses and pipeline.config["fusion_alpha"])
             # The map's tokens are cached after scaling, so the scaling belongs to the key.
             self.map_key = (weights, config.shift_factor, config.scaling_factor)
             text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
@@ -207,7 +181,7 @@ class Encoder:
         return other
 
     def _layouts(self) -> dict[tuple[int, int], Layout]:
-        return {size: Layout(self.pipeline, *size, len(self.mode.panels)) for size in self.dataset.sizes}
+        return {size: Layout(self.pipeline, *size, len(self.panels)) for size in self.dataset.sizes}
 
     def used_layouts(self) -> list[Layout]:
         """The canvases that samples of the data set have."""
@@ -218,23 +192,30 @@ class Encoder:
         """Number of image tokens on the largest canvas."""
         return max(layout.image_tokens for layout in self.used_layouts())
 
-    def encode_views(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
+    def encode_views(self, views: dict[str, torch.Tensor], drop_maps: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """Batched views -> all that the mode needs of them."""
-        encoded = self.encode_canvas(views, drop_map)
-        return encoded if self.mode.module_class is None else encoded | self.encode_map(views)
+        encoded = self.encode_canvas(views, drop_maps)
+        if self.mode.module_class is not None:
+            encoded["semantic"] = self._stack([self.encode_map(views, name)["semantic"] for name in self.maps], dim=1)
+        return encoded
 
     @torch.no_grad()
-    def encode_canvas(self, views: dict[str, torch.Tensor], drop_map: bool = False) -> dict[str, torch.Tensor]:
+    def encode_canvas(self, views: dict[str, torch.Tensor], drop_maps: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """Batched views -> VAE posteriors of the diptych and the masked diptych."""
-        on_canvas = views["semantic"] if self.mode.map_on_canvas and not drop_map else None
+        shown = [name for name in self.maps if self.mode.map_on_canvas and name not in drop_maps]
+        on_canvas = {name: views[name] for name in shown}
         diptych, mask = self.pipeline.prepare_diptych(views["visible"], views["target"], on_canvas)
         moments, masked_moments = self.pipeline.encode_moments(diptych, mask)
         return {"moments": moments, "masked_moments": masked_moments}
 
     @torch.no_grad()
-    def encode_map(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def encode_map(self, views: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
         """Batched views -> semantic tokens of one panel."""
-        return {"semantic": self.pipeline.encode_semantic(views["semantic"])}
+        return {"semantic": self.pipeline.encode_semantic(views[name])}
+
+    def _stack(self, tokens: list[torch.Tensor], dim: int) -> torch.Tensor:
+        """The tokens of one map as they are, or those of several along a dimension of their own."""
+        return tokens[0] if len(tokens) == 1 else torch.stack(tokens, dim)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -249,14 +230,24 @@ class Encoder:
         prompt = "" if spec.drop_caption else self.dataset.caption(spec.index, spec.caption)
         if not self.cached:
             return {"spec": spec, "views": self._views(spec), "prompt": prompt}
-        files = [*self.sample_files(spec), self.prompt_file(prompt)]
-        return {"spec": spec, "encoded": {k: v for file in files for k, v in read_encoding(file).items()}}
+        encoded, maps = read_encoding(self.prompt_file(prompt)), []
+        for file in self.sample_files(spec):
+            encoded |= (found := read_encoding(file))
+            maps += [found["semantic"]] if "semantic" in found else []
+        return {"spec": spec, "encoded": encoded | ({"semantic": self._stack(maps, dim=0)} if maps else {})}
 
     def _views(self, spec: SampleSpec) -> dict[str, torch.Tensor]:
         views = self.dataset.views(spec.index, spec.flip)
-        if spec.map_index is not None:
-            views["semantic"] = self.dataset.views(spec.map_index, spec.flip)["semantic"]
+        if spec.wrong_map is not None:
+            name, other = spec.wrong_map
+            views[name] = self.dataset.views(other, spec.flip)[name]
+        # A map that is missing is gray, which is never looked at or is what an empty panel shows.
+        views = dict.fromkeys(self.maps, torch.full_like(views["visible"], 0.5)) | views
         return {name: view[None] for name, view in views.items()}
+
+    def _keeps(self, spec: SampleSpec) -> list[bool]:
+        """Which of the maps a sample has and does not drop."""
+        return [self.dataset.has_map(spec.index, name) and name not in spec.drop_maps for name in self.maps]
 
     # Encode: read samples become the model's inputs.
 
@@ -274,7 +265,7 @@ class Encoder:
         else:
             parts = []
             for sample in samples:
-                encoded_views = self.encode_views(sample["views"], sample["spec"].drop_map)
+                encoded_views = self.encode_views(sample["views"], sample["spec"].drop_maps)
                 parts.append(encoded_views | self.encode_prompts([sample["prompt"]]))
             encoded = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
         layout = self.layout(samples).to(device)
@@ -283,10 +274,11 @@ class Encoder:
         inputs = {"x_0": x_0, "x_cond": x_cond, "img_ids": img_ids}
         inputs |= {name: encoded[name].to(dtype) for name in ("prompt_embeds", "pooled_prompt_embeds")}
         if "semantic" in encoded:
-            tokens = tile_across_panels(encoded["semantic"], layout.rows, layout.columns, layout.panels)
-            inputs["semantic_tokens"] = tokens.to(dtype)
+            tokens, grid = encoded["semantic"], (layout.rows, layout.columns, layout.panels)
+            tiled = tile_across_panels(tokens.flatten(0, -3), *grid).unflatten(0, tokens.shape[:-2])
+            inputs["semantic_tokens"] = tiled.to(dtype)
             inputs["positions"] = layout.positions
-            inputs["keep_map"] = torch.tensor([not sample["spec"].drop_map for sample in samples], device=device)
+            inputs["keep_map"] = torch.tensor([self._keeps(sample["spec"]) for sample in samples], device=device)
         return inputs
 
     # The cache.
@@ -296,13 +288,16 @@ class Encoder:
 
     def sample_files(self, spec: SampleSpec) -> dict[Path, Callable]:
         """The files of a sample's encodings, and what makes each from its views."""
-        indices = (spec.index, spec.index if spec.map_index is None else spec.map_index)
-        canvas, semantic = ((*self.dataset.digests(i), *self.dataset.size(i), spec.flip) for i in indices)
-        on_canvas = (spec.drop_map, *semantic) if self.mode.map_on_canvas else ()
-        encode = functools.partial(self.encode_canvas, drop_map=spec.drop_map)
-        files: dict[Path, Callable] = {self._file(*canvas, *on_canvas, self.canvas_key): encode}
-        if self.mode.module_class is not None:
-            files[self._file(*semantic, self.map_key)] = self.encode_map
+        rows = dict.fromkeys(self.maps, spec.index) | dict([spec.wrong_map] if spec.wrong_map else [])
+        views = {i: (*self.dataset.digests(i), *self.dataset.size(i), spec.flip) for i in (spec.index, *rows.values())}
+        # The only map needs no name to be told from others.
+        maps = {name: (*views[row], *((name,) if len(rows) > 1 else ())) for name, row in rows.items()}
+        dropped = spec.drop_maps if len(rows) > 1 else bool(spec.drop_maps)
+        on_canvas = (dropped, *itertools.chain(*maps.values())) if self.mode.map_on_canvas else ()
+        encode = functools.partial(self.encode_canvas, drop_maps=spec.drop_maps)
+        files: dict[Path, Callable] = {self._file(*views[spec.index], *on_canvas, self.canvas_key): encode}
+        for name, key in maps.items() if self.mode.module_class is not None else ():
+            files[self._file(*key, self.map_key)] = lambda views, name=name: self.encode_map(views, name)
         return files
 
     def prompt_file(self, prompt: str) -> Path:
@@ -310,9 +305,11 @@ class Encoder:
 
     def specs(self, flips: bool = False, dropped_maps: bool = False) -> Iterator[SampleSpec]:
         """Every sample, in all forms that training reads it in."""
-        drops = dropped_maps and self.mode.map_on_canvas
-        for index, flip, drop in itertools.product(range(len(self.dataset)), range(1 + flips), range(1 + drops)):
-            yield SampleSpec(0, index, bool(flip), False, bool(drop))
+        # Any of the maps may be dropped.
+        subsets = [itertools.combinations(self.maps, count) for count in range(len(self.maps) + 1)]
+        drops = list(itertools.chain(*subsets)) if dropped_maps and self.mode.map_on_canvas else [()]
+        for index, flip, drop in itertools.product(range(len(self.dataset)), range(1 + flips), drops):
+            yield SampleSpec(0, index, bool(flip), False, drop)
 
     def fill_cache(self, accelerator: Accelerator, specs: Iterable[SampleSpec]) -> None:
         """Encodes prompts and samples that the cache lacks. The processes share the work, so all have to call this."""

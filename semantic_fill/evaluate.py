@@ -2,7 +2,8 @@
 """Paints a data set with trained weights and measures how near the paintings come to the targets.
 
 Every sample is painted with its own semantic map (`right`), with another sample's (`wrong`) and without one (`none`), from
-the same noise: what the right map gains over the other two is what the guidance is worth. The figures go to
+the same noise: what the right map gains over the other two is what the guidance is worth. Of several maps, each is wrong in
+turn. The figures go to
 `evaluation.json` and, as a table, to `evaluation.md`; `evaluation.png` shows the first samples.
 
     pip install "semantic-fill[evaluate]"
@@ -12,6 +13,7 @@ the same noise: what the right map gains over the other two is what the guidance
 Views have the size that the weights were trained at, unless you pass --resolution and --width.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -31,6 +33,7 @@ from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, read_trained_settings
+from semantic_attention import SINGLE_MAP
 from semantic_fill.boxes import DatasetBoxes, box_lines
 from semantic_fill.checks import check_samples
 from semantic_fill.command_line import parse_options
@@ -41,7 +44,7 @@ from semantic_fill.option_fields import option
 from semantic_fill.options import DataOptions, ModelOptions
 from semantic_fill.paintings import as_picture, draw_sheet
 from semantic_fill.publish import add_to_model_card, as_text
-from semantic_fill.sampling import MAPS, seed_of, wrong_maps
+from semantic_fill.sampling import MAPS, batches_of, kinds_of, maps_of, seed_of
 from semantic_fill.tables import load_source
 from semantic_fill.views import Palette, read_palette
 
@@ -138,12 +141,21 @@ def choose_size(options: EvaluationOptions, settings: dict) -> EvaluationOptions
 
 
 def choose_mode(options: EvaluationOptions) -> str:
-    """The mode of the first LoRA that uses a map and has a weight, or else `"none"`."""
-    for source, weight in options.loras:
-        mode = read_trained_settings(source, cache_dir=options.cache_dir).get("semantic_mode", "none")
-        if SEMANTIC_MODES[mode].uses_map and weight != 0:
-            return mode
-    return "none"
+    """
+    The mode of the first LoRA that uses a map and has a weight, or else `"none"`.
+
+    Raises:
+        `ValueError`: if the data has maps that none of the LoRAs was trained with.
+    """
+    found = [read_trained_settings(s, cache_dir=options.cache_dir) for s, weight in options.loras if weight != 0]
+    found = [settings for settings in found if SEMANTIC_MODES[settings.get("semantic_mode", "none")].uses_map]
+    known = {name for settings in found for name in settings.get("semantic_maps", SINGLE_MAP)}
+    if found and not known.issuperset(options.semantic_maps):
+        raise ValueError(
+            f"The data has the maps {', '.join(options.semantic_maps)}, but the weights were trained with"
+            f" {', '.join(sorted(known))}."
+        )
+    return found[0]["semantic_mode"] if found else "none"
 
 
 def choose_maps(options: EvaluationOptions, mode: str) -> list[str]:
@@ -163,7 +175,7 @@ def choose_maps(options: EvaluationOptions, mode: str) -> list[str]:
         )
     # A scale of 0 drops the map.
     default = MAPS if uses_map and scale != 0 else ("none",)
-    kinds = [name for name in MAPS if name in (options.maps or default)]
+    kinds = [kind for kind in kinds_of(options.semantic_maps) if kind.split()[0] in (options.maps or default)]
     if not uses_map and kinds != ["none"]:
         raise ValueError(
             f'--maps {" ".join(kinds)} needs weights that use a map, but `semantic_mode="{mode}"` uses none.'
@@ -212,14 +224,6 @@ def load_data(options: EvaluationOptions, pairs: bool) -> TriptychDataset:
     return dataset
 
 
-def batches_of(dataset: TriptychDataset, batch_size: int) -> list[list[int]]:
-    """The rows in batches, each of them of views of one size."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row in range(len(dataset)):
-        groups.setdefault(dataset.size(row), []).append(row)
-    return [rows[i : i + batch_size] for rows in groups.values() for i in range(0, len(rows), batch_size)]
-
-
 # -- Paint ------------------------------------------------------------------------------------------------------------
 
 
@@ -238,19 +242,6 @@ def load_pipeline(options: EvaluationOptions) -> FluxFillSemanticPipeline:
     return pipeline
 
 
-def map_of(dataset: TriptychDataset, index: int, kind: str) -> torch.Tensor:
-    """
-    The map `(3, height, width)` to paint a sample with. A wrong one is that of the next sample of this size with another
-    map.
-    """
-    if kind == "right":
-        return dataset.views(index)["semantic"]
-    others = wrong_maps(dataset, [index])
-    if others:
-        return dataset.views(others[index])["semantic"]
-    raise ValueError("A wrong map is another sample's, but all samples have the same one. Pass --maps right none.")
-
-
 @torch.no_grad()
 def paint(
     pipeline: FluxFillSemanticPipeline,
@@ -263,11 +254,11 @@ def paint(
     saved.
     """
     for rows in tqdm(batches_of(dataset, options.batch_size), desc=f"Painting, {kind} map", disable=None):
-        views = [dataset.views(index) for index in rows]
+        views, maps = [dataset.views(index) for index in rows], [maps_of(dataset, index, kind) for index in rows]
         output: Any = pipeline(
             prompt=[dataset.caption(index) for index in rows],
             image=torch.stack([view["visible"] for view in views]),
-            semantic_image=None if kind == "none" else torch.stack([map_of(dataset, i, kind) for i in rows]),
+            semantic_image={name: torch.stack([each[name] for each in maps]) for name in maps[0]},
             semantic_scale=options.semantic_scale,
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
@@ -330,10 +321,9 @@ def main(options: EvaluationOptions) -> dict:
     batches = batches_of(dataset, options.batch_size)
     palette = read_palette(options.palette) if options.palette else {}
     metrics, absent = choose_metrics(options, palette, dataset, batches[0])
-    if "wrong" in kinds:
-        # If the first sample of a size has no wrong map, none has, and `right` would be painted before that shows.
-        for size in set(map(dataset.size, range(len(dataset)))):
-            map_of(dataset, next(row for row in range(len(dataset)) if dataset.size(row) == size), "wrong")
+    # If the first sample of a size has no wrong map, none has, and `right` would be painted before that shows.
+    for kind, rows in itertools.product((kind for kind in kinds if kind.startswith("wrong")), batches):
+        maps_of(dataset, rows[0], kind)
     boxes, options = DatasetBoxes(options.boxes, dataset), replace(options, metrics=tuple(metrics))
     networks, not_loaded = load_networks(options, options.device, options.cache_dir)
     absent |= not_loaded
@@ -341,8 +331,8 @@ def main(options: EvaluationOptions) -> dict:
 
     order = [row for rows in batches for row in rows]
     shown = [dataset.views(row) for row in order[: options.grid_rows]]
-    names = ("visible", "semantic", "target") if uses_map else ("visible", "target")
-    columns = {name: [to_bytes(view[name]) for view in shown] for name in names}
+    names = ("visible", *(dataset.maps if uses_map else ()), "target")
+    columns = {n: [to_bytes(view.get(n, torch.full_like(view["visible"], 0.5))) for view in shown] for n in names}
     metrics = [name for name in metrics if name not in absent]
     figures, samples = {}, {}
     for kind in kinds:

@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
-from semantic_attention import SEMANTIC_POSITIONS
+from semantic_attention import SEMANTIC_POSITIONS, SINGLE_MAP, check_map_names
 from semantic_fill.memory import CHECKPOINTING
 from semantic_fill.option_fields import OptionGroup, option
 from semantic_fill.precision import PRECISIONS
@@ -58,13 +58,17 @@ class DataOptions(OptionGroup):
     train_split: str = option("train", help="Split of --dataset_name to train on. Other splits are never read.")
     train_data_dir: str | None = option(
         None,
-        help="Local folder of triptychs, or of the folders visible/, target/ and semantic/ with pictures of the same names.",
+        help="Local folder of triptychs, or of the folders visible/, target/ and semantic/ with pictures of the same names."
+        " Several maps have a folder semantic_NAME/ each.",
     )
     follow_links: bool = option(False, help="Also read linked files that lie outside of the data set's folder.")
     image_column: str = option("image", help="Column of the triptych (visible | target | semantic).")
     visible_column: str | None = option(None, help="Column of the visible view, where the views are three pictures.")
     target_column: str | None = option(None, help="Column of the target view.")
-    semantic_column: str | None = option(None, help="Column of the semantic map.")
+    semantic_column: str | None = option(None, help="Column of the semantic map, or of several maps: a,b.")
+    semantic_panels: str | None = option(
+        None, help="Maps on each canvas, behind visible and target: their number, or their names, a,b."
+    )
     caption_column: str | None = option(None, help="Column of the captions. Default: `text` where the data has it.")
     caption_lines: bool = option(False, help="Each line of a .txt file beside a picture is a caption of its own.")
     instance_prompt: str | None = option(None, help="Prompt of the samples that have no caption.")
@@ -90,8 +94,31 @@ class DataOptions(OptionGroup):
         views = [self.visible_column, self.target_column, self.semantic_column]
         if any(views) and not all(views):
             raise ValueError("--visible_column, --target_column and --semantic_column have to be passed together.")
-        if self.target_column and self.target_column in (self.visible_column, self.semantic_column):
+        maps = (self.semantic_column or "").split(",")
+        if self.target_column and self.target_column in (self.visible_column, *maps):
             raise ValueError(f"--target_column {self.target_column} is what is painted, so no other view can show it.")
+        if self.semantic_panels and (any(views) or self.semantic_panels == "0"):
+            raise ValueError(
+                f"--semantic_panels {self.semantic_panels} has to be 1 or more, and counts the maps of a canvas, so it cannot"
+                " go with --semantic_column."
+            )
+        try:
+            check_map_names(self.semantic_maps)
+        except ValueError as error:
+            raise ValueError(f"--semantic_column, --semantic_panels and folders name the maps: {error}.") from error
+
+    @property
+    def semantic_maps(self) -> tuple[str, ...]:
+        """
+        Names of the semantic maps, in their order: those of the columns, the panels or the folders. One map needs no name
+        and is called `semantic`.
+        """
+        names, folder = (self.semantic_column or self.semantic_panels or "").split(","), self.train_data_dir
+        if self.semantic_panels and self.semantic_panels.isdecimal():
+            names = [f"map_{index + 1}" for index in range(int(self.semantic_panels))]
+        elif names == [""] and folder is not None and not Path(folder, "semantic").is_dir():
+            names = sorted(path.name.removeprefix("semantic_") for path in Path(folder).glob("semantic_*/"))
+        return tuple(names) if len(names) > 1 else SINGLE_MAP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +349,10 @@ class Options(
             raise ValueError(
                 "--semantic_head_dim has to be a multiple of 4 with --semantic_position rope, half for rows and half for"
                 f" columns, but is {self.semantic_head_dim}."
+            )
+        if SEMANTIC_MODES[self.semantic_mode].fuses and len(self.semantic_maps) > 1:
+            raise ValueError(
+                f"--semantic_mode {self.semantic_mode} takes one map, but the data has {', '.join(self.semantic_maps)}."
             )
         rates = {self.learning_rate, self.semantic_learning_rate, self.semantic_scale_learning_rate}
         if self.optimizer == "prodigy" and len(rates) > 1:

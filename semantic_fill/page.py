@@ -16,10 +16,11 @@ import PIL.Image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from semantic_attention import name_layers
 from semantic_fill.checkpoints import BEST
 from semantic_fill.files import write_atomically
 from semantic_fill.options import Options
-from semantic_fill.training_state import TrainingState
+from semantic_fill.training_state import TrainingState, loss_labels, worth_labels
 
 
 # A curve with more points is drawn as means over equal parts.
@@ -113,19 +114,23 @@ def curve_of(state: TrainingState, name: str) -> tuple[list[float], list[float]]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def run_charts(state: TrainingState) -> str:
-    """The charts of a run, those that it has figures for."""
+def run_charts(state: TrainingState, maps: Sequence[str]) -> str:
+    """The charts of a run of these maps, those that it has figures for."""
     first = state.step - len(state.losses) + 1
     losses = {"training": thin_out(range(first, state.step + 1), state.losses)}
-    names = {"training_loss": "training, mean", "loss": "held out", "wrong_map": "held out, wrong map"}
-    names |= {"no_map": "held out, no map", "not_averaged": "held out, last weights"}
+    found = dict.fromkeys(name for v in state.validations for name in v)
+    names = {"training_loss": "training, mean"}
+    names |= {n: f"held out, {label}".replace("right map, ", "") for n, label in loss_labels(found).items()}
+    names |= {"loss": "held out"}
     losses |= {label: curve_of(state, name) for name, label in names.items()}
     scales = [v["scales"] for v in state.validations]
-    layers = {f"layer {index}": values for index, values in enumerate(zip(*scales))}
+    layers = dict(zip(name_layers(maps, len(scales[0]) if scales else 0), zip(*scales)))
     steps = [v["step"] for v in state.validations]
     charts = {
         "Loss": losses,
-        "What the map is worth (wrong minus right)": {"map": curve_of(state, "map_worth")},
+        "What the map is worth (wrong minus right)": {
+            label: curve_of(state, name) for name, label in worth_labels(found, "map").items()
+        },
         "Scale of the module": {name: (steps, values) for name, values in layers.items()},
     }
     drawn = {title: {n: curve for n, curve in curves.items() if curve[0]} for title, curves in charts.items()}
@@ -133,8 +138,10 @@ def run_charts(state: TrainingState) -> str:
 
 
 def run_table(state: TrainingState) -> str:
-    names = {"step": "step", "training_loss": "training loss", "loss": "held-out loss", "wrong_map": "wrong map"}
-    names |= {"no_map": "no map", "map_worth": "worth of the map", "not_averaged": "last weights"}
+    found = dict.fromkeys(name for v in state.validations for name in v)
+    last = {"not_averaged": "last weights"}
+    names = {"step": "step", "training_loss": "training loss", **loss_labels(found), "loss": "held-out loss"}
+    names = {n: head for n, head in names.items() if n not in last} | worth_labels(found, "worth of the map") | last
     names = {name: head for name, head in names.items() if any(v.get(name) is not None for v in state.validations)}
     rows = []
     for v in state.validations:
@@ -165,7 +172,7 @@ def draw_run_page(options: Options, state: TrainingState, summary: dict[str, str
     if best is not None:
         kept = f" Its weights are in <code>{BEST}/</code>." if best is state.kept else ""
         body.append(f"<p>The lowest held-out loss is {best['loss']:.4f}, of step {best['step']}.{kept}</p>\n")
-    body.append(f'<div class="charts">\n{run_charts(state)}</div>\n')
+    body.append(f'<div class="charts">\n{run_charts(state, options.semantic_maps)}</div>\n')
     if summary:
         items = "".join(f"<li>{html.escape(f'{name}: {value}')}</li>\n" for name, value in summary.items())
         body.append(f"<h2>Summary</h2>\n<ul>\n{items}</ul>\n")

@@ -15,6 +15,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
+from semantic_attention import SINGLE_MAP
 from semantic_fill.encoding import Encoder
 from semantic_fill.engines import Engine
 from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors, read_encoding
@@ -82,10 +83,12 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[di
         **components | {"transformer": model.transformer, "semantic_attention": model.semantic_attention},
         semantic_mode=options.semantic_mode,
         fusion_alpha=options.fusion_alpha,
+        semantic_maps=None if options.semantic_maps == SINGLE_MAP else options.semantic_maps,
     )
     pipeline.set_progress_bar_config(disable=True)
     indices = range(min(options.num_validation_images, len(dataset)))
-    others = wrong_maps(dataset, list(indices)) if encoder.mode.uses_map else {}
+    names = encoder.maps if encoder.mode.uses_map else ()
+    others = {name: wrong_maps(dataset, list(indices), name) for name in names}
     rows = []
     for index in indices:
         views, caption = dataset.views(index), dataset.caption(index)
@@ -94,13 +97,16 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[di
             prompt = {name: tensor[None].to(engine.accelerator.device) for name, tensor in prompt.items()}
         else:
             prompt = encoder.encode_prompts([caption])
-        maps: dict[str, torch.Tensor | None] = {"painting": None}
-        if encoder.mode.uses_map:
-            wrong = {"wrong map": dataset.views(others[index])["semantic"]} if index in others else {}
-            maps = {"right map": views["semantic"], **wrong, "no map": None}
+        own = {name: views[name] for name in names if name in views}
+        maps: dict[str, dict[str, torch.Tensor]] = {"right map": own, "no map": {}} if names else {"painting": {}}
         row = {"visible": (as_picture(views["visible"]), "")}
-        if encoder.mode.uses_map:
-            row["map"] = (as_picture(views["semantic"]), "")
+        for name in names:
+            label = "map" if len(names) == 1 else name
+            row |= {label: (as_picture(own[name]), "")} if name in own else {}
+            if index in others[name]:
+                maps[f"wrong {label}"] = own | {name: dataset.views(others[name][index])[name]}
+        # Paintings without a map come last.
+        maps |= {"no map": maps.pop("no map")} if names else {}
         for name, semantic in maps.items():
             with engine.autocast():
                 output: Any = pipeline(

@@ -117,24 +117,29 @@ def save_model_card(path: Path, options: Options, report: str, samples: list[Pat
     """
     repo = options.hub_model_id or Path(options.output_dir).resolve().name
     mode = pipeline_flux_fill_semantic.SEMANTIC_MODES[options.semantic_mode]
-    base = options.pretrained_model_name_or_path
+    base, maps = options.pretrained_model_name_or_path, options.semantic_maps if mode.uses_map else ()
     on_hub, base_name = is_hub_id(base), base if is_hub_id(base) else Path(base).name
     by_flux = base.startswith("black-forest-labs/FLUX.1")
     picture = ""
     if samples:
         sample = samples[-1]
         views = "map, paintings with it, with another sample's and without one" if mode.uses_map else "painting"
+        if mode.uses_map and len(maps) > 1:
+            views = "maps, paintings with them, with each of another sample and without any"
         kind = "Held-out samples" if options.validation_data_dir or options.validation_fraction else "Training samples"
         picture = f"{kind}: visible view, {views}, and target:\n\n![{sample.stem}](samples/{sample.name})\n\n"
     arguments = "\n".join(f"- `{name}`: `{as_code(value)}`" for name, value in public_config(options).items())
     prompt = as_string(options.instance_prompt or "...")
+    entries = (f"{as_string(name)}: map_{index + 1}" for index, name in enumerate(maps))
+    call = f"{{{', '.join(entries)}}}" if len(maps) > 1 else "semantic_map"
+    names = f", guided by the maps {', '.join(f'`{as_code(name)}`' for name in maps)}" if len(maps) > 1 else ""
     size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
     text = f"""
 # Semantic fill: {as_text(repo)}
 
 A LoRA{" and a semantic module" if mode.module_class else ""} for
 {f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{as_code(base_name)}`"}. It paints a second view of a scene beside the
-first, in the mode `{options.semantic_mode}`.
+first, in the mode `{options.semantic_mode}`{names}.
 
 {report}
 {picture}## Use
@@ -148,7 +153,7 @@ pipe = DiffusionPipeline.from_pretrained(
 ).to("cuda")
 pipe.load_lora_weights({as_string(repo)})
 painted = pipe(
-    prompt={prompt}, image=visible, {"semantic_image=semantic_map, " if mode.uses_map else ""}max_sequence_length={options.max_sequence_length}
+    prompt={prompt}, image=visible, {f"semantic_image={call}, " if mode.uses_map else ""}max_sequence_length={options.max_sequence_length}
 ).images[0]
 ```
 

@@ -125,6 +125,8 @@ def _take_step(transformer: Any, options: Options, accelerator: Accelerator, bui
         with accelerator.autocast():
             if model.semantic_attention is not None:
                 tokens, places = inputs["hidden_states"][..., : transformer.out_channels], panel_positions(4, 4, 2)
+                if (count := len(model.semantic_attention.maps)) > 1:
+                    tokens = tokens[:, None].expand(-1, count, -1, -1)
                 enhanced = model.semantic_attention.enhance(inputs["hidden_states"], tokens, places.to(device))
                 inputs["hidden_states"] = enhanced
             velocity = model.transformer(**inputs, **positions, guidance=guidance, return_dict=False)[0]

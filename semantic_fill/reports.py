@@ -22,8 +22,8 @@ from semantic_fill.memory import (
 )
 from semantic_fill.options import Options
 from semantic_fill.sampling import ResumableBatchSampler
-from semantic_fill.training_state import LOSS_LABELS, TrainingState
-from semantic_fill.views import PANELS
+from semantic_fill.training_state import TrainingState, loss_labels, worth_labels
+from semantic_fill.views import VIEWS
 
 
 logger = get_logger(__name__)
@@ -94,42 +94,48 @@ def announce_run(run, samples_per_step: int) -> None:
         logger.info(f"The blocks are compiled for {len(lengths)} numbers of image tokens")
 
 
-def log_scales(scales: list[float], level: int, digits: int) -> None:
-    for layer, scale in enumerate(scales):
-        logger.log(level, f"Layer {layer} scale: {scale:.{digits}f}")
+def log_scales(model, level: int, digits: int) -> None:
+    """Logs the gates of a `SemanticFillModel`. With several maps each says which map it is for."""
+    for layer, scale in model.scales().items():
+        # With several maps, a line begins with the name of one.
+        name = layer.capitalize() if layer.startswith("layer ") else layer
+        logger.log(level, f"{name} scale: {scale:.{digits}f}")
 
 
 def log_step(run, bar: tqdm, norm: float, skipped: int) -> None:
     """Reports a step of a `Run` to the progress bar, the trackers and, every 100 steps, the log."""
     step, loss, rate = run.state.step, run.state.loss, run.lr_scheduler.get_last_lr()[0]
-    scales = run.engine.unwrap(run.model).scales()
+    model = run.engine.unwrap(run.model)
+    scales = model.scales()
     bar.update()
     logs = {"loss": loss, "lr": rate, "gradient_norm": norm, "skipped_steps": skipped}
     # Prodigy multiplies the rate by its estimate of the distance to the solution.
     if (distance := run.optimizer.param_groups[0].get("d")) is not None:
         logs["d*lr"] = rate = distance * rate
-    shown = {"loss": f"{loss:.4f}", "lr": rate} | ({"scale": f"{scales[0]:.4f}"} if scales else {})
+    shown = {"loss": f"{loss:.4f}", "lr": rate} | ({"scale": f"{next(iter(scales.values())):.4f}"} if scales else {})
     validations = run.state.validations
-    for name in ("loss", "map_worth") if validations else ():
+    for name in ("loss", *worth_labels(validations[-1], "")) if validations else ():
         if validations[-1].get(name) is not None:
             shown[{"loss": "held_out"}.get(name, name)] = f"{validations[-1][name]:.4f}"
     bar.set_postfix(shown)
-    run.engine.accelerator.log(logs | {f"scale/layer_{i}": scale for i, scale in enumerate(scales)}, step=step)
+    run.engine.accelerator.log(logs | {f"scale/{n.replace(' ', '_')}": s for n, s in scales.items()}, step=step)
     if step % 100 == 0:
         logger.info(f"[Step {step}] Loss: {loss:.4f}")
-        log_scales(scales, logging.INFO, digits=3)
+        log_scales(model, logging.INFO, digits=3)
 
 
 def log_validation(run) -> None:
     """Reports the held-out figures of a `Run`'s last validation to the log and the trackers."""
     found = run.state.validations[-1]
-    losses = {words: found[name] for name, words in LOSS_LABELS.items() if name in found}
+    labels = loss_labels(found)
+    losses = {words: found[name] for name, words in labels.items()}
     if not losses:
         return
     shown = {words: "not finite" if loss is None else f"{loss:.4f}" for words, loss in losses.items()}
     line = ", ".join(f"{loss} ({words})" for words, loss in shown.items()) if len(shown) > 1 else shown["right map"]
     logger.info(f"[Step {found['step']}] Held-out loss: {line}")
-    values = {f"held_out/{name}": found[name] for name in (*LOSS_LABELS, "map_worth") if found.get(name) is not None}
+    names = (*labels, *worth_labels(found, ""))
+    values = {f"held_out/{name}": found[name] for name in names if found[name] is not None}
     run.engine.accelerator.log(values, step=found["step"])
 
 
@@ -158,8 +164,10 @@ def log_shapes(run, batch) -> Iterator[None]:
         yield
         return
     model, (height, width) = run.engine.unwrap(run.model), batch.size
-    shapes: dict[str, tuple] = {f"{name}_img": (len(batch.t), 3, height, width) for name in PANELS}
-    shapes["diptych"] = (len(batch.t), 3, height, len(run.encoder.mode.panels) * width)
+    shapes: dict[str, tuple] = {
+        f"{name}_img": (len(batch.t), 3, height, width) for name in (*VIEWS, *run.encoder.maps)
+    }
+    shapes["diptych"] = (len(batch.t), 3, height, len(run.encoder.panels) * width)
     for name in ("x_0", "x_cond", "semantic_tokens", "x_t"):
         if getattr(batch, name) is not None:
             shapes[name] = tuple(getattr(batch, name).shape)
@@ -176,7 +184,7 @@ def log_shapes(run, batch) -> Iterator[None]:
         handle.remove()
     for name, shape in shapes.items():
         logger.debug(f"{name}: {shape}")
-    log_scales(model.scales(), logging.DEBUG, digits=6)
+    log_scales(model, logging.DEBUG, digits=6)
 
 
 def workload(options: Options, encoder: Encoder) -> Workload:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,13 +19,14 @@ import torch
 from accelerate.logging import get_logger
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
+from semantic_attention import SINGLE_MAP
 from semantic_fill.data import TriptychDataset
 from semantic_fill.options import Options
 
 
 logger = get_logger(__name__)
 
-# Kinds of maps that a sample is looked at with: its own, another sample's, or none.
+# Kinds of maps that a sample is looked at with: its own, another sample's, or none. Of several maps, each is wrong in turn.
 MAPS = ("right", "wrong", "none")
 # Validation takes less than one forward pass in so many that training takes.
 TRAINING_SHARE = 20
@@ -47,11 +48,12 @@ class SampleSpec:
     index: int
     flip: bool
     drop_caption: bool
-    drop_map: bool
+    # Names of the maps that the sample does without.
+    drop_maps: tuple[str, ...] = ()
     # A random number in [0, 1) that chooses among the captions of a sample.
     caption: float = 0.0
-    # The sample whose map takes the place of its own, for validation.
-    map_index: int | None = None
+    # The name of a map, and the sample whose map takes the place of its own, for validation.
+    wrong_map: tuple[str, int] | None = None
 
 
 def count_steps(groups: list[int], samples_per_step: int, epochs: int) -> int:
@@ -69,13 +71,15 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
         batch_size, seed (`int`):
             Samples in a micro-batch, and the seed of all draws.
         flip, drop_caption, drop_map (`float`):
-            Probabilities in [0, 1].
+            Probabilities in [0, 1]. Each map is dropped by itself.
         process_index, num_processes (`int`):
             This process among those that share the run.
         start (`int`):
             Samples that the run has used before.
         accumulation_steps (`int`):
             Micro-batches in an optimizer step.
+        maps (`Sequence[str]`):
+            Names of the maps.
     """
 
     def __init__(
@@ -90,9 +94,10 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
         num_processes: int = 1,
         start: int = 0,
         accumulation_steps: int = 1,
+        maps: Sequence[str] = SINGLE_MAP,
     ):
         self.groups, self.batch_size, self.seed, self.start = groups, batch_size, seed, start
-        self.flip, self.drop_caption, self.drop_map = flip, drop_caption, drop_map
+        self.flip, self.drop_caption, self.drop_map, self.maps = flip, drop_caption, drop_map, maps
         self.process_index, self.num_processes = process_index, num_processes
         self.samples_per_step = batch_size * accumulation_steps * num_processes
         self.rows = {group: [row for row, g in enumerate(groups) if g == group] for group in sorted(set(groups))}
@@ -133,13 +138,14 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
     def spec(self, position: int) -> SampleSpec:
         """The sample at a position of the run, whichever process takes it."""
         chance = random.Random(seed_of(self.seed, "read", position))
-        flip, drop_caption, drop_map, caption = (chance.random() for _ in range(4))
+        flip, drop_caption, first, caption = (chance.random() for _ in range(4))
+        drops = zip(self.maps, (first, *(chance.random() for _ in self.maps[1:])))
         return SampleSpec(
             position=position,
             index=self._row(position),
             flip=flip < self.flip,
             drop_caption=drop_caption < self.drop_caption,
-            drop_map=drop_map < self.drop_map,
+            drop_maps=tuple(name for name, draw in drops if draw < self.drop_map),
             caption=caption,
         )
 
@@ -183,6 +189,7 @@ def read_samples(run) -> tuple[ResumableBatchSampler, Iterator[list[dict]]]:
         num_processes=accelerator.num_processes,
         start=run.state.samples_seen,
         accumulation_steps=options.gradient_accumulation_steps,
+        maps=run.encoder.dataset.maps,
     )
     loader = torch.utils.data.DataLoader(
         SampleReader(run.encoder), batch_sampler=sampler, collate_fn=list, num_workers=options.dataloader_num_workers
@@ -230,18 +237,20 @@ class ValidationPlan:
     Args:
         dataset (`TriptychDataset`): The held-out samples.
         rows (`list[int]`): Those of them that are measured.
-        wrong_maps (`dict[int, int]`): For each of them the sample whose map is its wrong one.
+        wrong_maps (`dict[str, dict[int, int]]`): For each map the samples whose map is the wrong one of each row.
         timesteps (`int`): Timesteps of each sample.
-        maps (`tuple[str, ...]`): Kinds of maps, out of `MAPS`.
+        maps (`tuple[str, ...]`): Kinds of maps, from `kinds_of`.
         averages (`bool`): Whether the right map is also measured with weights that are not averaged.
+        names (`tuple[str, ...]`): Names of the maps.
     """
 
     dataset: TriptychDataset
     rows: list[int]
-    wrong_maps: dict[int, int]
+    wrong_maps: dict[str, dict[int, int]]
     timesteps: int
     maps: tuple[str, ...]
     averages: bool = False
+    names: tuple[str, ...] = SINGLE_MAP
 
     @property
     def forwards(self) -> int:
@@ -250,9 +259,9 @@ class ValidationPlan:
 
     def spec(self, place: int, kind: str) -> SampleSpec:
         """The sample at a place among `rows` times `timesteps`. Negative positions are no positions of training."""
-        row = self.rows[place // self.timesteps]
-        other = self.wrong_maps[row] if kind == "wrong" else None
-        return SampleSpec(-1 - place, row, False, False, drop_map=kind == "none", map_index=other)
+        row, name = self.rows[place // self.timesteps], wrong_name(kind, self.names)
+        wrong = None if name is None else (name, self.wrong_maps[name][row])
+        return SampleSpec(-1 - place, row, False, False, self.names if kind == "none" else (), wrong_map=wrong)
 
     def specs(self) -> list[SampleSpec]:
         """Everything that has to be encoded."""
@@ -263,7 +272,7 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
     """As many rows and timesteps of the held-out data as take less than a share of training's forward passes."""
     if dataset is None:
         return None
-    maps = MAPS if SEMANTIC_MODES[options.semantic_mode].uses_map else ("right",)
+    maps = kinds_of(options.semantic_maps) if SEMANTIC_MODES[options.semantic_mode].uses_map else ("right",)
     steps = options.max_train_steps
     interval = options.validation_steps or steps
     validations, samples = -(-steps // interval), samples_per_step * steps
@@ -276,13 +285,16 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
     timesteps = min(MOST_TIMESTEPS, pairs // count)
     # Neighbors are often alike, so the rows are spread over the data.
     rows = [place * len(dataset) // count for place in range(count)]
-    others = wrong_maps(dataset, rows) if "wrong" in maps else {}
-    if others:
-        rows = [row for row in rows if row in others]
-    elif "wrong" in maps:
-        maps = ("right", "none")
-        logger.info("There is no wrong map to compare with, because all held-out samples have the same one")
-    plan = ValidationPlan(dataset, rows, others, timesteps, maps, averages)
+    others = {name: wrong_maps(dataset, rows, name) for name in (options.semantic_maps if len(maps) > 1 else ())}
+    # All kinds are measured on the same rows.
+    comparable = [row for row in rows if all(row in found for found in others.values() if found)]
+    kept = {name for name, found in others.items() if found and comparable}
+    rows = comparable if kept else rows
+    maps = tuple(kind for kind in maps if wrong_name(kind, options.semantic_maps) in {None, *kept})
+    for name in (name for name in others if name not in kept):
+        which = "" if len(others) == 1 else f" of `{name}`"
+        logger.info(f"There is no wrong map{which} to compare with, because all held-out samples have the same one")
+    plan = ValidationPlan(dataset, rows, others, timesteps, maps, averages, options.semantic_maps)
     taken = validations * plan.forwards
     logger.info(
         f"Held-out loss: {len(maps) + averages} losses x {len(rows)} of {len(dataset)} samples x {timesteps} timesteps ="
@@ -297,16 +309,54 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
     return plan
 
 
-def wrong_maps(dataset: TriptychDataset, rows: list[int]) -> dict[int, int]:
+def kinds_of(maps: Sequence[str]) -> tuple[str, ...]:
+    """The kinds in `MAPS`. Of several maps each is wrong in turn, with the others right: `wrong land`, `wrong rivers`."""
+    wrong = [f"wrong {name}" for name in maps] if len(maps) > 1 else ["wrong"]
+    return ("right", *wrong, "none")
+
+
+def wrong_name(kind: str, maps: Sequence[str]) -> str | None:
+    """The name of the map that is wrong in a kind."""
+    return maps[0] if kind == "wrong" else kind.removeprefix("wrong ") if kind.startswith("wrong ") else None
+
+
+def wrong_maps(dataset: TriptychDataset, rows: list[int], name: str) -> dict[int, int]:
     """
-    The samples whose maps are the wrong ones of `rows`: for each row the next sample of its size with another map. Rows
-    without such a sample are left out.
+    The samples whose maps of a name are the wrong ones of `rows`: for each row the next sample of its size with another
+    map. Rows without such a sample, or without a map, are left out.
     """
     found = {}
     for row in rows:
         others = ((row + offset) % len(dataset) for offset in range(1, len(dataset)))
         fitting = (other for other in others if dataset.size(other) == dataset.size(row))
-        other = next((other for other in fitting if dataset.map_hash(other) != dataset.map_hash(row)), None)
+        own = dataset.map_hash(row, name)
+        other = next((other for other in fitting if own and dataset.map_hash(other, name) not in (None, own)), None)
         if other is not None:
             found[row] = other
     return found
+
+
+def maps_of(dataset: TriptychDataset, index: int, kind: str) -> dict[str, torch.Tensor]:
+    """
+    The maps `(3, height, width)` to paint a sample with, by name. A wrong one is that of the next sample of this size with
+    another map.
+    """
+    views = {} if kind == "none" else dataset.views(index)
+    maps, name = {name: views[name] for name in dataset.maps if name in views}, wrong_name(kind, dataset.maps)
+    if name in maps:
+        others = wrong_maps(dataset, [index], name)
+        if not others:
+            raise ValueError(
+                "A wrong map is another sample's, but all samples have the same one. Pass --maps right none."
+            )
+        maps[name] = dataset.views(others[index])[name]
+    return maps
+
+
+def batches_of(dataset: TriptychDataset, batch_size: int) -> list[list[int]]:
+    """The rows in batches, each of them of views of one size and of the same maps."""
+    groups: dict[tuple, list[int]] = {}
+    for row in range(len(dataset)):
+        maps = [dataset.has_map(row, name) for name in dataset.maps]
+        groups.setdefault((dataset.size(row), *maps), []).append(row)
+    return [rows[i : i + batch_size] for rows in groups.values() for i in range(0, len(rows), batch_size)]

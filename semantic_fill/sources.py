@@ -10,14 +10,15 @@ import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from semantic_attention import read_file
+from semantic_attention import SINGLE_MAP, read_file
 from semantic_fill.captions import as_captions, read_captions, read_metadata
 from semantic_fill.files import file_stamp
 from semantic_fill.options import DataOptions
-from semantic_fill.views import PANELS
+from semantic_fill.views import NUMBERS, VIEWS
+from semantic_fill.walk import Inside, walk
 
 
 # Formats that Pillow reads by itself. PostScript and others, which start another program, are left out.
@@ -42,6 +43,8 @@ class Source:
     problems: list[str]
     left_out: list[str]
     instance_prompt: str | None
+    # Names of the maps, in their order. Of several maps, a sample may lack some.
+    maps: tuple[str, ...] = SINGLE_MAP
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -50,8 +53,8 @@ class Source:
         """What messages call a sample."""
         raise NotImplementedError
 
-    def pictures(self, index: int) -> list[bytes]:
-        """The encoded pictures of a sample: one triptych, or one for each view."""
+    def pictures(self, index: int) -> Sequence[bytes | None]:
+        """The encoded pictures of a sample: one triptych, or one for each view, `None` for a map that is missing."""
         raise NotImplementedError
 
     def own_captions(self, index: int) -> Sequence[Any]:
@@ -101,11 +104,12 @@ class Source:
 class FolderSource(Source):
     """Samples whose pictures are files: name, paths and captions of each."""
 
-    samples: list[tuple[str, list[Path], Sequence[Any]]] = field(default_factory=list)
+    samples: list[tuple[str, list[Path | None], Sequence[Any]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     instance_prompt: str | None = None
     follow_links: bool = False
+    maps: tuple[str, ...] = SINGLE_MAP
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -114,10 +118,10 @@ class FolderSource(Source):
         return self.samples[index][0]
 
     def files(self, index: int) -> list[Path]:
-        return self.samples[index][1]
+        return [path for path in self.samples[index][1] if path is not None]
 
-    def pictures(self, index: int) -> list[bytes]:
-        return [read_file(path) for path in self.files(index)]
+    def pictures(self, index: int) -> Sequence[bytes | None]:
+        return [None if path is None else read_file(path) for path in self.samples[index][1]]
 
     def own_captions(self, index: int) -> Sequence[Any]:
         return self.samples[index][2]
@@ -133,71 +137,10 @@ class FolderSource(Source):
         return replace(self, samples=self.samples[:count])
 
 
-def walk(folder: Path, skip: Sequence[str] = ()) -> Iterator[Path]:
-    """
-    All files below a folder, and the hidden folders, which are not entered. Linked folders are followed, each of them
-    once, but not where they lead to what is listed anyway.
-
-    Args:
-        skip (`Sequence[str]`): Folders right inside `folder` to leave out.
-
-    Raises:
-        `ValueError`: if a folder cannot be listed.
-    """
-
-    def fail(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}") from error
-
-    root, seen = PurePath(os.path.realpath(folder)), set()
-    for place, names, files in os.walk(folder, followlinks=True, onerror=fail):
-        real = PurePath(os.path.realpath(place))
-        listed, around = real in seen, False
-        if os.path.islink(place) and Path(place) != folder:
-            inside = real.relative_to(root).parts if real.is_relative_to(root) else (".",)
-            listed = listed or not any(part.startswith(".") for part in inside)
-            around = root.is_relative_to(real)
-        if listed or around:
-            names.clear()
-            yield from () if listed else (Path(place),)
-            continue
-        seen.add(real)
-        hidden = [name for name in names if name.startswith(".")]
-        yield from (Path(place, name) for name in (*files, *hidden))
-        left = {*hidden, *skip} if Path(place) == folder else set(hidden)
-        names[:] = sorted(set(names) - left)
-
-
-class Inside:
-    """
-    Tells whether a file belongs to a data set. A link to a file may lead into the data set's folder, into a folder that it
-    links, or into the cache of huggingface_hub that it lies in. Elsewhere it would choose which other files are read.
-
-    Args:
-        root (`Path`): The data set's folder.
-        allow_all (`bool`): Whether links may lead anywhere.
-    """
-
-    def __init__(self, root: Path, allow_all: bool):
-        real = Path(os.path.realpath(root))
-        self.roots, self.allow_all = {str(real)}, allow_all
-        if real.parent.name == "snapshots":
-            self.roots.add(str(real.parent.parent / "blobs"))
-
-    def add(self, folder: str | os.PathLike) -> None:
-        """Takes a folder that the data set links as one of its own."""
-        self.roots.add(os.path.realpath(folder))
-
-    def __call__(self, path: Path) -> bool:
-        if self.allow_all or not path.is_symlink():
-            return True
-        target = PurePath(os.path.realpath(path))
-        return any(str(folder) in self.roots for folder in target.parents)
-
-
 def picture_columns(options: DataOptions) -> list[str]:
-    """The columns of the three views, or the one column of whole triptychs."""
+    """The columns of the views, or the one column of whole triptychs."""
     if options.visible_column and options.target_column and options.semantic_column:
-        return [options.visible_column, options.target_column, options.semantic_column]
+        return [options.visible_column, options.target_column, *options.semantic_column.split(",")]
     return [options.image_column]
 
 
@@ -205,7 +148,7 @@ def list_folder(
     folder: Path, options: DataOptions, pairs: bool = False, option: str = "--train_data_dir"
 ) -> FolderSource:
     """
-    The samples of a folder in the order of their paths: three folders of views with equal names, or triptychs.
+    The samples of a folder in the order of their paths: a folder for each view with equal names, or triptychs.
 
     Args:
         pairs (`bool`): Whether a semantic view may be missing.
@@ -216,14 +159,17 @@ def list_folder(
     """
     if not folder.is_dir():
         raise ValueError(f"{option} {folder} has to be a folder of pictures, but there is no such folder.")
-    views = [name for name in PANELS if (folder / name).is_dir()]
-    source = FolderSource(instance_prompt=options.instance_prompt, follow_links=options.follow_links)
+    maps = options.semantic_maps
+    wanted = [*VIEWS, *(maps if len(maps) == 1 else (f"semantic_{name}" for name in maps))]
+    views = [name for name in wanted if (folder / name).is_dir()]
+    source = FolderSource(instance_prompt=options.instance_prompt, follow_links=options.follow_links, maps=maps)
     if len(views) < 2 or options.visible_column:
         _list_triptychs(folder, options, source, option)
     else:
-        missing = [name for name in (PANELS[:2] if pairs else PANELS) if name not in views]
+        missing = [name for name in (VIEWS if pairs else wanted) if name not in views]
         if missing:
-            hint = "" if pairs else " All three are needed, or two with --semantic_mode none."
+            number = NUMBERS.get(len(wanted), len(wanted))
+            hint = "" if pairs else f" All {number} are needed, or two with --semantic_mode none."
             raise ValueError(
                 f"{option} {folder} holds {'/ and '.join(views)}/ but no {'/ and no '.join(missing)}/.{hint}"
             )
@@ -313,6 +259,9 @@ def _metadata_rows(
         for row in read_metadata(path):
             cells: list[Any] = [row.get(f"{column}_file_name", row.get(column)) for column in columns]
             cells = cells or [row.get("file_name")]
+            if len(cells) > 3:
+                # Of several maps, a row may lack some.
+                cells[2:] = ["" if cell is None else cell for cell in cells[2:]]
             shown = path.relative_to(folder).as_posix()
             if not all(isinstance(cell, str) for cell in cells):
                 wanted = " and ".join(columns) or "file_name"
@@ -320,7 +269,7 @@ def _metadata_rows(
                 continue
             if options.caption_column and options.caption_column not in row:
                 source.problems.append(f"{cells[0]}: has no `{options.caption_column}` in {shown}, but {list(row)}")
-            yield tuple(map(find, cells)), as_captions(row.get(options.caption_column or "text"))
+            yield tuple(cell and find(cell) for cell in cells), as_captions(row.get(options.caption_column or "text"))
 
 
 def _merge(
@@ -344,12 +293,12 @@ def _list_triptychs(folder: Path, options: DataOptions, source: FolderSource, op
         if names in named:
             source.problems.append(f"{names[0]}: is named twice by the metadata")
         # The metadata may name pictures with other endings.
-        unlisted = [name for name in names if name not in pictures]
+        unlisted = [name for name in names if name and name not in pictures]
         lacking = [n for n in unlisted if n.startswith("../") or not (folder / n).is_file() or not inside(folder / n)]
         source.problems.extend(f"{name}: is named by the metadata but is no file in the folder" for name in lacking)
         if not lacking:
             named[names] = captions
-            pictures.update({name: folder / name for name in names})
+            pictures.update({name: folder / name for name in names if name})
     used = {name for names in named for name in names}
     samples = sorted(named) if options.visible_column else sorted((name,) for name in pictures)
     stems: dict[str, str] = {}
@@ -363,14 +312,17 @@ def _list_triptychs(folder: Path, options: DataOptions, source: FolderSource, op
             source.problems.append(f"{name}: is not named by the metadata and has no caption of its own")
             continue
         captions = _merge(name, captions, sidecars.get(stem), source)
-        source.samples.append((name, [pictures[name] for name in names], captions))
+        source.samples.append((name, [pictures[name] if name else None for name in names], captions))
     source.problems.extend(f"{stem}.txt: is a caption without a picture" for stem in sidecars if stem not in stems)
     others = pictures.keys() - used if options.visible_column else set()
     source.left_out[:] = sorted({*source.left_out, *others} - used)
 
 
 def _list_views(folder: Path, views: list[str], options: DataOptions, source: FolderSource, option: str) -> None:
-    """Samples of a picture in each of the folders `views`, which all have one name, whatever their endings."""
+    """
+    Samples of a picture in each of the folders `views`, which all have one name, whatever their endings. Of several maps, a
+    sample may lack some.
+    """
     found: dict[str, dict[str, Path]] = {view: {} for view in views}
     others, texts, metadata = _sort_files(folder, folder, source, option, skip=views)
     captions: dict[str, Sequence[Any]] = dict(_read_sidecars(texts, options, source))
@@ -388,11 +340,11 @@ def _list_views(folder: Path, views: list[str], options: DataOptions, source: Fo
         stem = _stem(name.partition("/")[2] if name.partition("/")[0] in views else name)
         captions[stem] = _merge(stem, captions.get(stem), more, source)
     for stem in stems:
-        missing = [view for view in views if stem not in found[view]]
+        missing = [view for view in views[: 2 if len(views) > 3 else None] if stem not in found[view]]
         if missing:
             source.problems.append(f"{stem}: has no {' and no '.join(missing)} picture")
         else:
-            source.samples.append((stem, [found[view][stem] for view in views], captions.get(stem, [])))
+            source.samples.append((stem, [found[view].get(stem) for view in views], captions.get(stem, [])))
     lacking = sorted(captions.keys() - set(stems))
     source.problems.extend(f"{stem}: has a caption or a metadata row, but there is no picture" for stem in lacking)
     source.left_out[:] = sorted({*source.left_out, *others})

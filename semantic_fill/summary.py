@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 
 from semantic_fill.checkpoints import BEST
 from semantic_fill.memory import peak_memory
-from semantic_fill.training_state import LOSS_LABELS, TrainingState
+from semantic_fill.training_state import TrainingState, loss_labels, worth_labels
 
 
 logger = get_logger(__name__)
@@ -87,13 +87,13 @@ def describe_weights(state: TrainingState) -> str:
 
 def describe_run(state: TrainingState, summary: dict[str, str]) -> str:
     """What a run found out, as markdown for the model card."""
-    names = {"step": "step", **LOSS_LABELS, "map_worth": "what the map is worth"}
     measured = [found for found in state.validations if found.get("loss") is not None]
     lines = [describe_weights(state), ""]
     if measured:
-        names = {name: head for name, head in names.items() if name in measured[-1]}
+        last = measured[-1]
+        names = {"step": "step", **loss_labels(last), **worth_labels(last, "what the map is worth")}
         lines += ["Held-out loss:", "", f"| {' | '.join(names.values())} |", "| --- " * len(names) + "|"]
-        steps = {measured[-1]["step"], *([state.best["step"]] if state.best else [])}
+        steps = {last["step"], *([state.best["step"]] if state.best else [])}
         for found in (validation for validation in measured if validation["step"] in steps):
             cells = ["not finite" if found.get(name) is None else f"{found[name]:.4f}" for name in list(names)[1:]]
             lines.append(f"| {found['step']} | {' | '.join(cells)} |")

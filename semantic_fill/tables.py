@@ -29,8 +29,8 @@ from semantic_fill.sources import (
     Source,
     list_folder,
     picture_columns,
-    walk,
 )
+from semantic_fill.walk import walk
 
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -51,6 +51,7 @@ class TableSource(Source):
 
     def __init__(self, rows: Any, options: DataOptions, left_out: Sequence[str] = ()):
         self.rows, self.options, self.columns = rows, options, picture_columns(options)
+        self.maps = options.semantic_maps
         self.problems, self.left_out, self.instance_prompt = [], list(left_out), options.instance_prompt
         column = options.caption_column or ("text" if "text" in rows[0] else None)
         is_table = hasattr(rows, "column_names")
@@ -68,18 +69,19 @@ class TableSource(Source):
     def name(self, index: int) -> str:
         return f"row {index}"
 
-    def pictures(self, index: int) -> list[bytes]:
+    def pictures(self, index: int) -> Sequence[bytes | None]:
         row = self.rows[index]
         cells = [row[column] for column in self.columns]
-        if None in cells:
+        # Of several maps, a row may lack some.
+        if None in cells[: 2 if len(cells) > 3 else None]:
             raise ValueError("has no picture")
         # A cell may name a file of this machine instead of holding it, which no data set has reason to do.
-        if any(cell.get("bytes") is None for cell in cells):
+        if any(cell and cell.get("bytes") is None for cell in cells):
+            paths = [cell and cell.get("path") for cell in cells]
             raise ValueError(
-                f"names a file instead of holding a picture ({[cell.get('path') for cell in cells]}). Pass a folder of"
-                " pictures as --train_data_dir"
+                f"names a file instead of holding a picture ({paths}). Pass a folder of pictures as --train_data_dir"
             )
-        return [cell["bytes"] for cell in cells]
+        return [cell and cell["bytes"] for cell in cells]
 
     def own_captions(self, index: int) -> Sequence[Any]:
         captions = as_captions(self.cells[index]) if self.cells is not None else []

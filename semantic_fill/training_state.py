@@ -6,6 +6,7 @@ setting of this run, ask for memory, or be of a kind that fails later.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import safetensors.torch
 import torch
 from accelerate.logging import get_logger
 
-from semantic_attention import check_finite, check_number, read_header, read_json
+from pipeline_flux_fill_semantic import SEMANTIC_MODES
+from semantic_attention import SINGLE_MAP, check_finite, check_number, read_header, read_json
 from semantic_fill.averages import AVERAGE, COUNT
 from semantic_fill.files import printable
 from semantic_fill.options import Options
@@ -32,6 +34,23 @@ LOSS_LABELS = {
     "no_map": "no map",
     "not_averaged": "right map, last weights",
 }
+WORTH = "map_worth"
+
+
+def loss_labels(found: Iterable[str]) -> dict[str, str]:
+    """The losses among the figures of a validation. Of several maps, each has its own: `wrong_map_land` is `wrong land`."""
+    labels = {}
+    for name, label in LOSS_LABELS.items():
+        labels |= {name: label} if name in found else {}
+        if name == "wrong_map":
+            labels |= {n: f"wrong {n.removeprefix('wrong_map_')}" for n in found if n.startswith("wrong_map_")}
+    return labels
+
+
+def worth_labels(found: Iterable[str], alone: str) -> dict[str, str]:
+    """What maps are worth among the figures of a validation. That of a single map is called `alone`."""
+    names = [name for name in found if name.startswith(WORTH)]
+    return {n: alone if n == WORTH else f"{alone}: {n.removeprefix(f'{WORTH}_')}" for n in names}
 
 
 @dataclass
@@ -228,6 +247,8 @@ def fixed_options(model, options: Options) -> dict:
         # The module's own configuration: --semantic_weights brings its own.
         config = model.semantic_attention.config
         fixed |= {f"semantic_{k}": v for k, v in config.items() if not k.startswith("_") and k != "in_channels"}
+    if SEMANTIC_MODES[options.semantic_mode].uses_map and options.semantic_maps != SINGLE_MAP:
+        fixed["semantic_maps"] = ",".join(options.semantic_maps)
     return fixed
 
 
@@ -251,8 +272,10 @@ def check_fixed_options(checkpoint: Path, options: Options) -> None:
             return f"without --{name}"
         return f"with --{name}" if value is True else f"with --{name} {printable(str(value)[:100])}"
 
+    if SEMANTIC_MODES[options.semantic_mode].uses_map:
+        saved = {"semantic_maps": ",".join(SINGLE_MAP)} | saved
     for name, value in saved.items():
-        wanted = getattr(options, name, value)
+        wanted = ",".join(options.semantic_maps) if name == "semantic_maps" else getattr(options, name, value)
         if wanted != value:
             raise ValueError(
                 f"--resume_from_checkpoint: {checkpoint} was trained {spell(name, value)}, so a run"

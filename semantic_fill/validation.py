@@ -32,14 +32,17 @@ from semantic_fill.options import Options
 from semantic_fill.page import painted_samples, write_page
 from semantic_fill.paintings import paint_samples
 from semantic_fill.sampling import ValidationPlan
-from semantic_fill.training_state import TrainingState
+from semantic_fill.training_state import WORTH, TrainingState
 from semantic_fill.weights import save_weights
 
 
 logger = get_logger(__name__)
 
-# Each kind of map, and what its loss is called in `validation.jsonl`.
-LOSSES = {"right": "loss", "wrong": "wrong_map", "none": "no_map"}
+
+def figure_of(kind: str) -> str:
+    """What the loss of a kind of maps is called in `validation.jsonl`."""
+    name = kind.removeprefix("wrong ")
+    return {"right": "loss", "wrong": "wrong_map", "none": "no_map"}.get(kind, f"wrong_map_{name}")
 
 
 # -- Measure ----------------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ class HeldOut:
     @torch.no_grad()
     def measure(self, model, maps: tuple[str, ...] | None = None) -> dict[str, float]:
         """
-        The losses by their names in `LOSSES`, and with a wrong map `map_worth`, which is the loss of the wrong map minus
+        The losses by their names from `figure_of`, and with a wrong map `map_worth`, which is the loss of the wrong map minus
         that of the right one. Every process has to call it, and gets the same figures.
 
         Args:
@@ -101,9 +104,9 @@ class HeldOut:
         gathered: Any = accelerator.gather(torch.stack(losses)[None])
         table = gathered.transpose(0, 1).reshape(-1, len(maps))[:places].tolist()
         # An exact sum does not depend on the order.
-        figures = {LOSSES[kind]: math.fsum(column) / places for kind, column in zip(maps, zip(*table))}
-        if "wrong_map" in figures:
-            figures["map_worth"] = figures["wrong_map"] - figures["loss"]
+        figures = {figure_of(kind): math.fsum(column) / places for kind, column in zip(maps, zip(*table))}
+        for name in [name for name in figures if name.startswith("wrong_map")]:
+            figures[name.replace("wrong_map", WORTH)] = figures[name] - figures["loss"]
         return figures
 
     def _loss(self, model, place: int, kind: str) -> torch.Tensor:
@@ -154,7 +157,7 @@ def _validate(run, measured: dict[str, float]) -> None:
         # JSON has no word for what is not a number.
         found |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
     kept, loss = state.kept, found.get("loss")
-    state.validations.append(found | {"scales": model.scales()})
+    state.validations.append(found | {"scales": [*model.scales().values()]})
     reports.log_validation(run)
     if options.keep_best and loss is not None and (kept is None or loss < kept["loss"]):
         keep_best(run)

@@ -8,15 +8,20 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageColor
 
+from semantic_attention import SINGLE_MAP
 from semantic_fill.captions import read_text
 
 
-PANELS = ("visible", "target", "semantic")
+# The views beside the maps. With one map, `PANELS` are all views.
+VIEWS = ("visible", "target")
+PANELS = (*VIEWS, *SINGLE_MAP)
+NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".split()))
 # Panels of this much difference in shape count as alike.
 SHAPE_TOLERANCE = 0.02
 # A third of a picture that is narrower than a view of the run by more than this factor is no view, but part of one.
@@ -26,27 +31,31 @@ LABEL_LIMIT = 64
 Palette = dict[str, tuple[int, int, int]]
 
 
-def cut_triptych(pictures: Sequence[PIL.Image.Image], panels: int = 3) -> dict[str, PIL.Image.Image]:
+def cut_triptych(
+    pictures: Sequence[PIL.Image.Image | None], panels: int = 3, maps: Sequence[str] = SINGLE_MAP
+) -> dict[str, PIL.Image.Image]:
     """
-    The views by their names in `PANELS`, all of one size, from one picture of `panels` views or from one picture a view.
+    The views by their names, all of one size, from one picture of `panels` views or from one picture a view, which is
+    `None` for a map that is missing. Behind the views of `VIEWS` come the maps by their names.
 
     Raises:
         `ValueError`: with a reason that reads after the name of the sample.
     """
     if len(pictures) == 1:
-        (canvas,) = pictures
+        canvas: Any = pictures[0]
         width, remainder = divmod(canvas.width, panels)
         if remainder or width == 0:
-            number = {2: "two", 3: "three"}[panels]
+            number = NUMBERS.get(panels, panels)
             raise ValueError(f"is {canvas.width} pixels wide, which cannot be divided into {number} equal panels")
         pictures = [canvas.crop((i * width, 0, (i + 1) * width, canvas.height)) for i in range(panels)]
-    if len({picture.size for picture in pictures}) > 1:
-        sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in zip(PANELS, pictures))
+    views = {name: picture for name, picture in zip((*VIEWS, *maps), pictures) if picture is not None}
+    if len({picture.size for picture in views.values()}) > 1:
+        sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in views.items())
         raise ValueError(f"has views of different sizes ({sizes})")
-    return dict(zip(PANELS, pictures))
+    return views
 
 
-def count_panels(size: tuple[int, int], shape: float | None, pairs: bool) -> int:
+def count_panels(size: tuple[int, int], shape: float | None, pairs: bool, views: int = 3) -> int:
     """
     How many views stand side by side in a picture.
 
@@ -54,30 +63,32 @@ def count_panels(size: tuple[int, int], shape: float | None, pairs: bool) -> int
         size (`tuple[int, int]`): Width and height of the picture.
         shape (`float`, *optional*): Width over height of a panel of this run, if there is but one.
         pairs (`bool`): Whether two views are accepted.
+        views (`int`): How many views a sample of this run has with all its maps.
 
     Raises:
-        `ValueError`: if the picture is one view or two where three are needed, or nothing tells whether it is two or three.
+        `ValueError`: if the picture is one view or two where all are needed, or nothing tells whether it is two or all.
     """
     if shape is None:
-        return 2 if pairs else 3
+        return 2 if pairs else views
+    number = NUMBERS.get(views, str(views))
     # How much wider than a view of this run each part would be, for so many parts.
-    wider = {panels: math.log(size[0] / panels / size[1] / shape) for panels in (1, 2, 3)}
+    wider = {panels: math.log(size[0] / panels / size[1] / shape) for panels in (1, 2, views)}
     alike = [panels for panels, width in wider.items() if abs(width) <= SHAPE_TOLERANCE]
     shown = f"is {size[0]}x{size[1]} pixels"
     hint = "pass the shape of a view with --resolution and --width, or the views in three folders"
     if pairs:
         # Only one of the numbers may fit the shape, or divide the width.
-        fitting = [n for n in (2, 3) if n in alike] or [n for n in (2, 3) if size[0] % n == 0] or [2]
+        fitting = [n for n in (2, views) if n in alike] or [n for n in (2, views) if size[0] % n == 0] or [2]
         if len(fitting) > 1:
-            raise ValueError(f"{shown}, which can be two views or three: {hint}")
+            raise ValueError(f"{shown}, which can be two views or {number}: {hint}")
         return fitting[0]
-    if 3 not in alike and (alike or wider[3] < -math.log(NARROWEST)):
-        number = {1: "is one view", 2: "are two views"}[(alike or [1])[0]]
+    if views not in alike and (alike or wider[views] < -math.log(NARROWEST)):
+        found = {1: "is one view", 2: "are two views"}[(alike or [1])[0]]
         raise ValueError(
-            f"{shown}, which by the shape of this run {number} and not three. Three views are needed, or two with"
-            f" --semantic_mode none. If it does hold three, {hint}"
+            f"{shown}, which by the shape of this run {found} and not {number}. {number.capitalize()} views are needed,"
+            f" or two with --semantic_mode none. If it does hold {number}, {hint}"
         )
-    return 3
+    return views
 
 
 def bucket_sizes(height: int, width: int) -> list[tuple[int, int]]:

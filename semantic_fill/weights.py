@@ -7,7 +7,7 @@ Checkpoints and results hold the same files, so either can be painted with and s
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
         max_sequence_length=options.max_sequence_length,
         height=options.resolution,
         width=options.width,
+        semantic_maps=options.semantic_maps if SEMANTIC_MODES[options.semantic_mode].uses_map else None,
         # Private, and what the diffusers training scripts themselves write rank and alpha with.
         **_collate_lora_metadata({"transformer": model.transformer}),
     )
@@ -158,12 +159,17 @@ def load_lora(transformer: FluxTransformer2DModel, source: str | os.PathLike, ca
         )
 
 
-def load_module(source: str, module_class: type, cache_dir: str | None = None) -> torch.nn.Module:
+def load_module(
+    source: str, module_class: type, cache_dir: str | None = None, maps: Sequence[str] | None = None
+) -> torch.nn.Module:
     """
     The module of a trained folder or Hub repository, or of the `semantic_attention` folder itself.
 
+    Args:
+        maps (`Sequence[str]`, *optional*): Names of the maps that it has to be for.
+
     Raises:
-        `ValueError`: if there is none, or it is of another class, which the mode of the run cannot use.
+        `ValueError`: if there is none, or it is of another class or for other maps, which the run cannot use.
     """
     errors = []
     for subfolder in (SEMANTIC_SUBFOLDER, None):
@@ -178,6 +184,11 @@ def load_module(source: str, module_class: type, cache_dir: str | None = None) -
             raise ValueError(
                 f"--semantic_weights {source} holds a {type(module).__name__}, but --semantic_mode needs a"
                 f" {module_class.__name__}."
+            )
+        if maps is not None and module.maps != tuple(maps):
+            raise ValueError(
+                f"--semantic_weights {source} holds a module for the maps {', '.join(module.maps)}, but the data has"
+                f" {', '.join(maps)}. Names and order have to be the same."
             )
         return module
     raise ValueError(f"--semantic_weights {source} holds no trained module: {errors[0]}")

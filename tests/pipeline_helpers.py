@@ -92,11 +92,13 @@ def trained_like(seed: int = 0, model_class: type = SemanticAttentionModel, **co
 class Trained:
     """A LoRA folder, and what its weights paint before they are saved."""
 
-    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention"):
+    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention", semantic_maps=None):
         self.folder, self.semantic_mode = folder, semantic_mode
         module_class = SEMANTIC_MODES[semantic_mode].module_class
-        self.module = None if module_class is None else trained_like(seed, model_class=module_class)
-        pipe = make_pipe(base, own=True, semantic_attention=self.module, semantic_mode=semantic_mode)
+        named = {} if semantic_maps is None else {"maps": semantic_maps}
+        self.module = None if module_class is None else trained_like(seed, model_class=module_class, **named)
+        modes = {"semantic_mode": semantic_mode, "semantic_maps": semantic_maps}
+        pipe = make_pipe(base, own=True, semantic_attention=self.module, **modes)
         # The rank is not the alpha, so that a lost alpha shows.
         config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_out"])
         torch.manual_seed(seed)
@@ -106,12 +108,13 @@ class Trained:
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
         self.plain = paint(pipe, return_diptych=True)
-        self.guided = paint(pipe, semantic_image=picture(2) if SEMANTIC_MODES[semantic_mode].uses_map else None)
+        maps = picture(2) if semantic_maps is None else [picture(2 + index) for index in range(len(semantic_maps))]
+        self.guided = paint(pipe, semantic_image=maps if SEMANTIC_MODES[semantic_mode].uses_map else None)
         FluxFillSemanticPipeline.save_lora_weights(
             folder,
             transformer_lora_layers=layers,
             semantic_attention=self.module,
-            semantic_mode=semantic_mode,
+            **modes,
             transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
         )
 

@@ -218,6 +218,11 @@ def project(x_cond: torch.Tensor, semantic_tokens: torch.Tensor, layers: list[di
     return torch.cat([picture, mask], dim=2)
 
 
+def with_maps(x: torch.Tensor, maps: list[tuple[torch.Tensor, list[dict], float]], step, **kwargs) -> torch.Tensor:
+    """Several maps (tokens, layers, strength), whose updates of the same x add up. `step` is `enhance` or `project`."""
+    return x + sum(step(x, tokens, layers, strength=strength, **kwargs) - x for tokens, layers, strength in maps)
+
+
 # Predict and compare ------------------------------------------------------------------------------------------------
 
 

@@ -52,9 +52,9 @@ def test_colors_snap_to_the_nearest_of_the_palette():
     + [("x", 1, None), ("x", 1, -1), ("x", 1, 2**32), ("x", 1, 0.5), ("x", 1, "0")],
 )
 def test_what_the_page_cannot_send_is_refused(prompt, scale, seed):
-    app.check_request("x" * 2000, 2, 2**32 - 1)
+    app.check_request("x" * 2000, [2], 2**32 - 1)
     with pytest.raises(ValueError, match=" has to be "):
-        app.check_request(prompt, scale, seed)
+        app.check_request(prompt, [scale], seed)
 
 
 @pytest.mark.parametrize("part", ["background", "composite", "layers"])
@@ -163,7 +163,9 @@ def test_the_base_alone_says_that_nothing_was_trained(base_folder):
     painter = app.Painter(arguments(base_folder))
     assert painter.notice.startswith("Nothing was trained") and not painter.takes_map
     steps = []
-    painted, seen = painter.paint(draw(1), draw(2), PROMPT, 1.0, 3, lambda *step: steps.append(step))
+    painted, seen = painter.paint(
+        draw(1), {"semantic": draw(2)}, PROMPT, {"semantic": 1.0}, 3, lambda *step: steps.append(step), "semantic"
+    )
     assert painted.size == (SIZE, SIZE) and seen is None and steps == [(1, STEPS), (2, STEPS)]
 
 
@@ -176,7 +178,7 @@ def test_weights_that_do_not_attend_say_so(base_folder, trained, mode, notice):
     assert painter.takes_map == (mode != "none") and painter.has_scale == (mode == "projection")
     assert not painter.attends and notice in painter.notice
     (one, seen), (other, _), (unscaled, _) = (
-        painter.paint(draw(1), draw(seed), PROMPT, scale, 3, lambda *_: None)
+        painter.paint(draw(1), {"semantic": draw(seed)}, PROMPT, {"semantic": scale}, 3, lambda *_: None, "semantic")
         for seed, scale in ((2, 1.0), (3, 1.0), (2, 0.0))
     )
     assert seen is None

@@ -108,6 +108,27 @@ def test_nodes_paint_what_the_pipeline_paints(comfyui, base, root, posterior_mod
         )
 
 
+@pytest.mark.parametrize("mode", ["projection", "in_context"])
+def test_several_maps_are_named(comfyui, base, root, posterior_mode, mode):
+    if not (root / f"two_{mode}").exists():
+        Trained(base, root / f"two_{mode}", 7, mode, semantic_maps=["land", "rivers"])
+    name, add = f"two_{mode}", comfyui.nodes.SemanticFillMap().add
+    noise, scale = noise_for(192 if mode == "in_context" else 96, 1), 1.0 if mode == "in_context" else 0.4
+    (one,) = add("rivers", to_image(picture(3)), scale)
+    (both,) = add("land", to_image(picture(2)), 1.0, one)
+    for maps, shown in ((both, [picture(2), picture(3)]), (one, {"rivers": picture(3)})):
+        scales = {"semantic_scale": {"rivers": scale}}
+        expected = by_pipeline(base, {"x": (root / name, 1.0)}, noise, picture(1), shown, **scales)
+        painted = by_nodes(comfyui, base, name, noise, picture(1), maps=maps)
+        torch.testing.assert_close(painted, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="takes the maps land, rivers: connect them to `maps`"):
+        by_nodes(comfyui, base, name, noise, picture(1), picture(2))
+    with pytest.raises(ValueError, match="takes the maps land, rivers, but `maps` has lakes"):
+        by_nodes(comfyui, base, name, noise, picture(1), maps=add("lakes", to_image(picture(2)), 1.0)[0])
+    with pytest.raises(ValueError, match="Two maps are called land"):
+        add("land", to_image(picture(2)), 1.0, both)
+
+
 def test_one_map_serves_several_pictures_and_sizes_are_made_equal(comfyui, base, root, posterior_mode):
     visible, semantic = picture(1, 40, 72, batch=2), picture(2, 24, 36)
     noise = noise_for(128, 2, height=48)
@@ -341,6 +362,8 @@ def test_the_example_workflow_fits_the_nodes(double):
             source_class = source and double.nodes.NODE_CLASS_MAPPINGS.get(source["class_type"])
             if source_class is not None:
                 assert source_class.RETURN_TYPES[value[1]] == kinds[name][0]
+    # One map needs no name.
+    used.add("SemanticFillMap")
     assert used == set(double.nodes.NODE_CLASS_MAPPINGS) == set(double.nodes.NODE_DISPLAY_NAME_MAPPINGS)
     # The canvas of the sampler's schedule is that of the views.
     prepared, schedule = workflow["11"]["inputs"], workflow["12"]["inputs"]

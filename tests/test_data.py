@@ -184,8 +184,8 @@ def test_all_captions_are_encoded_and_trained_with(base_folder, tmp_path):
     (data / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().splitlines()[0])
     (data / "001.txt").write_text("four\nfive\n")
     out = run(base_folder, tmp_path / "out", "--max_train_steps", 3, "--caption_lines", data=data)
-    # Two pictures, five captions and the empty one.
-    assert len(list((out / "cache").glob("*.safetensors"))) == 8
+    # Two pictures and their maps, five captions and the empty one.
+    assert len(list((out / "cache").glob("*.safetensors"))) == 10
 
 
 # -- The check --------------------------------------------------------------------------------------------------------
@@ -405,13 +405,13 @@ def test_label_numbers_are_refused_or_colored(tmp_path, caplog):
 def test_maps_are_judged_together(tmp_path, caplog):
     """One dark map is dark by chance. Held-out maps belong to the run's maps as well."""
     black = write_labels(tmp_path / "black", [np.zeros((32, 32))] * 2)
-    assert load_data(tmp_path, black, "--instance_prompt", "a")[0].palette is None
+    assert load_data(tmp_path, black, "--instance_prompt", "a")[0].palettes == {"semantic": None}
     dark, bright = np.full((32, 32), 5), np.tile(np.arange(32) * 8, (32, 1))
     data = write_labels(tmp_path / "data", [dark, bright])
-    assert load_data(tmp_path, data, "--instance_prompt", "a")[0].palette is None
+    assert load_data(tmp_path, data, "--instance_prompt", "a")[0].palettes == {"semantic": None}
     held_out = write_labels(tmp_path / "held out", [np.full((32, 32), 6)])
     more = ["--instance_prompt", "a", "--validation_data_dir", held_out]
-    assert [part.palette for part in load_data(tmp_path, data, *more)] == [None, None]
+    assert [part.palettes["semantic"] for part in load_data(tmp_path, data, *more)] == [None, None]
     colored = write_labels(tmp_path / "colored", [dark], mode="RGB")
     for index, name in enumerate(("semantic", "target", "visible")):
         draw_triptych(7).crop((0, 0, 32, 32)).save(colored / name / "9.png")
@@ -429,8 +429,8 @@ def test_a_palette_colors_the_encodings_too(base_folder, tmp_path):
         more = ["--instance_prompt", "a", "--palette", tmp_path / "classes.json", "--max_train_steps", 1]
         run(base_folder, tmp_path / str(len(keys)), *more, "--cache_root", tmp_path / "cache", data=data)
         keys |= {path.name for path in (tmp_path / "cache").glob("*.safetensors")}
-    # One picture in two colorings, the prompt and the empty one.
-    assert len(keys) == 4
+    # One picture and its map in two colorings, the prompt and the empty one.
+    assert len(keys) == 6
 
 
 # -- What is said -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from semantic_fill.files import checksum, is_intact, read_encoding, write_atomic
 from semantic_fill.sampling import SampleReader, SampleSpec
 
 
-FIRST = SampleSpec(position=0, index=0, flip=False, drop_caption=False, drop_map=False)
+FIRST = SampleSpec(position=0, index=0, flip=False, drop_caption=False, drop_maps=())
 
 
 def make_encoder(options, cache_dir=None) -> Encoder:
@@ -52,7 +52,9 @@ def encodings(folder: Path) -> list[Path]:
 def test_cached_encodings_are_those_that_are_made_when_needed(base_folder, triptych_folder, tmp_path, mode):
     options = arguments(base_folder, tmp_path, "--semantic_mode", mode, data=triptych_folder)
     specs = [
-        SampleSpec(position=n, index=n % 3, flip=bool(n & 1), drop_caption=bool(n & 2), drop_map=bool(n & 4))
+        SampleSpec(
+            position=n, index=n % 3, flip=bool(n & 1), drop_caption=bool(n & 2), drop_maps=("semantic",) * (n // 4)
+        )
         for n in range(8)
     ]
     batches = []
@@ -75,7 +77,7 @@ def test_cached_encodings_are_those_that_are_made_when_needed(base_folder, tript
     assert torch.equal(made["prompt_embeds"][2], made["prompt_embeds"][6])
     assert not torch.equal(made["prompt_embeds"][0], made["prompt_embeds"][2])
     if SEMANTIC_MODES[mode].module_class is not None:
-        assert made["keep_map"].tolist() == [True] * 4 + [False] * 4
+        assert made["keep_map"].tolist() == [[True]] * 4 + [[False]] * 4
     else:
         assert "keep_map" not in made and "semantic_tokens" not in made
 
@@ -86,7 +88,10 @@ def test_a_dropped_map_leaves_no_trace_on_the_canvas(base_folder, triptych_folde
     views = {name: view[None] for name, view in encoder.dataset.views(0).items()}
     other = views | {"semantic": 1 - views["semantic"]}
     with_map, with_other = encoder.encode_views(views), encoder.encode_views(other)
-    dropped, other_dropped = encoder.encode_views(views, drop_map=True), encoder.encode_views(other, drop_map=True)
+    dropped, other_dropped = (
+        encoder.encode_views(views, drop_maps=("semantic",)),
+        encoder.encode_views(other, drop_maps=("semantic",)),
+    )
     for name in ("moments", "masked_moments"):
         assert not torch.equal(with_map[name], with_other[name]) and not torch.equal(with_map[name], dropped[name])
         assert torch.equal(dropped[name], other_dropped[name])
@@ -162,7 +167,9 @@ def test_modes_share_what_they_have_in_common(base_folder, triptych_folder, tmp_
         assert f"{made + 3 * (mode == 'none')} to make" in caplog.text
         if mode == "projection":
             caplog.clear()
-            encoder.fill_cache(Accelerator(cpu=True), [replace(spec, map_index=5) for spec in encoder.specs()])
+            encoder.fill_cache(
+                Accelerator(cpu=True), [replace(spec, wrong_map=("semantic", 5)) for spec in encoder.specs()]
+            )
             assert "0 to make" in caplog.text
 
 

@@ -124,8 +124,8 @@ def test_held_out_samples_are_painted_and_not_trained_on(base_folder, tmp_path):
     painted = np.asarray(PIL.Image.open(out / "samples" / "step-000002.png"))
     # Below the title, three times as large.
     assert np.array_equal(painted[16:112:3, :96:3], pixels_of(held_out.views(0)["visible"]))
-    # What is trained on is encoded, one held-out sample with its own map and with a wrong one, and the prompts of all.
-    assert len(list((out / "cache").glob("*.safetensors"))) == len(train) + 2 + 3
+    # What is trained on is encoded with its maps, one held-out sample, its own map and a wrong one, and the prompts of all.
+    assert len(list((out / "cache").glob("*.safetensors"))) == 2 * len(train) + 3 + 3
 
 
 def test_validation_data_in_tables(tmp_path):

@@ -138,7 +138,7 @@ def test_validation_takes_less_than_5_percent_of_training(
     # The logger asks which process this is.
     PartialState()
     caplog.set_level("INFO", logger="semantic_fill")
-    monkeypatch.setattr(sampling, "wrong_maps", lambda dataset, rows: {row: row + 1 for row in rows})
+    monkeypatch.setattr(sampling, "wrong_maps", lambda dataset, rows, name: {row: row + 1 for row in rows})
     often = () if interval is None else ("--validation_steps", interval)
 
     def plan_of(steps, often=often):

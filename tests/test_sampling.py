@@ -2,6 +2,7 @@
 """The order of samples and their random choices, which depend on the seed and the place in the run alone, and prefetching."""
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 import types
@@ -52,10 +53,23 @@ def test_a_restart_goes_on_with_the_same_samples(start):
 def test_chances_are_those_that_are_passed():
     single = samples(2000)
     for name, chance in CHANCES.items():
-        assert sum(getattr(sample, name) for sample in single) / 2000 == pytest.approx(chance, abs=0.04)
+        field = "drop_maps" if name == "drop_map" else name
+        assert sum(bool(getattr(sample, field)) for sample in single) / 2000 == pytest.approx(chance, abs=0.04)
     never = samples(200, **dict.fromkeys(CHANCES, 0))
-    assert not any(sample.flip or sample.drop_caption or sample.drop_map for sample in never)
+    assert not any(sample.flip or sample.drop_caption or sample.drop_maps for sample in never)
     assert all(sample.flip for sample in samples(200, flip=1))
+
+
+def test_each_map_is_dropped_by_itself():
+    single, several = samples(2000), samples(2000, maps=("semantic", "b", "c"))
+    for name in ("semantic", "b", "c"):
+        assert sum(name in sample.drop_maps for sample in several) / 2000 == pytest.approx(0.2, abs=0.04)
+    both = sum(sample.drop_maps == ("b", "c") for sample in several) / 2000
+    assert both == pytest.approx(0.8 * 0.2 * 0.2, abs=0.02)
+    # With more maps, all other choices are the same.
+    for one, more in zip(single, several):
+        kept = tuple(name for name in more.drop_maps if name == "semantic")
+        assert dataclasses.replace(more, drop_maps=kept) == one
 
 
 def test_a_number_chooses_among_captions_evenly():

@@ -228,7 +228,7 @@ def test_dropped_map_is_no_map(base_folder, triptych_folder, tmp_path, mode):
     assembled = assemble(arguments(base_folder, tmp_path, "--semantic_mode", mode, data=triptych_folder))
     torch.nn.init.ones_(assembled.model.semantic_attention.layers[0].scale)
     batch = first_batch(assembled)
-    batch.keep_map = torch.tensor([True, False])
+    batch.keep_map = torch.tensor([[True], [False]])
     plain, enhanced = torch.cat((batch.x_t, batch.x_cond), dim=-1), assembled.model.attend(batch)
     assert torch.equal(enhanced[1], plain[1]) and not torch.equal(enhanced[0], plain[0])
 
@@ -292,7 +292,7 @@ def test_overfits_one_triptych(tmp_path):
         assembled.optimizer.zero_grad()
         losses.append(loss.item())
     assert sum(losses[-20:]) < 0.35 * sum(losses[:20])
-    assert assembled.model.scales()[0] > 0.01
+    assert assembled.model.scales()["layer 0"] > 0.01
 
 
 # -- Trainer and pipeline ---------------------------------------------------------------------------------------------
