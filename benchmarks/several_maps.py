@@ -3,13 +3,14 @@
 
     python benchmarks/several_maps.py --jobs 9
 
-One map tells sea from land, the other shows lakes and rivers on ground of one color. Half of the pictures are coasts and
-half are lakes. Each cell (maps, seed) is a run of the trainer with both maps or with one of them. It paints held-out
-pictures with the right maps, with each map of another picture in turn, and with none, and measures them in the regions
-that the maps show. Cells are shared out over `--jobs` processes, and are trained as those of `ablation.py`.
+One map tells water from land. The other shows four kinds of ground, from dark forests to bright deserts, and goes on under
+the water, so it tells nothing of coasts. Each cell (maps, seed) is a run of the trainer with both maps or with one of them.
+It paints held-out pictures with the right maps, with each map of another picture in turn, and with none, and measures water
+and land apart. Cells are shared out over `--jobs` processes, and are trained as those of `ablation.py`.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -21,6 +22,8 @@ from pathlib import Path
 import ablation
 import numpy as np
 import PIL.Image
+import PIL.ImageFilter
+from scipy.ndimage import distance_transform_edt
 from tqdm.auto import tqdm
 
 
@@ -31,54 +34,45 @@ import earth  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-MAPS = ("land", "inland")
-VARIANTS = {"both": MAPS, "land": MAPS[:1], "inland": MAPS[1:]}
-REGIONS = ("all", "sea", "lakes and rivers", "land")
-VIEWS = ("visible", "target", *MAPS)
+MAPS = ("water", "ground")
+VARIANTS = {"both": MAPS, "water": MAPS[:1], "ground": MAPS[1:]}
+REGIONS = ("all", "water", "land")
+WATER, LAND = (30, 60, 200), (120, 180, 60)
+# Kinds of ground, and the brightness of their surroundings in the satellite view that divides them.
+GROUND, BRIGHTNESS = ((20, 80, 20), (120, 180, 60), (200, 170, 90), (240, 230, 200)), (48, 70, 100)
 
 
 # -- Data -------------------------------------------------------------------------------------------------------------
 
 
-def split_map(colors: np.ndarray) -> dict[str, np.ndarray]:
-    """The two maps in one of `examples/earth.py`, `(height, width, 3)`."""
-    palette = {name: np.array(color, np.uint8) for name, color in earth.PALETTE.items()}
-    is_sea, is_land = ((colors == palette[name]).all(axis=2, keepdims=True) for name in ("ocean", "land"))
-    return {
-        "land": np.where(is_sea, palette["ocean"], palette["land"]),
-        "inland": np.where(is_sea | is_land, palette["land"], colors),
-    }
-
-
-def draw_boxes(split: str, count: int, seed: int, size: int) -> list[tuple[int, int, int, int]]:
-    """Square crops of a region, of one to two times `size` pixels: coasts and places with lakes, in turn."""
-    left, top, right, bottom = earth.region_in_pixels(split)
-    random = np.random.default_rng([seed, sorted(earth.REGIONS).index(split), 1])
-    colors = np.asarray(earth.load_earth().map)
-    is_sea, is_lake = ((colors == earth.PALETTE[name]).all(axis=2) for name in ("ocean", "lake"))
-    boxes = []
-    while len(boxes) < count:
-        side = int(random.integers(size, 2 * size + 1))
-        x, y = int(random.integers(left, right - side)), int(random.integers(top, bottom - side))
-        box = (slice(y, y + side), slice(x, x + side))
-        if (is_lake[box].mean() >= 0.06) if len(boxes) % 2 else (0.15 <= is_sea[box].mean() <= 0.85):
-            boxes.append((x, y, x + side, y + side))
-    return boxes
+@functools.cache
+def draw_maps() -> dict[str, PIL.Image.Image]:
+    """Both maps of the whole Earth."""
+    whole = earth.load_earth()
+    colors = np.asarray(whole.map)
+    is_water = np.logical_or(*((colors == earth.PALETTE[name]).all(axis=2) for name in ("ocean", "lake")))
+    brightness = np.asarray(whole.satellite.convert("L").filter(PIL.ImageFilter.GaussianBlur(4)))
+    # Water takes the kind of the nearest land.
+    nearest = distance_transform_edt(is_water, return_distances=False, return_indices=True)
+    kinds = np.digitize(brightness, BRIGHTNESS)[tuple(nearest)]
+    water = np.where(is_water[..., None], np.uint8(WATER), np.uint8(LAND))
+    return {"water": PIL.Image.fromarray(water), "ground": PIL.Image.fromarray(np.array(GROUND, np.uint8)[kinds])}
 
 
 def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> None:
     """Writes pictures of all views and a metadata file whose columns name them, unless an earlier call has done so."""
     if (folder / "metadata.jsonl").is_file():
         return
-    rows = []
-    for index, box in enumerate(draw_boxes(split, count, seed, size)):
-        canvas = earth.cut_triptych(box, size)
-        visible, target, colors = np.split(np.asarray(canvas), 3, axis=1)
+    whole, rows = earth.load_earth(), []
+    views = {"visible": whole.hillshade, "target": whole.satellite, **draw_maps()}
+    for index, box in enumerate(earth.draw_boxes(split, count, seed, size)):
         row = {"text": earth.PROMPT}
-        for name, view in {"visible": visible, "target": target, **split_map(colors)}.items():
+        for name, view in views.items():
+            # The colors of maps are labels, which must not be blended.
+            resample = PIL.Image.Resampling.NEAREST if name in MAPS else PIL.Image.Resampling.LANCZOS
             row[name] = f"{name}/{index:05d}.png"
             (folder / name).mkdir(parents=True, exist_ok=True)
-            PIL.Image.fromarray(view).save(folder / row[name])
+            view.crop(box).resize((size, size), resample).save(folder / row[name])
         rows.append(row)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -104,7 +98,7 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict:
         pictures = [PIL.Image.open(args.earth / "test" / view / f"{index:05d}.png") for index in range(args.num_test)]
         return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2) / 255
 
-    views = {view: read(view) for view in VIEWS}
+    views = {view: read(view) for view in ("visible", "target", *MAPS)}
 
     @torch.no_grad()
     def paint(shown: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -128,15 +122,12 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict:
 
     def psnr(painted: torch.Tensor) -> dict[str, float]:
         error = (painted - views["target"]).square().mean(dim=1)
-        # Each map shows a region in colors of its own, on ground of the color of land.
-        ground = torch.tensor(earth.PALETTE["land"])[None, :, None, None] / 255
-        sea, inland = ((views[map_name] != ground).any(dim=1) for map_name in MAPS)
-        regions = dict(zip(REGIONS, (torch.ones_like(sea), sea, inland, ~(sea | inland))))
+        is_water = (views["water"] == torch.tensor(WATER)[None, :, None, None] / 255).all(dim=1)
+        regions = dict(zip(REGIONS, (torch.ones_like(is_water), is_water, ~is_water)))
         return {region: -10 * error[where].mean().log10().item() for region, where in regions.items()}
 
     right = {map_name: views[map_name] for map_name in maps}
-    # A coast gets the map of another coast, because places come in turn.
-    kinds = {f"wrong {m}": right | {m: right[m].roll(2, dims=0)} for m in maps}
+    kinds = {f"wrong {m}": right | {m: right[m].roll(1, dims=0)} for m in maps}
     figures = {kind: psnr(paint(shown)) for kind, shown in {"right": right, **kinds, "none": {}}.items()}
     scales = run.engine.unwrap(run.model).scales()
     return {
@@ -154,7 +145,10 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown: the PSNR in each region, mean and, after ±, the standard deviation over the seeds."""
-    lines = [f"| trained with | painted with | {' | '.join(f'{r}, dB' for r in REGIONS)} |", "| --- " * 6 + "|"]
+    lines = [
+        f"| trained with | painted with | {' | '.join(f'{r}, dB' for r in REGIONS)} |",
+        "| --- " * (2 + len(REGIONS)) + "|",
+    ]
 
     def spread(values: list[float]) -> str:
         return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
