@@ -116,6 +116,22 @@ def test_the_page_in_a_browser(folder, tmp_path):
     assert PIL.Image.open(tmp_path / "a.png").width == 900
 
 
+def test_pictures_of_the_pages(folder, base_folder, tmp_path):
+    pytest.importorskip("gradio", reason="the page to paint in needs gradio")
+    # Without a browser the test is skipped.
+    with open_browser():
+        pass
+    import screenshots
+
+    pages = ["--demo", folder / "index.html", "--run", folder / "projection" / "samples" / "index.html"]
+    options = [*pages, "--base", base_folder, "--weights", folder / "projection", "--output_dir", tmp_path]
+    screenshots.main(screenshots.parse_args([str(option) for option in options]))
+    pictures = {path.name: PIL.Image.open(path) for path in tmp_path.glob("*.png")}
+    assert sorted(pictures) == ["page_app.png", "page_demo.png", "page_run.png"]
+    assert pictures["page_demo.png"].size == (screenshots.WIDTH, screenshots.HEIGHT)
+    assert pictures["page_app.png"].width == screenshots.APP_WIDTH
+
+
 def test_stages_say_the_time_that_is_left(caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr(demo, "STAGES", {"a": 0.25, "b": 0.25, "c": 0.5})

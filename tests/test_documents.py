@@ -46,6 +46,7 @@ RUN_BY = {
     "examples/demo.py": "test_demo.py",
     "examples/demo_page.py": "test_demo.py",
     "examples/make_triptychs.py": "test_make_triptychs.py",
+    "examples/screenshots.py": "test_demo.py",
     "examples/streets.py": "test_streets.py",
     "examples/train_base.py": "test_train_base.py",
     "benchmarks/ablation.py": "test_benchmarks.py",
