@@ -44,7 +44,7 @@ from semantic_fill.option_fields import option
 from semantic_fill.options import DataOptions, ModelOptions
 from semantic_fill.paintings import as_picture, draw_sheet
 from semantic_fill.publish import add_to_model_card, as_text
-from semantic_fill.sampling import MAPS, batches_of, kinds_of, maps_of, seed_of
+from semantic_fill.sampling import MAPS, batches_of, group_rows, kinds_of, maps_of, seed_of
 from semantic_fill.tables import load_source
 from semantic_fill.views import Palette, read_palette
 
@@ -321,8 +321,8 @@ def main(options: EvaluationOptions) -> dict:
     batches = batches_of(dataset, options.batch_size)
     palette = read_palette(options.palette) if options.palette else {}
     metrics, absent = choose_metrics(options, palette, dataset, batches[0])
-    # If the first sample of a size has no wrong map, none has, and `right` would be painted before that shows.
-    for kind, rows in itertools.product((kind for kind in kinds if kind.startswith("wrong")), batches):
+    # If the first sample of a group has no wrong map, none has, and `right` would be painted before that shows.
+    for kind, rows in itertools.product((kind for kind in kinds if kind.startswith("wrong")), group_rows(dataset)):
         maps_of(dataset, rows[0], kind)
     boxes, options = DatasetBoxes(options.boxes, dataset), replace(options, metrics=tuple(metrics))
     networks, not_loaded = load_networks(options, options.device, options.cache_dir)

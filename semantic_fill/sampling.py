@@ -353,10 +353,15 @@ def maps_of(dataset: TriptychDataset, index: int, kind: str) -> dict[str, torch.
     return maps
 
 
-def batches_of(dataset: TriptychDataset, batch_size: int) -> list[list[int]]:
-    """The rows in batches, each of them of views of one size and of the same maps."""
+def group_rows(dataset: TriptychDataset) -> list[list[int]]:
+    """The rows that can be in one batch: those with views of one size and the same maps."""
     groups: dict[tuple, list[int]] = {}
     for row in range(len(dataset)):
         maps = [dataset.has_map(row, name) for name in dataset.maps]
         groups.setdefault((dataset.size(row), *maps), []).append(row)
-    return [rows[i : i + batch_size] for rows in groups.values() for i in range(0, len(rows), batch_size)]
+    return list(groups.values())
+
+
+def batches_of(dataset: TriptychDataset, batch_size: int) -> list[list[int]]:
+    """The rows in batches."""
+    return [rows[i : i + batch_size] for rows in group_rows(dataset) for i in range(0, len(rows), batch_size)]
