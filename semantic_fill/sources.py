@@ -17,7 +17,7 @@ from semantic_attention import SINGLE_MAP, read_file
 from semantic_fill.captions import as_captions, read_captions, read_metadata
 from semantic_fill.files import file_stamp
 from semantic_fill.options import DataOptions
-from semantic_fill.views import NUMBERS, VIEWS
+from semantic_fill.views import NUMBERS, PANELS, VIEWS
 from semantic_fill.walk import Inside, walk
 
 
@@ -135,6 +135,11 @@ class FolderSource(Source):
 
     def head(self, count: int) -> "FolderSource":
         return replace(self, samples=self.samples[:count])
+
+
+def needed(views: Sequence[Any]) -> Sequence[Any]:
+    """Those of a sample's views that have to be there. Of several maps, a sample may lack some."""
+    return views[: len(VIEWS)] if len(views) > len(PANELS) else views
 
 
 def picture_columns(options: DataOptions) -> list[str]:
@@ -259,9 +264,8 @@ def _metadata_rows(
         for row in read_metadata(path):
             cells: list[Any] = [row.get(f"{column}_file_name", row.get(column)) for column in columns]
             cells = cells or [row.get("file_name")]
-            if len(cells) > 3:
-                # Of several maps, a row may lack some.
-                cells[2:] = ["" if cell is None else cell for cell in cells[2:]]
+            optional = slice(len(needed(cells)), None)
+            cells[optional] = ["" if cell is None else cell for cell in cells[optional]]
             shown = path.relative_to(folder).as_posix()
             if not all(isinstance(cell, str) for cell in cells):
                 wanted = " and ".join(columns) or "file_name"
@@ -340,7 +344,7 @@ def _list_views(folder: Path, views: list[str], options: DataOptions, source: Fo
         stem = _stem(name.partition("/")[2] if name.partition("/")[0] in views else name)
         captions[stem] = _merge(stem, captions.get(stem), more, source)
     for stem in stems:
-        missing = [view for view in views[: 2 if len(views) > 3 else None] if stem not in found[view]]
+        missing = [view for view in needed(views) if stem not in found[view]]
         if missing:
             source.problems.append(f"{stem}: has no {' and no '.join(missing)} picture")
         else:

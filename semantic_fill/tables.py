@@ -28,6 +28,7 @@ from semantic_fill.sources import (
     SPLITS,
     Source,
     list_folder,
+    needed,
     picture_columns,
 )
 from semantic_fill.walk import walk
@@ -72,8 +73,7 @@ class TableSource(Source):
     def pictures(self, index: int) -> Sequence[bytes | None]:
         row = self.rows[index]
         cells = [row[column] for column in self.columns]
-        # Of several maps, a row may lack some.
-        if None in cells[: 2 if len(cells) > 3 else None]:
+        if None in needed(cells):
             raise ValueError("has no picture")
         # A cell may name a file of this machine instead of holding it, which no data set has reason to do.
         if any(cell and cell.get("bytes") is None for cell in cells):
