@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from semantic_fill.captions import read_text
 from semantic_fill.data import TriptychDataset
 from semantic_fill.sampling import wrong_maps, wrong_name
 
@@ -59,7 +60,7 @@ def read_boxes(path: str | Path) -> dict[str, list[Box]]:
         `ValueError`: if the file is no such list. The message names the line.
     """
     scenes: dict[str, list[Box]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
         try:
             scene = json.loads(line)
             boxes = []
