@@ -31,6 +31,7 @@ from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.checks import check_samples
 from semantic_fill.data import TriptychDataset
 from semantic_fill.encoding import Encoder, read_encoding
+from semantic_fill.metrics import to_bytes
 from semantic_fill.sources import list_folder
 
 
@@ -226,10 +227,6 @@ def figures(painted: torch.Tensor, target: torch.Tensor, label) -> dict[str, flo
             ious.append(np.mean([((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum() for k in np.unique(b)]))
         found["iou"] = float(np.mean(ious))
     return found
-
-
-def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
-    return (pictures * 255).round().byte()
 
 
 def draw_sheet(columns: dict[str, torch.Tensor], rows: int = 8) -> PIL.Image.Image:
