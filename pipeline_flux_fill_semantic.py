@@ -649,13 +649,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         """
         adapter, _ = self._acting_adapters()[0]
         target = visible if target is None else target
-        maps = (
-            semantic
-            if isinstance(semantic, dict)
-            else {}
-            if semantic is None
-            else {adapter.semantic_maps[0]: semantic}
-        )
+        maps: dict[str, torch.Tensor] = {}
+        if semantic is not None:
+            maps = semantic if isinstance(semantic, dict) else {adapter.semantic_maps[0]: semantic}
         missing = torch.full_like(visible, 0.5)
         for semantic_map in maps.values() if adapter.mode.fuses else ():
             visible = torch.lerp(visible, semantic_map, adapter.fusion_alpha)

@@ -1094,13 +1094,10 @@ class SemanticAttentionModel(SemanticModel):
             `ValueError`: The shapes do not fit each other.
         """
         semantic_tokens, layers = self._tokens_of(semantic_tokens, semantic_map), self.layers_of(semantic_map)
-        rotary_emb, scale = (
-            self._rotary_emb(hidden_states, semantic_tokens, positions),
-            self._scale_of_each(semantic_scale),
-        )
-        block = layers[layer]
+        rotary_emb = self._rotary_emb(hidden_states, semantic_tokens, positions)
+        scale, block = self._scale_of_each(semantic_scale)[semantic_map], layers[layer]
         for earlier in layers[: layer % len(layers)]:
-            hidden_states = earlier(hidden_states, semantic_tokens, rotary_emb, scale[semantic_map])
+            hidden_states = earlier(hidden_states, semantic_tokens, rotary_emb, scale)
         query, key = block.query_and_key(hidden_states, block.norm_semantic(semantic_tokens), rotary_emb)
         if tokens is not None:
             query = query[:, :, torch.as_tensor(tokens, device=query.device)]

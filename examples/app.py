@@ -289,11 +289,11 @@ def build_page(painter: Painter, samples: list[dict[str, PIL.Image.Image]]) -> g
             return gr.skip()
 
     def paint(visible, *values, progress=gr.Progress()):
+        count = len(names)
+        drawings, (prompt, *values) = values[:count], values[count:]
+        scales, (seed, *chosen) = values[:count], values[count:]
         # Only a page for several maps lets a visitor choose the one whose attention is shown.
-        drawings, (prompt, *scales, seed, looked_in) = (
-            values[: len(names)],
-            (*values, names[0])[len(names) : 2 * len(names) + 3],
-        )
+        looked_in = chosen[0] if chosen else names[0]
         unchanged = [gr.skip()] * 6
         if visible is None:
             refuse(ValueError("There is no picture yet: pick one or upload your own."))

@@ -98,15 +98,14 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[di
         else:
             prompt = encoder.encode_prompts([caption])
         own = {name: views[name] for name in names if name in views}
-        maps: dict[str, dict[str, torch.Tensor]] = {"right map": own, "no map": {}} if names else {"painting": {}}
+        maps: dict[str, dict[str, torch.Tensor]] = {"right map": own} if names else {"painting": {}}
         row = {"visible": (as_picture(views["visible"]), "")}
         for name in names:
             label = "map" if len(names) == 1 else name
             row |= {label: (as_picture(own[name]), "")} if name in own else {}
             if index in others[name]:
                 maps[f"wrong {label}"] = own | {name: dataset.views(others[name][index])[name]}
-        # Paintings without a map come last.
-        maps |= {"no map": maps.pop("no map")} if names else {}
+        maps |= {"no map": {}} if names else {}
         for name, semantic in maps.items():
             with engine.autocast():
                 output: Any = pipeline(
