@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from thermal import street_tables
 from tqdm.auto import tqdm
 
 
@@ -74,6 +73,8 @@ VARIANTS = {
     "cross_attention, rope, 2 layers": Variant(f"{ROPE} {TWO_LAYERS}"),
     "projection": Variant(PROJECTION),
     "projection, painted at 1.25": Variant(PROJECTION, paint_scale=1.25),
+    "projection, painted at 1.5": Variant(PROJECTION, paint_scale=1.5),
+    "projection, 3 x the steps": Variant(PROJECTION, steps=3),
     "projection on the noise": Variant(PROJECTION, "ProjectionOnNoise"),
     "aligned": Variant(NONE, "Aligned"),
     "condition, none": Variant(NONE, "AttentionFromCondition", weighs=True),
@@ -188,7 +189,12 @@ def table(rows: list[dict], costs: list[dict], task: str) -> str:
         columns += [f"{cells[0]['trained']:,}", str(cells[0]["tokens"])]
         columns += [f"{cost[name][key]:.0f}" if name in cost else "" for key in ("step_ms", "peak_mib")]
         lines.append(f"| {name} | " + " | ".join(columns) + f" | {len(cells)} |")
-    return "\n".join(lines) + (f"\n\n{street_tables(variants)}" if variants and task == "thermal" else "")
+    if variants and task == "thermal":
+        # Imported last: a worker imports this file before it knows its GPU, and the libraries look for GPUs at once.
+        from thermal import street_tables
+
+        lines.append(f"\n{street_tables(variants)}")
+    return "\n".join(lines)
 
 
 def learning_curves(rows: list[dict], task: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

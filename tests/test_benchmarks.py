@@ -3,6 +3,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -213,6 +216,14 @@ def test_curves_mix_no_runs(ablation):
 def test_workers_take_turns_at_the_given_gpus(ablation, monkeypatch, given, workers):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     assert [ablation.share_of_gpus(number, 2) for number in range(3)] == workers
+
+
+def test_workers_know_their_gpu_before_libraries_look_for_gpus():
+    # A worker imports the file that started it before `start_worker` can choose its GPU.
+    code = "import sys, ablation; sys.exit('diffusers' in sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
 
 
 def test_steps_that_a_cache_leaves_out(monkeypatch):
