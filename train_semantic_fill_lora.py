@@ -44,11 +44,12 @@ from semantic_fill import reports
 from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
+from semantic_fill.compiler import compile_blocks, keep_compiled_code
 from semantic_fill.data import load_datasets
 from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
 from semantic_fill.files import ornament
-from semantic_fill.lora import add_lora, compiler_options
+from semantic_fill.lora import add_lora
 from semantic_fill.memory import Plan, choose_plan, set_checkpointing
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.page import painted_samples, write_page
@@ -290,11 +291,8 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
         load_lora(transformer, options.lora_weights, options.cache_dir)
     set_checkpointing(transformer, options.checkpointing)
     if options.compile:
-        dynamic = None
-        if options.aspect_buckets:
-            # A graph for each shape is faster than one graph for all.
-            dynamic, torch._dynamo.config.recompile_limit = False, 32
-        transformer.compile_repeated_blocks(dynamic=dynamic, options=compiler_options(options.fused_lora))
+        # With buckets, a graph for each shape is faster than one graph for all.
+        compile_blocks(transformer, options.fused_lora, static=options.aspect_buckets)
     return model
 
 
@@ -539,6 +537,7 @@ def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerat
     for name in (__name__, "semantic_fill"):
         logging.getLogger(name).setLevel(options.log_level.upper())
     reports.show_library_warnings()
+    keep_compiled_code()
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     # In torch 2.11 the backward of cuDNN's attention crashes or gives NaN. Flash attention takes over.

@@ -4,6 +4,7 @@
 import gc
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -11,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 # Nothing here may look anything up on the real Hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nor may a test leave compiled code in the cache of whoever runs it.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "semantic_fill_tests")))
 
 # Imports make a million objects that stay. Garbage collections would search them over and over.
 gc.disable()

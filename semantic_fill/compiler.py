@@ -1,0 +1,94 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Compiled blocks: one graph for each kind of block, and a cache from which the next run takes it.
+
+Compiling takes longer than many steps, so a block must not be compiled twice. `torch.compile` specializes a graph on its
+inputs' strides and on whether they require grad. In FLUX, the first block of either kind differs from the others in one of
+these, and without the hooks below each kind would be compiled twice. torch's own cache leaves out blocks with autograd
+functions or with a chosen attention, so that the next run would trace and differentiate them again.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from semantic_fill.lora import compiler_options
+
+
+# torch's own default is a folder below /tmp that a restart empties and that other users could have made.
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def keep_compiled_code() -> None:
+    """
+    Has the compiler keep its cache in `~/.cache/semantic_fill/compiled`, unless the environment names another folder. It
+    has to be called before anything is compiled.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(caches, "semantic_fill", "compiled")
+    # Without a home that can be written to, torch's own folder stays.
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault(CACHE_VARIABLE, str(folder))
+
+
+def cache_autograd() -> None:
+    """
+    Lets torch's cache hold the derivatives of blocks too, which takes private settings. Where they have changed, the
+    next run only takes longer to start.
+
+    torch leaves out what its cache may not know by the graph alone. An autograd function is part of the graph with its
+    forward and its backward. The two functions that choose attention take constants of the graph, and then follow
+    switches of the process, so these switches become a part of the key.
+    """
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    cuda = torch.backends.cuda
+    kinds = ("flash", "mem_efficient", "math", "cudnn")
+    switches = " ".join(str(getattr(cuda, f"{kind}_sdp_enabled")()) for kind in kinds)
+    names = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")
+    torch._inductor.config.unsafe_marked_cacheable_functions |= dict.fromkeys(names, switches)
+
+
+def require_grad(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """
+    A forward hook of the two embedders. The first block's input need not require grad otherwise, while those of the
+    others do. Its gradient costs three small products.
+    """
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def join_streams(module: torch.nn.Module, args: tuple, output: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A forward hook of the last block with two streams. Single blocks return text and image as two parts of one tensor,
+    so the first of them gets them in this form too.
+    """
+    text, image = output
+    text, image = torch.cat((text, image), dim=1).split((text.shape[1], image.shape[1]), dim=1)
+    return text, image
+
+
+def compile_blocks(transformer: FluxTransformer2DModel, fused_lora: bool, static: bool) -> None:
+    """
+    Has a transformer's blocks compiled when they are first called, each kind once for all of its blocks.
+
+    Args:
+        fused_lora (`bool`): Whether the blocks have the layers of `MasterWeightLora`, whose products are joined.
+        static (`bool`): Compile a graph for each shape. By default, torch goes over to one graph for all at the second.
+    """
+    cache_autograd()
+    for embedder in (transformer.x_embedder, transformer.context_embedder):
+        embedder.register_forward_hook(require_grad)
+    # A graph of the hook's own would take longer to compile than it saves.
+    join: Any = torch.compiler.disable(join_streams)
+    for block in transformer.transformer_blocks[-1:]:
+        block.register_forward_hook(join)
+    if static:
+        torch._dynamo.config.recompile_limit = 32
+    transformer.compile_repeated_blocks(dynamic=False if static else None, options=compiler_options(fused_lora))

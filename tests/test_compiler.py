@@ -1,0 +1,165 @@
+# Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
+"""Each kind of block is compiled once, and the next process finds what the compiler made."""
+
+import ast
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from diffusers import FluxTransformer2DModel
+from helpers import ROOT
+from quick_python import run_python
+
+from semantic_fill.compiler import CACHE_VARIABLE, compile_blocks, keep_compiled_code
+from semantic_fill.lora import add_lora
+from semantic_fill.memory import set_checkpointing
+
+
+@pytest.fixture
+def several_blocks(base) -> Any:
+    """A transformer of three blocks of either kind, with a LoRA that is not zero."""
+    torch.manual_seed(0)
+    config = {**base.transformer.config, "num_layers": 3, "num_single_layers": 3}
+    transformer: Any = FluxTransformer2DModel.from_config(config)
+    transformer.requires_grad_(False)
+    add_lora(transformer, rank=4, alpha=4)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return transformer
+
+
+def gradients_of(transformer: Any) -> dict[str, torch.Tensor]:
+    config, ids = transformer.config, torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(8.0))
+    generator = torch.Generator().manual_seed(0)
+    velocity = transformer(
+        hidden_states=torch.randn(2, len(ids), config.in_channels, generator=generator),
+        encoder_hidden_states=torch.randn(2, 6, config.joint_attention_dim, generator=generator),
+        pooled_projections=torch.randn(2, config.pooled_projection_dim, generator=generator),
+        timestep=torch.tensor([0.3, 0.6]),
+        guidance=torch.ones(2) if config.guidance_embeds else None,
+        txt_ids=torch.zeros(6, 3),
+        img_ids=ids,
+    ).sample
+    transformer.zero_grad()
+    if velocity.requires_grad:
+        velocity.square().mean().backward()
+    return {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", 0.5])
+def test_each_kind_of_block_is_compiled_once(several_blocks, monkeypatch, checkpointing):
+    graphs, compile_module = [], nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, options, **kwargs: compile_module(module, backend=backend, **kwargs)
+    )
+    several_blocks.train()
+    expected = gradients_of(several_blocks)
+    set_checkpointing(several_blocks, checkpointing)
+    compile_blocks(several_blocks, fused_lora=True, static=False)
+    for _ in range(2):
+        got = gradients_of(several_blocks)
+    assert len(graphs) == 2 and expected.keys() == got.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+    # Validation and painting take no gradients, and need a graph of each kind without.
+    with torch.no_grad():
+        gradients_of(several_blocks)
+    assert len(graphs) == 4
+
+
+# Nothing here needs a kernel of the compiler's own, which would take seconds to build.
+BLOCK = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from semantic_fill import lora
+from semantic_fill.compiler import cache_autograd
+
+factor = 1
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ (weight if factor > 1 else weight.t()), None
+
+def block(x, weight):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(*[Product.apply(x, weight)] * 3)
+
+def found():
+    torch._dynamo.reset()
+    counters.clear()
+    cache_autograd()
+    x, weight = torch.ones(1, 1, 16, 16, requires_grad=True), torch.ones(16, 16)
+    torch.compile(block, options=lora.compiler_options(fused_lora=True))(x, weight).sum().backward()
+    seen = counters["aot_autograd"]
+    return [seen["autograd_cache_hit"], seen["autograd_cache_miss"], seen["autograd_cache_bypass"]]
+
+results = {"first": found(), "again": found()}
+if len(sys.argv) > 1:
+    factor = 2
+    results["another backward"] = found()
+    lora.NARROW, factor = 64, 1
+    results["another pass over the graph"] = found()
+    lora.NARROW = 128
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    results["other attention"] = found()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    results["as at first"] = found()
+print(results)
+"""
+
+
+def test_another_process_finds_the_derivatives_of_a_block(tmp_path):
+    env = os.environ | {CACHE_VARIABLE: str(tmp_path), "PYTHONPATH": str(ROOT)}
+    results = []
+    for rank, more in ((0, []), (1, ["more"])):
+        done = run_python("-c", BLOCK, *more, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        assert done.returncode == 0, done.stderr
+        results.append(ast.literal_eval(done.stdout.splitlines()[-1]))
+    hit, miss = [1, 0, 0], [0, 1, 0]
+    assert results[0] == {"first": miss, "again": hit}
+    # The key of an entry holds what the graph's code does not show.
+    changed = dict.fromkeys(("another backward", "another pass over the graph", "other attention"), miss)
+    assert results[1] == {"first": hit, "again": hit} | changed | {"as at first": hit}
+
+
+def test_compiled_code_lies_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv(CACHE_VARIABLE, "elsewhere")
+    keep_compiled_code()
+    assert os.environ[CACHE_VARIABLE] == "elsewhere"
+    monkeypatch.delenv(CACHE_VARIABLE)
+    keep_compiled_code()
+    folder = Path(os.environ[CACHE_VARIABLE])
+    assert folder == tmp_path / "caches" / "semantic_fill" / "compiled" and folder.is_dir()
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keep_compiled_code()
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / ".cache" / "semantic_fill" / "compiled")
+
+
+def test_without_a_home_torchs_own_folder_stays(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv(CACHE_VARIABLE)
+    keep_compiled_code()
+    assert CACHE_VARIABLE not in os.environ
