@@ -413,15 +413,10 @@ def assemble(
     guidance_embeds = model.transformer.config["guidance_embeds"]
     engine.shard(model)
     optimizer = build_optimizer(model, options)
-    lr_scheduler = get_scheduler(
-        options.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
-        num_cycles=options.lr_num_cycles,
-        power=options.lr_power,
-    )
-    model, optimizer = engine.prepare(model, optimizer)
+    steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
+    shape = {"num_cycles": options.lr_num_cycles, "power": options.lr_power}
+    lr_scheduler = get_scheduler(options.lr_scheduler, optimizer=optimizer, **steps, **shape)
+    model, optimizer = engine.prepare(model, optimizer, options)
     checkpointer = Checkpointer(engine, engine.unwrap(model), optimizer, lr_scheduler, options, on_checkpoint)
     state = TrainingState() if checkpoint is None else checkpointer.restore(checkpoint)
     state.seed, state.samples = options.seed, samples
@@ -461,6 +456,13 @@ def train(run: Run) -> None:
         total=options.max_train_steps, initial=state.step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     first_step, bad_steps, skipped = state.step + 1, 0, 0
+
+    # With --cuda_graphs its kernels alone are repeated, so nothing in Python here may depend on the step.
+    def forward_backward(batch: Batch) -> torch.Tensor:
+        loss = compare(run.model(batch), batch, run.objective)
+        engine.backward(run.model, loss)
+        return loss.detach()
+
     batches = prefetch(run.make_batch, samples, accelerator.device)
     with StopSignals() as stop, contextlib.closing(batches), contextlib.closing(bar), contextlib.ExitStack() as stack:
         for step in range(first_step, options.max_train_steps + 1):
@@ -480,9 +482,7 @@ def train(run: Run) -> None:
                 batch, last = next(batches), micro_step == options.gradient_accumulation_steps - 1
                 shapes = reports.log_shapes(run, batch) if step < first_step + 2 else contextlib.nullcontext()
                 with engine.accumulate(run.model, last), shapes:
-                    loss = compare(run.model(batch), batch, run.objective)
-                    engine.backward(run.model, loss)
-                losses.append(loss.detach())
+                    losses.append(engine.run(forward_backward, batch))
             # This is the only place in a step where the host waits for the device, and processes for each other.
             norm = engine.clip(run.model, options.max_grad_norm)
             state.loss, norm, stopped_by = engine.gather(torch.stack(losses).mean(), norm, stop.number)

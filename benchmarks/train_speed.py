@@ -275,7 +275,10 @@ class Bench:
         tokens = encoder.image_tokens, encoder.max_sequence_length
         result = self.figures(seconds, options.train_batch_size, *tokens, **notes)
         if profiled:
-            self.report.note(**{f"profile {profile}": breakdown(*tracker.profiles, options.rank)})
+            found = breakdown(*tracker.profiles, options.rank)
+            self.report.note(**{f"profile {profile}": found})
+            result["idle ms"] = found["ms a step"]["idle"]
+            result["busy ms"] = sum(found["ms a step"].values()) - result["idle ms"]
         return result
 
     def fast(self, *more: str, profile: str | None = None) -> dict:
@@ -338,7 +341,8 @@ class Bench:
 
     def chosen_rows(self) -> list[list[Row]]:
         if self.args.row:
-            return [[Row(text, functools.partial(self.trainer, *text.split())) for text in self.args.row]]
+            rows = {text: functools.partial(self.trainer, *text.split()) for text in self.args.row}
+            return [[Row(text, measure, profile=True) for text, measure in rows.items()]]
         groups = self.groups()
         groups = [groups[name] for name in self.args.rows.split(",")]
         return [[row for row in group if re.search(self.args.only, row.name)] for group in groups]

@@ -8,8 +8,9 @@ processes. FSDP2 is called through PyTorch itself, because accelerate does not o
 
 import contextlib
 import gc
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from semantic_fill.averages import update_average
+from semantic_fill.graphs import Graphs
 from semantic_fill.options import Options
 
+
+logger = logging.getLogger(__name__)
 
 # A LoRA's gradients take a millisecond or two to send. Sent in parts during backward, they would compete with its products
 # for multiprocessors, and processes would wait for each other once for each part.
@@ -63,9 +67,9 @@ class Engine:
     forward_is_collective = False
 
     def __init__(self, accelerator: Accelerator, options: Options):
-        self.accelerator, self.compiled = accelerator, bool(options.compile)
+        self.accelerator = accelerator
         self.accumulation_steps, self.ema_decay = options.gradient_accumulation_steps, options.ema_decay
-        self.trained = None
+        self.trained = self.graphs = None
 
     @property
     def load_device(self) -> torch.device:
@@ -75,12 +79,29 @@ class Engine:
     def shard(self, model: Any) -> None:
         """Shards the built model in place, before its optimizer is made."""
 
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        """Wraps model and optimizer for training."""
-        if self.compiled:
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: Options):
+        """Wraps model and optimizer for training with the options that a run has in the end."""
+        if options.compile:
             # Dynamo would cut each block in two after the first MiB of its gradients, which are sent later anyway.
             torch._dynamo.config.optimize_ddp = False
+        self.choose_graphs(options)
         return self.accelerator.prepare(model, optimizer)
+
+    def choose_graphs(self, options: Options) -> None:
+        """Has micro-steps run as CUDA graphs where the options want it and nothing stands against it."""
+        if not (options.compile if options.cuda_graphs is None else options.cuda_graphs):
+            return
+        copies = isinstance(options.checkpointing, str) and options.checkpointing not in ("none", "selective", "full")
+        obstacles = {
+            "the device is no CUDA device": self.accelerator.device.type != "cuda",
+            "processes exchange gradients": self.accelerator.distributed_type != DistributedType.NO,
+            "fp16 scales the loss differently from step to step": self.accelerator.mixed_precision == "fp16",
+            f"--checkpointing {options.checkpointing} copies between devices": copies,
+            "--lora_dropout is drawn again by checkpointing": options.lora_dropout and options.checkpointing != "none",
+        }
+        found = [reason for reason, holds in obstacles.items() if holds]
+        self.graphs = None if found else Graphs()
+        logger.info(f"Steps run without CUDA graphs: {found[0]}" if found else "Steps are replayed as CUDA graphs")
 
     @staticmethod
     def unwrap(model: Any) -> Any:
@@ -100,6 +121,15 @@ class Engine:
 
     def backward(self, model: torch.nn.Module, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
+
+    def run(self, micro_step: Callable[[Any], torch.Tensor], batch: Any) -> torch.Tensor:
+        """The loss that `micro_step` returns for a batch, by a CUDA graph of it where there can be one."""
+        return micro_step(batch) if self.graphs is None else self.graphs(micro_step, batch)
+
+    def release_graphs(self) -> None:
+        """Frees the memory of CUDA graphs until the next step."""
+        if self.graphs is not None:
+            self.graphs.release()
 
     def clip(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Scales gradients down to `max_norm` and returns the norm that they had, over all processes."""
@@ -123,7 +153,8 @@ class Engine:
             optimizer.step()
             if self.ema_decay is not None:
                 update_average(optimizer, self.ema_decay)
-        optimizer.zero_grad()
+        # Graphs add to gradients where those have been before.
+        optimizer.zero_grad(set_to_none=self.graphs is None)
 
     def update_grad_scale(self, lower: bool) -> bool:
         """
@@ -200,7 +231,8 @@ class FSDP2Engine(Engine):
 
         model.forward = forward_in_autocast
 
-    def prepare(self, model, optimizer):
+    def prepare(self, model, optimizer, options):
+        self.choose_graphs(options)
         return model, optimizer
 
     @contextlib.contextmanager

@@ -40,8 +40,15 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def draws(transformer: FluxTransformer2DModel) -> bool:
+    """Whether blocks draw random numbers. Only then is the random state kept: a CUDA graph cannot capture its reading."""
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in transformer.modules())
+
+
 def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
     """Selective checkpointing, inside each block, so that a compiled block contains it too."""
+
+    random = draws(transformer)
 
     # One method for each class of blocks: a closure over each block would be compiled once for each.
     @functools.cache
@@ -51,7 +58,8 @@ def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
         def forward(self, *args, **kwargs):
             context_fn = functools.partial(create_selective_checkpoint_contexts, keep_products)
             block = functools.partial(plain, self)
-            return checkpoint(block, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+            options = {"use_reentrant": False, "preserve_rng_state": random, "context_fn": context_fn}
+            return checkpoint(block, *args, **options, **kwargs)
 
         return forward
 
@@ -80,9 +88,12 @@ def checkpoint_share(transformer: FluxTransformer2DModel, share: float) -> None:
     """Full checkpointing of the first blocks: backward recomputes them last, when nothing of the others is kept anymore."""
     blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
     checkpointed = set(blocks[: math.ceil(share * len(blocks))])
+    random = draws(transformer)
 
     def forward(block, *args):
-        return checkpoint(block, *args, use_reentrant=False) if block in checkpointed else block(*args)
+        if block not in checkpointed:
+            return block(*args)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=random)
 
     transformer.enable_gradient_checkpointing(forward)
 
@@ -90,7 +101,7 @@ def checkpoint_share(transformer: FluxTransformer2DModel, share: float) -> None:
 CHECKPOINTING = {
     "none": lambda transformer: None,
     "selective": checkpoint_products,
-    "full": lambda transformer: transformer.enable_gradient_checkpointing(),
+    "full": functools.partial(checkpoint_share, share=1.0),
     "offload": offload_blocks,
 }
 

@@ -254,6 +254,11 @@ class RuntimeOptions(OptionGroup):
     )
     gradient_checkpointing: bool = option(False, help="The same as --checkpointing full, unless that is passed.")
     compile: bool = option(None, help="Compile the transformer's repeated blocks. Default: no.")
+    cuda_graphs: bool = option(
+        None,
+        help="Launch forward and backward at once, as a CUDA graph. Your changes to the model or the loss then run in"
+        " Python only once for each shape. Default: with --compile, where it is possible.",
+    )
     attention_backend: str = option(
         None,
         choices=[backend.value for backend in AttentionBackendName],

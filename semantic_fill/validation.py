@@ -136,6 +136,7 @@ def validate(run) -> None:
     A checkpoint of the same step comes before, so that nothing here can cost it. A run that continues from there
     validates first.
     """
+    run.engine.release_graphs()
     not_averaged = {}
     if run.held_out is not None and run.options.ema_decay is not None:
         with run.stopwatch.part("held-out loss"):
