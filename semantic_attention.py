@@ -1176,6 +1176,13 @@ class CausalAttention:
         `ValueError`: The transformer has other attention processors than FLUX's own, or is sharded along its tokens.
     """
 
+    # The time at which the visible view is seen, and whether its own velocity counts.
+    seen_at, visible_loss = 0.0, False
+    # Whether the visible view leaves its noise behind with the velocity of its own pass, or towards the condition.
+    follows = False
+    # The latents at which the visible view ends instead of the condition's.
+    end: Any = None
+
     def __init__(self, transformer: Any, gradients: bool = True):
         self.gradients, self.passes, self.stock = gradients, BOTH, transformer.attn_processors
         for name, stock in self.stock.items():
@@ -1197,7 +1204,8 @@ class CausalAttention:
     def see(self, transformer: Any, hidden_states: torch.Tensor, timestep: torch.Tensor, **inputs) -> None:
         r"""Runs the pass of the visible view alone, and keeps its keys and values."""
         self.passes = VISIBLE
-        transformer(hidden_states=hidden_states, timestep=torch.zeros_like(timestep), **inputs)
+        out = transformer(hidden_states=hidden_states, timestep=torch.full_like(timestep, self.seen_at), **inputs)
+        self.velocity = out[0].detach()
         self.passes = TARGET
 
     @contextlib.contextmanager
@@ -1219,9 +1227,15 @@ class CausalAttention:
                 # The call of `see` below.
                 return None
             noisy = kwargs["hidden_states"]
-            kwargs["hidden_states"] = shown = self.show(noisy, columns)
+            kwargs["hidden_states"] = self.show(noisy, columns)
             # The visible view leaves its noise behind as the target does, because the VAE decodes both together.
-            moved[:] = [(noisy - shown)[..., : noisy.shape[-1] // 6] / kwargs["timestep"][:, None, None]]
+            clean = CausalAttention.show(noisy, columns)
+            if self.end is not None:
+                end = torch.cat(
+                    (self.end.to(noisy), split_panels(noisy, columns)[0][..., self.end.shape[-1] :]), dim=-1
+                )
+                clean = join_panels(end, split_panels(noisy, columns)[1], columns)
+            moved[:] = [(noisy - clean)[..., : noisy.shape[-1] // 6] / kwargs["timestep"][:, None, None]]
             if enhance is not None:
                 args, kwargs = enhance(transformer, args, kwargs)
             visible, target = split_panels(kwargs["hidden_states"], columns)
@@ -1236,6 +1250,8 @@ class CausalAttention:
         def after(transformer, args, kwargs, output):
             if self.passes == VISIBLE:
                 return None
+            if self.follows:
+                return (join_panels(self.velocity, output[0], columns),)
             return (join_panels(torch.zeros_like(output[0]), output[0], columns) + moved[0],)
 
         def restore():
@@ -1276,8 +1292,10 @@ class CausalAttention:
             self.passes, t = BOTH, inputs.pop("timestep")
             batched = ("encoder_hidden_states", "pooled_projections", "guidance")
             inputs |= {name: torch.cat((inputs[name],) * 2) for name in batched if inputs[name] is not None}
-            inputs |= {"timestep": torch.cat((torch.zeros_like(t), t))}
-            out = transformer(hidden_states=torch.cat((visible, target)), **inputs)[0].chunk(2)[1]
+            inputs |= {"timestep": torch.cat((torch.full_like(t, self.seen_at), t))}
+            seen, out = transformer(hidden_states=torch.cat((visible, target)), **inputs)[0].chunk(2)
+            if self.visible_loss:
+                return (join_panels(seen, out, columns),)
         else:
             with torch.no_grad():
                 self.see(transformer, visible, **inputs)

@@ -211,6 +211,8 @@ class SemanticFillModel(torch.nn.Module):
         """The transformer's input `[B, N, 384]`, x_t and x_cond, enhanced with the map unless a sample drops it."""
         hidden_states = torch.cat((batch.x_t, batch.x_cond), dim=-1)
         if self.causal is not None:
+            # The rehearsal of settings has no noise of its own.
+            self.causal.x_1 = getattr(batch, "x_1", batch.x_t)
             hidden_states = self.causal.show(hidden_states, batch.columns)
         if self.semantic_attention is None or batch.keep_map is None:
             return hidden_states

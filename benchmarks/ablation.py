@@ -99,6 +99,19 @@ VARIANTS = {
     "causal, rank 32": Variant(f"{CAUSAL} --rank 32"),
     "causal, joint at first": Variant(CAUSAL, causal="JointAtFirst"),
     "causal, 3 x the steps": Variant(CAUSAL, steps=3),
+    "zeros": Variant(CAUSAL, causal="Zeros"),
+    "zeros at t = 1": Variant(CAUSAL, causal="ZerosAtOne"),
+    "first step": Variant(CAUSAL, causal="FirstStep"),
+    "first step, no gradients": Variant(f"{CAUSAL} --no-visible_gradients", causal="FirstStep"),
+    "first step, whole loss": Variant(f"{CAUSAL} --loss_region diptych", causal="FirstStepLoss"),
+    "first step, LoRA of its own": Variant(CAUSAL, causal="FirstStepOwnLora"),
+    "first step, prompt unseen": Variant(CAUSAL, causal="FirstStepUnseen"),
+    "first step, joint at first": Variant(CAUSAL, causal="FirstStepJointAtFirst"),
+    "first step, rank 32": Variant(f"{CAUSAL} --rank 32", causal="FirstStep"),
+    "first step, 3 x the steps": Variant(CAUSAL, causal="FirstStep", steps=3),
+    "projection, half the steps": Variant(PROJECTION, steps=0.5),
+    "causal, half the steps": Variant(CAUSAL, steps=0.5),
+    "first step, half the steps": Variant(CAUSAL, causal="FirstStep", steps=0.5),
 }
 # The variants that --figures compares. Each has one color in all panels.
 COMPARED = (

@@ -29,7 +29,7 @@ from variants import CAUSAL, MODULES
 import pipeline_flux_fill_semantic
 import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_attention import CausalAttention
+from semantic_attention import CausalAttention, split_panels
 from semantic_fill.checks import check_samples
 from semantic_fill.data import TriptychDataset
 from semantic_fill.encoding import Encoder, read_encoding
@@ -162,11 +162,17 @@ def prompt_of(run: trainer.Run, count: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def paint(
-    run: trainer.Run, variant, views: list[dict], maps: torch.Tensor | None, args: argparse.Namespace
+    run: trainer.Run, variant, views: list[dict], maps: torch.Tensor | None, args: argparse.Namespace, beside=None
 ) -> torch.Tensor:
     painter, painted = make_painter(run), []
     for start in range(0, len(views), 32):
         batch = views[start : start + 32]
+        CausalAttention.end = None
+        if beside is not None:
+            visible = torch.stack([view["visible"] for view in batch]).to(painter.vae.device)
+            diptych, mask = painter.prepare_diptych(visible, beside(start, visible))
+            x_0 = painter.encode_diptych(diptych, mask, generator=torch.Generator().manual_seed(start))[0]
+            CausalAttention.end = split_panels(x_0, visible.shape[-1] // 16)[0]
         painted.append(
             painter(
                 image=torch.stack([view["visible"] for view in batch]),
@@ -286,11 +292,23 @@ def run_cell(
     if not run.encoder.mode.uses_map:
         shown = {"right": None}
     paintings = {kind: paint(run, variant, views, shown_maps, args) for kind, shown_maps in shown.items()}
+    if run.options.visible_attention == "causal":
+        # The same weights, with other latents beside those of the target when the VAE decodes both.
+        twice = lambda start, batch: batch  # noqa: E731
+        beside = lambda start, batch: paintings["right"][start : start + 32].to(batch)  # noqa: E731
+        for how, other in (("twice", twice), ("again", beside)):
+            paintings[f"right, {how}"] = paint(run, variant, views, maps, args, other)
+        paintings["wrong, twice"] = paint(run, variant, views, maps[others], args, twice)
+        if variant.causal and variant.causal.startswith("FirstStep"):
+            CausalAttention.follows = True
+            paintings["right, follows"] = paint(run, variant, views, maps, args)
+            paintings["wrong, follows"] = paint(run, variant, views, maps[others], args)
+            CausalAttention.follows = False
     for kind, painted in paintings.items():
         row[kind] = figures(painted, target, found.label)
         if streets is not None:
             pictures = (to_bytes(x) for x in (painted, target, visible))
-            row[kind] |= streets.judge(*pictures, shown=others if kind == "wrong" else None)
+            row[kind] |= streets.judge(*pictures, shown=others if kind.startswith("wrong") else None)
     window = max(1, len(losses) // 20)
     row["loss"] = float(np.mean(losses[-len(losses) // 4 :]))
     row["curve"] = np.array(losses[: len(losses) // window * window]).reshape(-1, window).mean(1).round(4).tolist()

@@ -160,4 +160,81 @@ class JointAtFirst(CausalAttention):
         return super().__call__(transformer, hidden_states, columns, **inputs)
 
 
-CAUSAL = {cls.__name__: cls for cls in (PromptUnseen, ZeroNoise, OwnLora, JointAtFirst)}
+def without_visible_noise(hidden_states: torch.Tensor, columns: int) -> torch.Tensor:
+    """Zeros in the noise channels of the visible view."""
+    visible, target = split_panels(hidden_states, columns)
+    channels = hidden_states.shape[-1] // 6
+    return join_panels(
+        torch.cat((torch.zeros_like(visible[..., :channels]), visible[..., channels:]), -1), target, columns
+    )
+
+
+class Zeros(CausalAttention):
+    """The noise channels of the visible view are zero, at t = 0, in one call with gradients."""
+
+    show = staticmethod(without_visible_noise)
+
+
+class ZerosAtOne(Zeros):
+    """The same at t = 1."""
+
+    seen_at = 1.0
+
+
+class FirstStep(CausalAttention):
+    """The visible view is seen as in the first step of painting: at t = 1, with nothing but noise in its noise channels."""
+
+    seen_at = 1.0
+
+    def show(self, hidden_states, columns):
+        if not torch.is_grad_enabled():
+            # Painting, which looks at the visible view in the first step only.
+            return hidden_states
+        visible, target = split_panels(hidden_states, columns)
+        noise = split_panels(self.x_1, columns)[0]
+        return join_panels(torch.cat((noise, visible[..., noise.shape[-1] :]), -1), target, columns)
+
+
+class FirstStepLoss(FirstStep):
+    """The same, with a loss on the whole canvas. The velocity of the visible view is that from its own noise."""
+
+    visible_loss = True
+
+
+class FirstStepOwnLora(OwnLora):
+    """The same, with a LoRA of its own for the visible view."""
+
+    seen_at, show = 1.0, FirstStep.show
+
+
+class FirstStepUnseen(PromptUnseen):
+    """The same, without the prompt for the visible view."""
+
+    seen_at, show = 1.0, FirstStep.show
+
+
+class FirstStepJointAtFirst(JointAtFirst):
+    """The same, joint in the first third."""
+
+    seen_at, painted_with = 1.0, FirstStep
+
+    def show(self, hidden_states, columns):
+        return hidden_states if self.calls < self.joint_steps else FirstStep.show(self, hidden_states, columns)
+
+
+CAUSAL = {
+    cls.__name__: cls
+    for cls in (
+        PromptUnseen,
+        ZeroNoise,
+        OwnLora,
+        JointAtFirst,
+        Zeros,
+        ZerosAtOne,
+        FirstStep,
+        FirstStepLoss,
+        FirstStepOwnLora,
+        FirstStepUnseen,
+        FirstStepJointAtFirst,
+    )
+}

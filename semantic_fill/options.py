@@ -340,10 +340,6 @@ class Options(
         if self.visible_attention == "causal":
             if len(SEMANTIC_MODES[self.semantic_mode].panels) != 2:
                 raise ValueError(f"--visible_attention causal cannot go with --semantic_mode {self.semantic_mode}.")
-            if self.loss_region != "target":
-                raise ValueError(
-                    "--visible_attention causal needs --loss_region target, as only the target is painted."
-                )
         rates = {self.learning_rate, self.semantic_learning_rate, self.semantic_scale_learning_rate}
         if self.optimizer == "prodigy" and len(rates) > 1:
             raise ValueError(f"--optimizer prodigy takes one learning rate for all weights but got {sorted(rates)}.")
