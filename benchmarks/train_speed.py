@@ -271,6 +271,7 @@ class Bench:
         options, encoder = run.options, run.encoder
         notes["flags"] = f"{options.base_precision} {options.checkpointing}{' compile' if options.compile else ''}"
         trainer.train(run)
+        notes["first step s"] = run.stopwatch.steps[0]
         seconds = tracker.seconds(warm_up)[: self.args.steps]
         tokens = encoder.image_tokens, encoder.max_sequence_length
         result = self.figures(seconds, options.train_batch_size, *tokens, **notes)

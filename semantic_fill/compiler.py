@@ -8,7 +8,9 @@ functions or with a chosen attention, so that the next run would trace and diffe
 """
 
 import contextlib
+import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,31 @@ def keep_compiled_code() -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             os.environ.setdefault(CACHE_VARIABLE, str(folder))
+
+
+def describe_gpu(device: torch.device) -> tuple[str, ...]:
+    """What decides whether a kernel of a library works: the GPU, its driver and the versions of the libraries."""
+    driver = Path("/proc/driver/nvidia/version")
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
+    return name, driver.read_text() if driver.exists() else "", torch.__version__, str(torch.backends.cudnn.version())
+
+
+def remember_success(trial: Callable[[], bool], *facts: str) -> bool:
+    """
+    Whether a trial succeeds, or has succeeded with the same facts in an earlier run. A file beside the compiled code
+    remembers it. A failure is tried again, since it may have had another cause, such as too little memory.
+    """
+    folder = os.environ.get(CACHE_VARIABLE)
+    success = Path(folder or "", f"success-{hashlib.sha256(repr(facts).encode()).hexdigest()}")
+    if folder and success.exists():
+        return True
+    succeeds = trial()
+    if folder and succeeds:
+        # A file that cannot be written costs the next run its time only.
+        with contextlib.suppress(OSError):
+            success.parent.mkdir(parents=True, exist_ok=True)
+            success.touch()
+    return succeeds
 
 
 def cache_autograd() -> None:

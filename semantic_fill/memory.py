@@ -16,6 +16,7 @@ from diffusers import FluxTransformer2DModel
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from semantic_fill.compiler import describe_gpu, remember_success
 from semantic_fill.lora import NARROW
 from semantic_fill.precision import BLOCKS, PRECISIONS
 
@@ -259,17 +260,22 @@ for ours, theirs in zip(*grads.values()):
 def cudnn_attends(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
     """
     Whether cuDNN's attention, the fastest from compute capability 9.0 on, survives a backward pass and agrees with
-    another kernel. Some of its versions crash the process at some shapes, so the trial runs in a process of its own.
+    another kernel. Some of its versions crash the process at some shapes, so the trial runs in a process of its own. It
+    takes ten seconds, so a success is remembered.
 
     Args:
         shape (`tuple[int, int, int, int]`): Batch, tokens, heads and channels of a head.
     """
     arguments = [*map(str, shape), str(dtype).removeprefix("torch."), str(device)]
-    try:
-        trial = subprocess.run([sys.executable, "-c", CUDNN_TRIAL, *arguments], capture_output=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        return False
-    return trial.returncode == 0
+    command = [sys.executable, "-c", CUDNN_TRIAL, *arguments]
+
+    def survives() -> bool:
+        try:
+            return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    return remember_success(survives, CUDNN_TRIAL, *arguments, *describe_gpu(device))
 
 
 def choose_plan(

@@ -3,6 +3,7 @@
 
 import ast
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import FluxTransformer2DModel
 from helpers import ROOT
 from quick_python import run_python
 
+from semantic_fill import memory
 from semantic_fill.compiler import CACHE_VARIABLE, compile_blocks, keep_compiled_code
 from semantic_fill.lora import add_lora
 from semantic_fill.memory import set_checkpointing
@@ -163,3 +165,27 @@ def test_without_a_home_torchs_own_folder_stays(tmp_path, monkeypatch):
     monkeypatch.delenv(CACHE_VARIABLE)
     keep_compiled_code()
     assert CACHE_VARIABLE not in os.environ
+
+
+def test_a_trial_that_succeeded_is_not_repeated(tmp_path, monkeypatch):
+    commands, codes = [], [1, 0]
+
+    def run(command, **kwargs):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, codes.pop(0) if codes else 0)
+
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "compiled"))
+    trial = (2, 16, 2, 16), torch.device("cuda", 0), torch.bfloat16
+    # The failure is tried again, and the success is not.
+    assert [memory.cudnn_attends(*trial) for _ in range(4)] == [False, True, True, True] and len(commands) == 2
+    # Each of these could crash where the other did not.
+    assert memory.cudnn_attends((4, 16, 2, 16), *trial[1:]) and len(commands) == 3
+    assert memory.cudnn_attends(*trial[:2], torch.float16) and len(commands) == 4
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 99999)
+    assert memory.cudnn_attends(*trial) and len(commands) == 5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    assert memory.cudnn_attends(*trial) and len(commands) == 6
+    monkeypatch.delenv(CACHE_VARIABLE)
+    assert memory.cudnn_attends(*trial) and len(commands) == 7
