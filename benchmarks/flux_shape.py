@@ -5,6 +5,8 @@ Random weights take as long as real ones, whose download needs a license to be a
 takes the tiny models of the tests instead, to try a benchmark without a GPU.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from accelerate import init_empty_weights
@@ -42,6 +44,7 @@ VAE = {
     "use_post_quant_conv": False,
 }
 CLIP_L = {
+    "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_attention_heads": 12,
@@ -49,6 +52,7 @@ CLIP_L = {
     "projection_dim": 768,
 }
 T5_XXL = {
+    "vocab_size": 32128,
     "d_model": 4096,
     "d_kv": 64,
     "d_ff": 10240,
@@ -117,6 +121,22 @@ def build_vae(shape: str, device: torch.device, dtype: torch.dtype) -> Autoencod
     return materialize(vae, device, dtype)
 
 
+def empty_components() -> dict[str, Any]:
+    """All components of FLUX.1-Fill-dev, the models on the meta device. The tokenizers know an alphabet only."""
+    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    ids = {f"{name}_token_id": getattr(clip_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    with init_empty_weights(include_buffers=False):
+        return {
+            "scheduler": build_scheduler("flux"),
+            "vae": AutoencoderKL(**VAE),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L, **ids)),
+            "tokenizer": clip_tokenizer,
+            "text_encoder_2": T5EncoderModel(T5Config(**T5_XXL)),
+            "tokenizer_2": t5_tokenizer,
+            "transformer": FluxTransformer2DModel.from_config(FLUX_FILL),
+        }
+
+
 def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> FluxFillSemanticPipeline:
     """The pipeline without its transformer, as training loads it. Its weights are always the same, so caches are found."""
     torch.manual_seed(0)
@@ -127,23 +147,10 @@ def build_encoders(shape: str, device: torch.device, dtype: torch.dtype) -> Flux
         for name in ("vae", "text_encoder", "text_encoder_2"):
             components[name].requires_grad_(False)
         return pipeline.to(device)
-    clip_tokenizer, t5_tokenizer = build_tokenizers()
-    ids = {name: getattr(clip_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), **{f"{name}_token_id": number for name, number in ids.items()}, **CLIP_L
-    )
-    with init_empty_weights(include_buffers=False):
-        clip = CLIPTextModel(clip_config)
-        t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **T5_XXL))
-    return FluxFillSemanticPipeline(
-        scheduler=build_scheduler(shape),
-        vae=build_vae(shape, device, dtype),
-        text_encoder=materialize(clip, device, dtype),
-        tokenizer=clip_tokenizer,
-        text_encoder_2=materialize(t5, device, dtype),
-        tokenizer_2=t5_tokenizer,
-        transformer=None,
-    )
+    components = empty_components()
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        components[name] = materialize(components[name], device, dtype)
+    return FluxFillSemanticPipeline(**components | {"transformer": None})
 
 
 def forward_flops(shape: str, image_tokens: int, text_tokens: int) -> float:

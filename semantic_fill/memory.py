@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from semantic_fill.compiler import describe_gpu, remember_success
 from semantic_fill.lora import NARROW
 from semantic_fill.precision import BLOCKS, PRECISIONS
+from semantic_fill.streaming import WeightStream
 
 
 # -- Checkpointing -----------------------------------------------------------------------------------------------------
@@ -85,6 +86,12 @@ def offload_blocks(transformer: FluxTransformer2DModel) -> None:
     transformer.enable_gradient_checkpointing(offloaded)
 
 
+def stream_blocks(transformer: FluxTransformer2DModel) -> None:
+    """`offload_blocks`, and the weights of a quantized base are in the CPU's memory too."""
+    offload_blocks(transformer)
+    WeightStream(transformer)
+
+
 def checkpoint_share(transformer: FluxTransformer2DModel, share: float) -> None:
     """Full checkpointing of the first blocks: backward recomputes them last, when nothing of the others is kept anymore."""
     blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
@@ -104,6 +111,7 @@ CHECKPOINTING = {
     "selective": checkpoint_products,
     "full": functools.partial(checkpoint_share, share=1.0),
     "offload": offload_blocks,
+    "stream": stream_blocks,
 }
 
 
@@ -141,15 +149,20 @@ class Workload:
 
     Args:
         transformer (`FluxTransformer2DModel`): Only its sizes are read, so it may be on the meta device.
-        tokens (`int`): Image and text tokens of one sample.
+        image_tokens, text_tokens (`int`): Tokens of one sample.
         batch_size, rank, use_8bit_adam: As the options of these names. `use_8bit_adam` is `None` with another optimizer.
     """
 
     transformer: FluxTransformer2DModel
-    tokens: int
+    image_tokens: int
+    text_tokens: int
     batch_size: int
     rank: int
     use_8bit_adam: bool | None
+
+    @property
+    def tokens(self) -> int:
+        return self.image_tokens + self.text_tokens
 
 
 # Of the precisions whose products are equally fast, the more precise first. Each then recomputes as few blocks as it can.
@@ -158,18 +171,27 @@ PLANS = [
     Plan("fp8x2", "none", compile=True),
     *(Plan(precision, some, compile=True) for precision in ("fp8", "bf16", "int8", "nf4") for some in TO_FULL),
     Plan("nf4", "offload", compile=True),
+    Plan("nf4", "stream", compile=True),
 ]
 # Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape
 # (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
-KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1)}
+KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1), "stream": (0.1, 0.1)}
 # The compiler keeps this much more where products are in fp8 and nothing is recomputed.
 FP8_KEPT_BYTES = 6.3
-# The estimate leaves this much free, because the CUDA context grows and the allocator cannot use every gap.
+# Bytes for each image token while the VAE decodes a painting, and for each weight of a layer while it is quantized.
+PAINTING_BYTES, QUANTIZING_BYTES = 0.95 * 2**20, 6
+# The allocator cannot use all gaps between tensors that come and go: a share of all memory, and some more, of which up to
+# 0.4 GiB come with CUDA graphs.
+GAPS, GAP_BYTES = 0.03, 0.9 * 2**30
+# The CUDA context and the kernels of libraries and compiler (benchmarks/RESULTS.md), and the part of them that is there
+# before --fast looks what is free.
+PROCESS_BYTES, STARTED_BYTES = 0.85 * 2**30, 0.7 * 2**30
+# Text encoders and VAE leave this much free.
 SPARE_SHARE, SPARE_BYTES = 0.06, 2**30
 
 
 def device_memory(device: torch.device) -> tuple[float, float]:
-    """Bytes that are free, and bytes that may be planned with. Infinite on devices other than CUDA."""
+    """Bytes that are free, and bytes that an encoder may have. Infinite on devices other than CUDA."""
     if device.type != "cuda":
         return math.inf, math.inf
     # Memory that the allocator holds without a tensor in it is free as well.
@@ -196,18 +218,31 @@ def parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
-def estimate_peak(plan: Plan, workload: Workload) -> float:
-    """Bytes that a training step allocates at its peak."""
+def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
+    """Bytes of all tensors on the GPU at the peak of each part of a run: `loading`, `training` and `painting`."""
     transformer, tokens = workload.transformer, workload.batch_size * workload.tokens
     blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
     linears = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
     frozen = sum(linear.weight.numel() for linear in linears)
     rest = sum(parameter.numel() for parameter in transformer.parameters()) - frozen
     precision = PRECISIONS[plan.base_precision]
+    # Scales add little: one a row, or an eighth of a bit a weight with nf4.
+    bits = 16 if precision is None else precision.bits + 0.125
     # Modulation has no LoRA by default. It is counted in case a longer --lora_layers adds one.
     lora = workload.rank * sum(linear.in_features + linear.out_features for linear in linears)
-    # Weight, gradient and the optimizer's two moments.
-    trained = lora * (4 + 4 + (2 if workload.use_8bit_adam else 8))
+    resident = frozen * bits / 8 + 2 * rest + lora * 4
+    loading = resident
+    if precision is not None:
+        loading += QUANTIZING_BYTES * max(linear.weight.numel() for linear in linears)
+        if plan.checkpointing == "stream":
+            # Two blocks of each class are on the GPU.
+            pairs = [
+                module for name in BLOCKS for block in getattr(transformer, name)[:2] for module in block.modules()
+            ]
+            streamed = frozen - sum(module.weight.numel() for module in pairs if isinstance(module, torch.nn.Linear))
+            resident -= streamed * precision.bits / 8
+    # The optimizer's two moments. A step adds the gradient.
+    resident += lora * (2 if workload.use_8bit_adam else 8)
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
     bytes_of = {name: kept[eager] * tokens * width for name, kept in KEPT_BYTES.items()}
@@ -222,9 +257,16 @@ def estimate_peak(plan: Plan, workload: Workload) -> float:
         kept = recomputing * bytes_of["full"]
         # What the other blocks keep is gone before anything is recomputed.
         kept += max((len(blocks) - recomputing) * bytes_of["none"], recomputed)
-    # Scales add little: one a row, or an eighth of a bit a weight with nf4.
-    bits = 16 if precision is None else precision.bits * 1.04
-    return frozen * bits / 8 + 2 * rest + trained + kept
+    painting = workload.image_tokens * PAINTING_BYTES
+    return {"loading": loading, "training": resident + lora * 4 + kept, "painting": resident + painting}
+
+
+def estimate_peak(plan: Plan, workload: Workload) -> float:
+    """Bytes that the GPU has to have free before a run begins."""
+    parts = estimate_parts(plan, workload)
+    # Loading frees hardly anything, so it leaves no gaps.
+    later = max(parts["training"], parts["painting"]) * (1 + GAPS) + GAP_BYTES
+    return max(parts["loading"], later) + PROCESS_BYTES
 
 
 def empty_transformer(
@@ -297,7 +339,8 @@ def choose_plan(
         return replace(Plan("bf16", "none", compile=False), **fixed), f"{device.type} gains nothing from the others"
     major, minor = torch.cuda.get_device_capability(device)
     multiplies_fp8 = (major, minor) >= (8, 9) and dtype == torch.bfloat16
-    free, limit = device_memory(device)
+    free, _ = device_memory(device)
+    limit = free + STARTED_BYTES
     plans = dict.fromkeys(replace(plan, **fixed) for plan in PLANS)
     if not multiplies_fp8 and "base_precision" not in fixed:
         plans = [plan for plan in plans if not plan.base_precision.startswith("fp8")]

@@ -249,8 +249,9 @@ class RuntimeOptions(OptionGroup):
         above=0,
         below=1,
         help="What backward recomputes: nothing (none, the default), all but matrix products and attention"
-        " (selective), or everything (full). offload is full with the blocks' inputs kept in the CPU's memory. A number"
-        " is full for this share of the blocks, for example 0.3.",
+        " (selective), or everything (full). offload is full with the blocks' inputs kept in the CPU's memory, and stream"
+        " is offload with a quantized base's weights kept there too. A number is full for this share of the blocks, for"
+        " example 0.3.",
     )
     gradient_checkpointing: bool = option(False, help="The same as --checkpointing full, unless that is passed.")
     compile: bool = option(None, help="Compile the transformer's repeated blocks. Default: no.")

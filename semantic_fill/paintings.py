@@ -13,6 +13,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.training_utils import free_memory
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_attention import SINGLE_MAP
@@ -49,6 +50,8 @@ def paint_samples(run) -> PIL.Image.Image | None:
     if not (accelerator.is_main_process or engine.forward_is_collective):
         return None
     vae, vae_device = encoder.pipeline.vae, encoder.pipeline.vae.device
+    # What the allocator keeps of a step is in pieces that the VAE's larger tensors do not fit.
+    free_memory()
     vae.to(accelerator.device)
     model.eval()
     try:
@@ -56,6 +59,7 @@ def paint_samples(run) -> PIL.Image.Image | None:
     finally:
         model.train()
         vae.to(vae_device)
+        free_memory()
     if not accelerator.is_main_process:
         return None
     sheet = draw_sheet(rows)

@@ -190,7 +190,8 @@ def log_shapes(run, batch) -> Iterator[None]:
 def workload(options: Options, encoder: Encoder) -> Workload:
     return Workload(
         empty_transformer(options.pretrained_model_name_or_path, options.revision, options.cache_dir),
-        encoder.image_tokens + encoder.max_sequence_length,
+        encoder.image_tokens,
+        encoder.max_sequence_length,
         options.train_batch_size,
         options.rank,
         options.use_8bit_adam if options.optimizer == "adamw" else None,

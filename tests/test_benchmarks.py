@@ -11,8 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import ROOT, write_triptychs
+from helpers import ROOT, fresh_state, write_triptychs
 
+import train_semantic_fill_lora as trainer
 from semantic_attention import SemanticCrossAttention
 
 
@@ -252,6 +253,34 @@ def test_steps_that_a_cache_leaves_out(monkeypatch):
         assert paint(0.0) == [1, 1, 1, 1, 1]
         assert paint(1e9) == [1, 0, 0, 0, 0]
         assert paint(1e9, replayed=[1, 0, 1, 1, 0]) == [1, 0, 1, 1, 0]
+
+
+def test_cards(monkeypatch, tmp_path, caplog):
+    """A base is written, and a row for each card says how a run of the trainer ended."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cards
+
+    def launch(command, environment, log):
+        fresh_state()
+        caplog.clear()
+        try:
+            trainer.main(trainer.parse_args(command[2:]))
+        except ValueError as error:
+            log.write_text(f"ValueError: {error}")
+            return 1
+        log.write_text(caplog.text)
+        return 0
+
+    monkeypatch.setattr(cards, "launch", launch)
+    more = [f"--folder={tmp_path}", f"--output={tmp_path / 'cards.json'}", "--row=0 --lora_layers nowhere"]
+    cards.main(cards.parse_args(["--shape=test", "--gib", "15.3", *more]))
+    assert len([*(tmp_path / "base" / "transformer").glob("*.safetensors")]) > 1
+    well, failed = json.loads((tmp_path / "cards.json").read_text())["rows"]
+    assert (
+        well["ended"] == "well" and well["options"] == "--train_batch_size 1 --use_8bit_adam" and well["ms/step"] > 0
+    )
+    assert well["chosen"].startswith("--base_precision bf16 --checkpointing none --no-compile")
+    assert failed["ended"].startswith("exit code 1") and "nowhere" in failed["ended"]
 
 
 @pytest.mark.parametrize("form, small", [("metadata", ["--small"]), ("txt", ["--small"]), ("parquet", [])])

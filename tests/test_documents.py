@@ -50,6 +50,7 @@ RUN_BY = {
     "examples/streets.py": "test_streets.py",
     "examples/train_base.py": "test_train_base.py",
     "benchmarks/ablation.py": "test_benchmarks.py",
+    "benchmarks/cards.py": "test_benchmarks.py",
     "benchmarks/scaling.py": "test_scaling.py",
     "benchmarks/setting_quality.py": "test_benchmarks.py",
     "benchmarks/startup.py": "test_benchmarks.py",
