@@ -22,6 +22,7 @@ from semantic_fill.precision import PRECISIONS, replace_linears
 
 FLUX_FILL = {
     "attention_head_dim": 128,
+    "axes_dims_rope": (16, 56, 56),
     "guidance_embeds": True,
     "in_channels": 384,
     "out_channels": 64,
