@@ -151,7 +151,7 @@ def onetrainer(work: Work, checkout: Path, weights: str, fastest: bool) -> Calla
 
 
 def sd_scripts(work: Work, checkout: Path, fp8: bool) -> Callable[[], float]:
-    """A step of `flux_train_network.py` with gradient checkpointing, as its documentation recommends."""
+    """A step of `flux_train_network.py` with gradient checkpointing, as in its documentation's example."""
     # It was written for transformers 4, and a pipeline of SD 1 that it imports asks for a class that is gone.
     transformers.CLIPFeatureExtractor = make_stand_in("CLIPFeatureExtractor")
     import flux_train_network

@@ -51,6 +51,7 @@ RUN_BY = {
     "examples/train_base.py": "test_train_base.py",
     "benchmarks/ablation.py": "test_benchmarks.py",
     "benchmarks/cards.py": "test_benchmarks.py",
+    "benchmarks/others.py": "test_others.py",
     "benchmarks/scaling.py": "test_scaling.py",
     "benchmarks/setting_quality.py": "test_benchmarks.py",
     "benchmarks/startup.py": "test_benchmarks.py",
