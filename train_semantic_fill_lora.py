@@ -53,8 +53,8 @@ from semantic_fill.lora import add_lora
 from semantic_fill.memory import Plan, choose_plan, set_checkpointing
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.page import painted_samples, write_page
-from semantic_fill.precision import FrozenLinearConfig
 from semantic_fill.publish import open_repo, push_checkpoint, push_to_hub, replace_card, save_result, tracker_config
+from semantic_fill.quantizer import FrozenLinearConfig
 from semantic_fill.rehearsal import rehearse, require_tracker
 from semantic_fill.sampling import count_steps, plan_validation, prefetch, read_samples, seed_of
 from semantic_fill.sources import Source

@@ -98,11 +98,19 @@ def transformer_config(shape: str) -> dict:
 
 
 def build_transformer(
-    shape: str, precision: str, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
+    shape: str,
+    precision: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    drawn_on: torch.device | None = None,
+    **config,
 ) -> FluxTransformer2DModel:
-    """The frozen base, quantized layer by layer, so that it never exists in bf16 as a whole. Loading does the same."""
+    """
+    The frozen base, quantized layer by layer, so that it never exists in bf16 as a whole. Loading does the same. `config`
+    replaces parts of the transformer's.
+    """
     with init_empty_weights():
-        transformer = FluxTransformer2DModel.from_config(transformer_config(shape))
+        transformer = FluxTransformer2DModel.from_config(transformer_config(shape) | config)
     if PRECISIONS[precision] is not None:
         with torch.no_grad():
             for linear, frozen in replace_linears(transformer, precision):

@@ -30,6 +30,7 @@ SETTINGS = {
     "fp8": ["--base_precision=fp8"],
     "fp8x2": ["--base_precision=fp8x2"],
     "int8": ["--base_precision=int8"],
+    "int8mm": ["--base_precision=int8mm"],
     "nf4": ["--base_precision=nf4"],
     "prompts as long as the longest": ["--max_sequence_length=auto"],
     "8-bit Adam": ["--use_8bit_adam"],

@@ -25,7 +25,7 @@ from semantic_fill.streaming import WeightStream
 # -- Checkpointing -----------------------------------------------------------------------------------------------------
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default, aten._int_mm.default}
 ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -170,14 +170,13 @@ TO_FULL = ("none", *(share / 10 for share in range(1, 10)), "full")
 PLANS = [
     Plan("fp8x2", "none", compile=True),
     *(Plan(precision, some, compile=True) for precision in ("fp8", "bf16", "int8", "nf4") for some in TO_FULL),
-    Plan("nf4", "offload", compile=True),
-    Plan("nf4", "stream", compile=True),
+    *(Plan("nf4", some, compile=True) for some in ("offload", "stream")),
 ]
 # Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape
 # (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
 KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1), "stream": (0.1, 0.1)}
-# The compiler keeps this much more where products are in fp8 and nothing is recomputed.
-FP8_KEPT_BYTES = 6.3
+# The compiler keeps this much more where products are of 8 bits and nothing is recomputed.
+EIGHT_BITS, EIGHT_BITS_KEPT = ("fp8", "fp8x2", "int8mm"), 6.3
 # Bytes for each image token while the VAE decodes a painting, and for each weight of a layer while it is quantized.
 PAINTING_BYTES, QUANTIZING_BYTES = 0.95 * 2**20, 6
 # The allocator cannot use all gaps between tensors that come and go: a share of all memory, and some more, of which up to
@@ -246,8 +245,8 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
     bytes_of = {name: kept[eager] * tokens * width for name, kept in KEPT_BYTES.items()}
-    if plan.compile and plan.base_precision.startswith("fp8"):
-        bytes_of["none"] += FP8_KEPT_BYTES * tokens * width
+    if plan.compile and plan.base_precision in EIGHT_BITS:
+        bytes_of["none"] += EIGHT_BITS_KEPT * tokens * width
     # A block that is recomputed keeps for a while what it would keep without checkpointing.
     recomputed = KEPT_BYTES["none"][eager] * tokens * width * 2
     if isinstance(plan.checkpointing, str):

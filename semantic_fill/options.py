@@ -240,8 +240,8 @@ class RuntimeOptions(OptionGroup):
     base_precision: str = option(
         None,
         choices=PRECISIONS,
-        help="Precision of the frozen blocks. Default: bf16, which keeps the dtype of --mixed_precision. nf4 needs"
-        " bitsandbytes.",
+        help="Precision of the frozen blocks. Default: bf16, which keeps the dtype of --mixed_precision. fp8, fp8x2 and"
+        " int8mm also multiply in 8 bits, int8mm on GPUs without fp8. nf4 needs bitsandbytes.",
     )
     checkpointing: float | str = option(
         None,

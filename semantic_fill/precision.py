@@ -1,5 +1,5 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The frozen transformer in fewer bits: less memory, and with fp8 faster products.
+"""The frozen transformer in fewer bits: less memory, and with fp8 and int8mm faster products.
 
 `PRECISIONS` is the one place that knows the precisions. Each is an `nn.Linear` that holds a quantized weight and sends
 gradients to its input; the weight itself is not trained. The linear layers of the blocks are replaced, which hold 99 %
@@ -9,19 +9,17 @@ No library serves here: torchao and bitsandbytes quantize a layer's forward pass
 product that sends gradients through the frozen weight to be quantized, compiled and recomputed under checkpointing.
 """
 
-import enum
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
-from diffusers.quantizers import auto
-from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 
 FP8 = torch.float8_e4m3fn
+# A product of int8 on a GPU takes more rows than this.
+INT8_ROWS = 16
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
@@ -59,32 +57,63 @@ def fp8_product(
 ) -> torch.Tensor:
     """
     `(scale_a * a) @ (scale_b * b).T + bias` for fp8 `a` `(m, k)` and `b` `(n, k)`, with scales `(m, 1)` and `(1, n)`.
+    Like a stored weight, `b` comes as uint8 bytes.
 
     `_scaled_mm` is private. Its public successor, `torch.nn.functional.scaled_mm`, takes private enums itself and is not
     in all versions of torch that are supported here.
     """
-    return torch._scaled_mm(a, b.t(), scale_a, scale_b, bias, out_dtype=dtype, use_fast_accum=True)
+    return torch._scaled_mm(a, b.view(FP8).t(), scale_a, scale_b, bias, out_dtype=dtype, use_fast_accum=True)
 
 
-class _Fp8Linear(torch.autograd.Function):
-    """`x @ weight.T + bias` and the gradient of x, both as fp8 products with one scale a row."""
+def to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` to int8, from -127 to 127."""
+    scaled, scales = quantize_rows(rows, 127)
+    return scaled.round().to(torch.int8), scales
+
+
+def int8_product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `fp8_product` for int8, summed in int32. A compiler fuses the scales into what follows.
+
+    `_int_mm` is private, and torch has no public product of int8. On a GPU it takes more than `INT8_ROWS` rows, and
+    sizes `k` and `n` that are multiples of 8.
+    """
+    out = torch._int_mm(a, b.t()) * scale_a * scale_b
+    return (out if bias is None else out + bias).to(dtype)
+
+
+# How input and gradient are quantized for a weight of this dtype, and the product with it.
+EIGHT_BITS = {torch.uint8: (to_fp8, fp8_product), torch.int8: (to_int8, int8_product)}
+
+
+class _EightBitLinear(torch.autograd.Function):
+    """`x @ weight.T + bias` and the gradient of x, both as products of 8 bits with one scale a row."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, bias, columns):
         ctx.save_for_backward(weight, scale, columns)
-        rows, row_scales = to_fp8(x.flatten(0, -2))
-        out = fp8_product(rows, weight.view(FP8), row_scales, scale.t(), x.dtype, bias)
-        return out.unflatten(0, x.shape[:-1])
+        quantize, product = EIGHT_BITS[weight.dtype]
+        rows, row_scales = quantize(x.flatten(0, -2))
+        return product(rows, weight, row_scales, scale.t(), x.dtype, bias).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
         weight, scale, columns = ctx.saved_tensors
+        quantize, product = EIGHT_BITS[weight.dtype]
         # This product sums over the weight's rows, so their scales have to be applied to the gradient beforehand.
-        rows, row_scales = to_fp8(grad.flatten(0, -2) * scale.t())
-        # The hardware needs both factors contiguous along the dimension that is summed over.
-        columns = (weight.t().contiguous() if columns is None else columns).view(FP8)
+        rows, row_scales = quantize(grad.flatten(0, -2) * scale.t())
+        # The hardware needs both factors contiguous along the dimension that is summed over. For int8 in the other order
+        # there is a kernel, which takes several times as long as both together.
+        columns = weight.t().contiguous() if columns is None else columns
         ones = torch.ones(1, weight.shape[1], dtype=torch.float32, device=grad.device)
-        out = fp8_product(rows, columns, row_scales, ones, grad.dtype)
+        out = product(rows, columns, row_scales, ones, grad.dtype)
         return out.unflatten(0, grad.shape[:-1]), None, None, None, None
 
 
@@ -204,11 +233,24 @@ class Int8Linear(FrozenLinear):
         self.register_buffer("scale", None, persistent=False)
 
     def quantize(self, weight: torch.Tensor) -> None:
-        scaled, self.scale = quantize_rows(weight, 127)
-        self.weight = nn.Parameter(scaled.round().to(torch.int8), requires_grad=False)
+        rows, self.scale = to_int8(weight)
+        self.weight = nn.Parameter(rows, requires_grad=False)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return _WeightOnlyLinear.apply(x, self.weight, self.scale, bias)
+
+
+class Int8ProductLinear(Int8Linear):
+    """
+    `Int8Linear` whose input and gradient are quantized too, row by row, so that both products run in int8.
+
+    Modulation has a row a sample, too few for such a product. There the weight is dequantized.
+    """
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x[..., 0].numel() > INT8_ROWS:
+            return _EightBitLinear.apply(x, self.weight, self.scale, bias, None)
+        return super().product(x, bias)
 
 
 class Fp8Linear(Int8Linear):
@@ -231,7 +273,7 @@ class Fp8Linear(Int8Linear):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # With one scale a row, `_scaled_mm` can only write bfloat16.
         if self.multiplies and x.dtype == torch.bfloat16:
-            return _Fp8Linear.apply(x, self.weight, self.scale, bias, self.columns)
+            return _EightBitLinear.apply(x, self.weight, self.scale, bias, self.columns)
         return _WeightOnlyLinear.apply(x, self.weight, self.scale, bias)
 
 
@@ -280,6 +322,7 @@ PRECISIONS: dict[str, type[FrozenLinear] | None] = {
     "fp8": Fp8Linear,
     "fp8x2": Fp8TwiceLinear,
     "int8": Int8Linear,
+    "int8mm": Int8ProductLinear,
     "nf4": Nf4Linear,
 }
 
@@ -325,73 +368,3 @@ def quantize_blocks(transformer: FluxTransformer2DModel, precision: str) -> None
         frozen.train(linear.training).requires_grad_(False)
         # Frees the old weight before the next one is quantized.
         del linear.weight, linear.bias
-
-
-# -- Loading ----------------------------------------------------------------------------------------------------------
-#
-# diffusers hands a quantizer each tensor as it reads it, so the model never exists in full precision. Registering a
-# quantizer of our own takes diffusers' private mappings and methods, which all stand here.
-
-
-class _Method(str, enum.Enum):
-    FROZEN = "frozen_linear"
-
-
-class FrozenLinearConfig(QuantizationConfigMixin):
-    """`quantization_config` for `from_pretrained`: the blocks' linear layers in one of `PRECISIONS`."""
-
-    def __init__(self, precision: str, device: torch.device | str):
-        self.quant_method: Any = _Method.FROZEN
-        self.precision, self.device = precision, str(device)
-
-    def to_diff_dict(self) -> dict:
-        return self.to_dict()
-
-    @classmethod
-    def of(cls, precision: str, device: torch.device | str) -> "FrozenLinearConfig | None":
-        """The configuration for a precision, or `None` for one that quantizes nothing."""
-        return None if PRECISIONS[precision] is None else cls(precision, device)
-
-
-class FrozenLinearQuantizer(DiffusersQuantizer):
-    requires_calibration = False
-    quantization_config: Any
-
-    def update_device_map(self, device_map):
-        return device_map or {"": self.quantization_config.device}
-
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        replace_linears(model, self.quantization_config.precision)
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        return model
-
-    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
-        path, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), FrozenLinear)
-
-    def create_quantized_param(self, model, param_value, param_name, target_device, *args, dtype=None, **kwargs):
-        layer = model.get_submodule(param_name.rpartition(".")[0])
-        layer.quantize(param_value.to(device=target_device, dtype=dtype))
-
-    def get_cuda_warm_up_factor(self):
-        # diffusers allocates 2 / factor of the unquantized bytes at once.
-        precision: Any = PRECISIONS[self.quantization_config.precision]
-        return 2 * 16 // precision.bits
-
-    @property
-    def supports_parallel_loading(self) -> bool:
-        # One layer at a time is what keeps the peak low.
-        return False
-
-    @property
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-auto.AUTO_QUANTIZER_MAPPING[_Method.FROZEN.value] = FrozenLinearQuantizer
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_Method.FROZEN.value] = FrozenLinearConfig

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from helpers import ROOT, fresh_state, write_triptychs
 
 import train_semantic_fill_lora as trainer
@@ -80,6 +81,21 @@ def test_timed_steps(monkeypatch, train_speed):
 
 def test_flops_of_flux(train_speed):
     assert train_speed.flux_shape.forward_flops("flux", 2048, 512) == pytest.approx(37.7e12, rel=0.01)
+
+
+def test_blocks_by_precision(train_speed, tmp_path, monkeypatch):
+    import block_speed
+
+    compiled = []
+    monkeypatch.setattr(
+        FluxTransformer2DModel, "compile_repeated_blocks", lambda *_, **kwargs: compiled.append(kwargs)
+    )
+    options = "--shape test --batch 1 --image_tokens 32 --text_tokens 8 --passes 1 --precisions bf16,int8mm".split()
+    block_speed.main(block_speed.parse_args([*options, "--output", str(tmp_path / "out.json")]))
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["bf16", "int8mm"] and len(compiled) == 2
+    for row in rows:
+        assert row["blocks of a step, ms"] == pytest.approx(19 * row["double, ms"] + 38 * row["single, ms"])
 
 
 def test_quality_of_settings(monkeypatch, tmp_path, base_folder, triptych_folder):

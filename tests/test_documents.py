@@ -50,6 +50,7 @@ RUN_BY = {
     "examples/streets.py": "test_streets.py",
     "examples/train_base.py": "test_train_base.py",
     "benchmarks/ablation.py": "test_benchmarks.py",
+    "benchmarks/block_speed.py": "test_benchmarks.py",
     "benchmarks/cards.py": "test_benchmarks.py",
     "benchmarks/others.py": "test_others.py",
     "benchmarks/scaling.py": "test_scaling.py",

@@ -42,7 +42,7 @@ class CountProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.attentions += "scaled_dot_product" in name and "backward" not in name
-        self.products += name in ("addmm", "mm") and args[-1].shape[-2] > 4
+        self.products += name in ("addmm", "mm", "_int_mm") and args[-1].shape[-2] > 4
         return func(*args, **(kwargs or {}))
 
 
@@ -78,6 +78,14 @@ def test_checkpointing_changes_what_is_recomputed_and_no_gradient(gradients_with
     assert without.products < results[0.4][1].products < results["full"][1].products
     assert results["selective"][1].attentions == 0
     assert results["selective"][1].products == without.products
+
+
+def test_selective_checkpointing_keeps_products_of_integers(gradients_with, monkeypatch):
+    monkeypatch.setattr(memory, "NARROW", 4)
+    options = "--base_precision", "int8mm", "--mixed_precision", "bf16"
+    (expected, without), (got, count) = (gradients_with(name, *options) for name in ("none", "selective"))
+    assert count.products == without.products > 0
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full", "offload", 0.5])

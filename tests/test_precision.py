@@ -12,13 +12,14 @@ from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from helpers import arguments, assemble, first_loss, gradients, run, weights_of
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_fill import precision as precision_module
-from semantic_fill.precision import BLOCKS, PRECISIONS, FrozenLinear, FrozenLinearConfig, quantize_blocks
+from semantic_fill import quantizer as quantizer_module
+from semantic_fill.precision import BLOCKS, PRECISIONS, FrozenLinear, quantize_blocks
+from semantic_fill.quantizer import FrozenLinearConfig
 
 
 QUANTIZED = [name for name, cls in PRECISIONS.items() if cls is not None]
 # Relative error of one product with normally distributed factors: half a step of the format, on average.
-ERRORS = {"fp8": 0.05, "fp8x2": 0.05, "int8": 0.02, "nf4": 0.12}
+ERRORS = {"fp8": 0.05, "fp8x2": 0.05, "int8": 0.02, "int8mm": 0.02, "nf4": 0.12}
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -53,7 +54,7 @@ def test_product_and_gradient(precision):
     assert not any(parameter.requires_grad for parameter in frozen.parameters() if parameter is not frozen.bias)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp8x2", "int8"])
+@pytest.mark.parametrize("precision", ["fp8", "fp8x2", "int8", "int8mm"])
 def test_each_row_has_its_scale(precision):
     torch.manual_seed(0)
     sizes = torch.logspace(-4, 4, 32)
@@ -91,30 +92,60 @@ def test_nf4_is_restored_to_the_bit(columns, compiled):
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
-def test_compiled_layers_keep_no_restored_weight(precision):
+def test_compiled_layers_compute_the_same_and_keep_no_restored_weight(precision):
     torch.manual_seed(0)
-    layers = [quantized_linear(precision, nn.Linear(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
-    x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)
+    layers = nn.Sequential(*(quantized_linear(precision, nn.Linear(64, 64, dtype=torch.bfloat16)) for _ in range(2)))
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(32, 64, dtype=torch.bfloat16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        out = torch.compile(nn.Sequential(*layers), fullgraph=True)(x)
+        out = torch.compile(layers, fullgraph=True)(x)
     assert kept and all(tensor.numel() < 64 * 64 for tensor in kept if tensor.dtype.itemsize > 1)
-    out.sum().backward()
-    assert x.grad.abs().max() > 0
+    expected = layers(x)
+    pairs = (out, expected), [torch.autograd.grad(y, x, grad)[0] for y in (out, expected)]
+    # A value that lies halfway between two of the format may be rounded to either.
+    assert all(relative_error(got, want) < 0.02 for got, want in pairs)
 
 
-def test_fp8_multiplies_in_fp8(monkeypatch):
+@pytest.mark.parametrize("precision, name", [("fp8", "_scaled_mm"), ("int8mm", "_int_mm")])
+def test_both_products_are_of_8_bits(precision, name, monkeypatch):
     products = []
-    scaled_mm = torch._scaled_mm
-    monkeypatch.setattr(
-        torch, "_scaled_mm", lambda a, b, *args, **kw: products.append((a, b)) or scaled_mm(a, b, *args, **kw)
-    )
-    frozen = quantized_linear("fp8", nn.Linear(64, 32).bfloat16())
-    frozen(torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-    assert [(a.dtype, b.dtype) for a, b in products] == [(torch.float8_e4m3fn,) * 2] * 2
-    # In another dtype, or where the hardware has no such product, the weight is dequantized instead.
-    frozen(torch.randn(4, 64, requires_grad=True)).sum().backward()
+    product = getattr(torch, name)
+    monkeypatch.setattr(torch, name, lambda a, b, *args, **kw: products.append((a, b)) or product(a, b, *args, **kw))
+    frozen = quantized_linear(precision, nn.Linear(64, 32).bfloat16())
+    frozen(torch.randn(17, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    dtype = {"fp8": torch.float8_e4m3fn, "int8mm": torch.int8}[precision]
+    assert [(a.dtype, b.dtype) for a, b in products] == [(dtype,) * 2] * 2
+    # In another dtype than bfloat16 or for fewer rows than the hardware takes, the weight is dequantized instead.
+    x = torch.randn(17, 64) if precision == "fp8" else torch.randn(16, 64, dtype=torch.bfloat16)
+    frozen(x.requires_grad_()).sum().backward()
     assert len(products) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_products_are_those_of_the_nearest_integers(dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 32).to(dtype)
+    frozen = quantized_linear("int8mm", linear)
+    x = torch.randn(2, 20, 48, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 20, 32, dtype=dtype)
+
+    def nearest(rows):
+        """Integers from -127 to 127 and the size of one, for each row."""
+        unit = rows.double().abs().amax(-1, keepdim=True) / 127
+        return (rows.double() / unit).round(), unit
+
+    (weight, weight_unit), (rows, unit) = nearest(linear.weight.detach()), nearest(x.detach())
+    expected = (rows @ weight.t()) * unit * weight_unit.t() + linear.bias.detach().double()
+    out = frozen(x)
+    assert out.dtype == dtype
+    # Numbers that lie so near to half a unit that float32 rounds them the other way are rare.
+    rounding = max(1e-3, torch.finfo(dtype).eps)
+    assert relative_error(out.detach(), expected) < rounding
+    rows, unit = nearest(grad.double() * weight_unit.t())
+    (got,) = torch.autograd.grad(out, x, grad)
+    assert got.dtype == dtype
+    assert relative_error(got, (rows @ weight) * unit) < rounding
 
 
 # -- The base -----------------------------------------------------------------------------------------------------------
@@ -123,7 +154,7 @@ def test_fp8_multiplies_in_fp8(monkeypatch):
 @pytest.mark.parametrize("precision", QUANTIZED)
 def test_loading_quantizes_each_layer_as_it_comes(base, base_folder, precision, monkeypatch):
     cls, order, frozen_layers = PRECISIONS[precision], [], []
-    quantize, replace_linears = cls.quantize, precision_module.replace_linears
+    quantize, replace_linears = cls.quantize, quantizer_module.replace_linears
 
     def quantize_and_note(self, weight):
         waiting = sum(layer.weight.device.type == "meta" for layer in frozen_layers if layer is not self)
@@ -135,7 +166,7 @@ def test_loading_quantizes_each_layer_as_it_comes(base, base_folder, precision, 
         frozen_layers.extend(frozen for _, frozen in pairs)
         return pairs
 
-    monkeypatch.setattr(precision_module, "replace_linears", replace_and_note)
+    monkeypatch.setattr(quantizer_module, "replace_linears", replace_and_note)
     monkeypatch.setattr(cls, "quantize", quantize_and_note)
     loaded = FluxTransformer2DModel.from_pretrained(
         base_folder,
@@ -178,7 +209,7 @@ def test_loss_and_lora_gradients_stay_near(base_folder, triptych_folder, tmp_pat
         results[name] = loss.item(), torch.cat([gradient.flatten() for gradient in lora.values()])
     (loss, got), (expected_loss, expected) = results[precision], results["bf16"]
     assert loss == pytest.approx(expected_loss, rel=0.01)
-    least = {"fp8": 0.98, "fp8x2": 0.98, "int8": 0.99, "nf4": 0.93}[precision]
+    least = {"fp8": 0.98, "fp8x2": 0.98, "int8": 0.99, "int8mm": 0.99, "nf4": 0.93}[precision]
     assert torch.cosine_similarity(got, expected, dim=0) > least
 
 
