@@ -268,7 +268,7 @@ def test_memory_advice_names_flags_that_exist_and_what_they_save(base_folder, tm
     config = json.loads(Path(base_folder, "transformer", "config.json").read_text()) | flux
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     plan = Plan("bf16", "none", compile=False)
-    step = Workload(empty_transformer(str(tmp_path)), 2560, batch_size=4, rank=4, use_8bit_adam=False)
+    step = Workload(empty_transformer(str(tmp_path)), 2048, 512, batch_size=4, rank=4, use_8bit_adam=False)
 
     advice = memory_advice(plan, step, accumulation_steps=2, encoder_bytes=10 * 2**30)
     flags = dict(re.findall(r"^  (--.*): about ([\d.]+) GiB$", advice, re.MULTILINE))
@@ -282,7 +282,7 @@ def test_memory_advice_names_flags_that_exist_and_what_they_save(base_folder, tm
     accepted = arguments("unused", "unused", *" ".join(flags).split(), data="unused")
     assert (accepted.train_batch_size, accepted.gradient_accumulation_steps) == (1, 8)
     least = replace(step, batch_size=1, use_8bit_adam=True)
-    assert "Every flag that saves memory is in use" in memory_advice(Plan("nf4", "offload", compile=True), least, 8)
+    assert "Every flag that saves memory is in use" in memory_advice(Plan("nf4", "stream", compile=True), least, 8)
     # Prodigy has no 8-bit states.
     assert "--use_8bit_adam" not in memory_advice(plan, replace(step, use_8bit_adam=None), 1)
 
