@@ -148,7 +148,12 @@ def test_a_command_is_one_that_its_program_takes(command, tmp_path, monkeypatch,
     assert path.is_file()
     for folder in ("examples", "benchmarks"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
-    module = runpy.run_path(str(path))
+    try:
+        module = runpy.run_path(str(path))
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        pytest.skip('the page needs gradio: pip install "semantic-fill[app]"')
     if program == "train_semantic_fill_lora.py" and "..." in command:
         source = [] if "--dataset_name" in words else ["--train_data_dir", "data"]
         words = ["--pretrained_model_name_or_path", "base", *source, *words]
