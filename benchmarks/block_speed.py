@@ -14,6 +14,7 @@ from pathlib import Path
 
 import flux_shape
 import torch
+from diffusers.training_utils import cast_training_params
 from measurement import Report, describe, free, peak_gib, synchronize
 from train_speed import device_kernels, make_profiler
 
@@ -47,9 +48,8 @@ def measure(precision: str, args: argparse.Namespace, device: torch.device) -> d
     transformer.requires_grad_(False).train()
     transformer.set_attention_backend(args.attention_backend)
     add_lora(transformer, args.rank, args.rank)
+    cast_training_params(transformer, dtype=torch.float32)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.float()
     transformer.compile_repeated_blocks(options=compiler_options(fused_lora=True))
     config = transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]

@@ -101,6 +101,17 @@ def peak_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
 
 
+def step_figures(seconds: list[float], batch: int, device: torch.device) -> dict[str, float]:
+    """The median of timed steps of `batch` samples, their range relative to it, and the peak memory until now."""
+    second = statistics.median(seconds)
+    return {
+        "samples/s": batch / second,
+        "ms/step": 1e3 * second,
+        "spread": (max(seconds) - min(seconds)) / second,
+        "peak GiB": peak_gib(device),
+    }
+
+
 def describe(device: torch.device) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")

@@ -29,7 +29,6 @@ import importlib.machinery
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from measurement import ROOT, Report, describe, free, peak_gib, synchronize
+from measurement import ROOT, Report, describe, free, peak_gib, step_figures, synchronize
 from train_speed import SAME_TOKENS, Bench
 from train_speed import parse_args as parse_speed_args
 
@@ -318,10 +317,8 @@ def time_steps(step: Callable[[], float], batch: int, args: argparse.Namespace, 
         seconds.append(time.perf_counter() - start)
     if not torch.tensor(losses).isfinite().all():
         raise RuntimeError(f"the losses are {losses}")
-    timed = seconds[args.warm_up :]
-    second = statistics.median(timed)
-    spread = (max(timed) - min(timed)) / second
-    return dict(zip(FIGURES, (1e3 * second, batch / second, spread, peak_gib(device))))
+    figures = step_figures(seconds[args.warm_up :], batch, device)
+    return {name: figures[name] for name in FIGURES}
 
 
 def measure(row: Row, args: argparse.Namespace) -> dict:

@@ -40,6 +40,7 @@ from measurement import (
     gemm_peak,
     markdown,
     peak_gib,
+    step_figures,
     synchronize,
 )
 from peft import LoraConfig
@@ -148,16 +149,16 @@ class Bench:
         self.report.add(row=name, **facts, **result, minutes=(time.perf_counter() - start) / 60)
 
     def figures(self, seconds: list[float], batch: int, image_tokens: int, text_tokens: int, **more) -> dict:
-        second = statistics.median(seconds)
-        return {
-            "samples/s": batch / second,
-            "ms/step": 1e3 * second,
-            "spread": (max(seconds) - min(seconds)) / second,
-            "peak GiB": peak_gib(self.device),
-            "of bf16 floor": self.floor(image_tokens, text_tokens) * batch / second,
-            "image tokens": image_tokens,
-            "text tokens": text_tokens,
-        } | more
+        figures = step_figures(seconds, batch, self.device)
+        return (
+            figures
+            | {
+                "of bf16 floor": self.floor(image_tokens, text_tokens) * figures["samples/s"],
+                "image tokens": image_tokens,
+                "text tokens": text_tokens,
+            }
+            | more
+        )
 
     # -- The baseline ---------------------------------------------------------------------------------------------------
 

@@ -91,12 +91,12 @@ class Engine:
         """Has micro-steps run as CUDA graphs where the options want it and nothing stands against it."""
         if not (options.compile if options.cuda_graphs is None else options.cuda_graphs):
             return
-        copies = isinstance(options.checkpointing, str) and options.checkpointing not in ("none", "selective", "full")
         obstacles = {
             "the device is no CUDA device": self.accelerator.device.type != "cuda",
             "processes exchange gradients": self.accelerator.distributed_type != DistributedType.NO,
             "fp16 scales the loss differently from step to step": self.accelerator.mixed_precision == "fp16",
-            f"--checkpointing {options.checkpointing} copies between devices": copies,
+            f"--checkpointing {options.checkpointing} copies between devices": options.checkpointing
+            in ("offload", "stream"),
             "--lora_dropout is drawn again by checkpointing": options.lora_dropout and options.checkpointing != "none",
         }
         found = [reason for reason, holds in obstacles.items() if holds]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from semantic_fill.compiler import describe_gpu, remember_success
 from semantic_fill.lora import NARROW
-from semantic_fill.precision import BLOCKS, PRECISIONS
+from semantic_fill.precision import BLOCKS, PRECISIONS, blocks_of
 from semantic_fill.streaming import WeightStream
 
 
@@ -65,9 +65,8 @@ def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
 
         return forward
 
-    for blocks in BLOCKS:
-        for block in getattr(transformer, blocks):
-            block.forward = types.MethodType(checkpointed(type(block)), block)
+    for block in blocks_of(transformer):
+        block.forward = types.MethodType(checkpointed(type(block)), block)
 
 
 def offload_blocks(transformer: FluxTransformer2DModel) -> None:
@@ -94,7 +93,7 @@ def stream_blocks(transformer: FluxTransformer2DModel) -> None:
 
 def checkpoint_share(transformer: FluxTransformer2DModel, share: float) -> None:
     """Full checkpointing of the first blocks: backward recomputes them last, when nothing of the others is kept anymore."""
-    blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
+    blocks = blocks_of(transformer)
     checkpointed = set(blocks[: math.ceil(share * len(blocks))])
     random = draws(transformer)
 
@@ -176,7 +175,7 @@ PLANS = [
 # (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
 KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1), "stream": (0.1, 0.1)}
 # The compiler keeps this much more where products are of 8 bits and nothing is recomputed.
-EIGHT_BITS, EIGHT_BITS_KEPT = ("fp8", "fp8x2", "int8mm"), 6.3
+EIGHT_BITS_KEPT = 6.3
 # Bytes for each image token while the VAE decodes a painting, and for each weight of a layer while it is quantized.
 PAINTING_BYTES, QUANTIZING_BYTES = 0.95 * 2**20, 6
 # The allocator cannot use all gaps between tensors that come and go: a share of all memory, and some more, of which up to
@@ -217,11 +216,15 @@ def parameter_bytes(modules: Iterable[torch.nn.Module]) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
+def linears_of(blocks: Iterable[torch.nn.Module]) -> list[torch.nn.Linear]:
+    return [module for block in blocks for module in block.modules() if isinstance(module, torch.nn.Linear)]
+
+
 def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
     """Bytes of all tensors on the GPU at the peak of each part of a run: `loading`, `training` and `painting`."""
     transformer, tokens = workload.transformer, workload.batch_size * workload.tokens
-    blocks = [block for name in BLOCKS for block in getattr(transformer, name)]
-    linears = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    blocks = blocks_of(transformer)
+    linears = linears_of(blocks)
     frozen = sum(linear.weight.numel() for linear in linears)
     rest = sum(parameter.numel() for parameter in transformer.parameters()) - frozen
     precision = PRECISIONS[plan.base_precision]
@@ -235,17 +238,15 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
         loading += QUANTIZING_BYTES * max(linear.weight.numel() for linear in linears)
         if plan.checkpointing == "stream":
             # Two blocks of each class are on the GPU.
-            pairs = [
-                module for name in BLOCKS for block in getattr(transformer, name)[:2] for module in block.modules()
-            ]
-            streamed = frozen - sum(module.weight.numel() for module in pairs if isinstance(module, torch.nn.Linear))
+            pairs = linears_of(block for name in BLOCKS for block in getattr(transformer, name)[:2])
+            streamed = frozen - sum(linear.weight.numel() for linear in pairs)
             resident -= streamed * precision.bits / 8
     # The optimizer's two moments. A step adds the gradient.
     resident += lora * (2 if workload.use_8bit_adam else 8)
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
     bytes_of = {name: kept[eager] * tokens * width for name, kept in KEPT_BYTES.items()}
-    if plan.compile and plan.base_precision in EIGHT_BITS:
+    if plan.compile and precision is not None and precision.multiplies_8_bits:
         bytes_of["none"] += EIGHT_BITS_KEPT * tokens * width
     # A block that is recomputed keeps for a while what it would keep without checkpointing.
     recomputed = KEPT_BYTES["none"][eager] * tokens * width * 2

@@ -23,6 +23,11 @@ INT8_ROWS = 16
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
+def blocks_of(transformer: FluxTransformer2DModel) -> list[Any]:
+    """All blocks in the order in which a forward pass calls them."""
+    return [block for name in BLOCKS for block in getattr(transformer, name)]
+
+
 def quantize_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Scales each row so that its largest value becomes `largest`.
@@ -205,6 +210,8 @@ class FrozenLinear(nn.Linear):
     """
 
     bits: int
+    # Whether products are of 8 bits where the hardware can, with input and gradient quantized too.
+    multiplies_8_bits = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -247,6 +254,8 @@ class Int8ProductLinear(Int8Linear):
     Modulation has a row a sample, too few for such a product. There the weight is dequantized.
     """
 
+    multiplies_8_bits = True
+
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if x[..., 0].numel() > INT8_ROWS:
             return _EightBitLinear.apply(x, self.weight, self.scale, bias, None)
@@ -260,6 +269,8 @@ class Fp8Linear(Int8Linear):
     Where the hardware multiplies fp8, input and gradient are quantized too, row by row, and both products run in fp8.
     Elsewhere the weight is dequantized for each product.
     """
+
+    multiplies_8_bits = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -331,8 +342,8 @@ def replace_linears(transformer: FluxTransformer2DModel, precision: str) -> list
     """Replaces the blocks' linear layers by empty ones of a precision. Returns pairs of old and new layers."""
     cls: Any = PRECISIONS[precision]
     replaced = []
-    for blocks in BLOCKS:
-        for parent in list(getattr(transformer, blocks).modules()):
+    for block in blocks_of(transformer):
+        for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 # The hardware's products need rows of a multiple of 16 bytes.
                 if type(child) is nn.Linear and child.in_features % 16 == 0 and child.out_features % 16 == 0:

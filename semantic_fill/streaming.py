@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from diffusers import FluxTransformer2DModel
 
-from semantic_fill.precision import BLOCKS, FrozenLinear
+from semantic_fill.precision import FrozenLinear, blocks_of
 
 
 class WeightStream:
@@ -32,7 +32,7 @@ class WeightStream:
         self.buffers: dict[tuple[type, int], list[torch.Tensor]] = {}
         self.held: dict[tuple[type, int], int] = {}
         self.last = -1
-        for number, block in enumerate(block for name in BLOCKS for block in getattr(transformer, name)):
+        for number, block in enumerate(blocks_of(transformer)):
             layers = [module for module in block.modules() if isinstance(module, FrozenLinear)]
             self.places.append(place := (type(block), number % 2))
             # Only pinned memory can be copied without the host waiting.
