@@ -33,6 +33,7 @@ from semantic_fill.files import (
     is_own_folder,
     list_files,
     remove,
+    remove_temporary_files,
     replace_folder,
 )
 from semantic_fill.options import HUB_CHECKPOINT, Options
@@ -297,6 +298,8 @@ def clean_up(folder: Path) -> None:
                 os.replace(path, place)
             else:
                 remove(path)
+    for written in (folder, folder / "samples"):
+        remove_temporary_files(written)
     complete_result(folder)
 
 

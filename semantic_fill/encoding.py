@@ -33,7 +33,7 @@ from semantic_fill.files import (
     has_header,
     is_intact,
     read_encoding,
-    remove_leftovers,
+    remove_temporary_files,
     write_encoding,
 )
 from semantic_fill.layout import Layout
@@ -337,7 +337,8 @@ class Encoder:
         with explain_write_errors("--cache_root"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            remove_leftovers(self.folder)
+            # Other runs may be writing to the same folder.
+            remove_temporary_files(self.folder, age=24 * 60 * 60)
         # What comes of one sample is encoded together, so that it is read once.
         groups = [list(paths) for _, paths in itertools.groupby(missing, key=lambda path: jobs[path][0])]
         if own := groups[rank::processes]:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -26,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 
 logger = get_logger(__name__)
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 CHECKPOINTS_REMAIN = "Earlier checkpoints are intact: continue with --resume_from_checkpoint latest."
 
 
@@ -128,7 +130,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Has `write` fill a temporary file, then renames it to `path`. Readers see all of the file or none of it, also when
     two processes write it at once.
     """
-    # A random name, because process ids repeat across machines that share a disk.
+    # A random name, because process ids repeat across machines that share a disk. `TEMPORARY` matches it.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
@@ -136,6 +138,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: Path, age: float = 0.0) -> None:
+    """Removes what killed runs left of `write_atomically`: files that nobody has written to for `age` seconds."""
+    for path in folder.glob(".*"):
+        with contextlib.suppress(OSError):
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def file_stamp(files: Sequence[Path]) -> str | None:
@@ -295,11 +305,3 @@ def is_intact(path: Path) -> bool:
         logger.warning(f"{path} is damaged and is encoded again")
         return False
     return True
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files that killed runs left: those that nobody has written to for a day."""
-    for path in (*folder.glob(".*.safetensors.*"), *folder.glob(".*.json.*")):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 24 * 60 * 60:
-                path.unlink()

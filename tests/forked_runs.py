@@ -30,8 +30,8 @@ import train_semantic_fill_lora as trainer
 # The server imports Pillow's formats once, so that no run has to.
 PIL.Image.init()
 
-PHASES = ("encoding", "step", "checkpoint", "result")
-MARKS = {"encoding": "/cache/", "checkpoint": ".checkpoint-", "result": ".result.part"}
+PHASES = ("encoding", "step", "checkpoint", "result", "card")
+MARKS = {"encoding": "/cache/", "checkpoint": ".checkpoint-", "result": ".result.part", "card": ".README.md."}
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 

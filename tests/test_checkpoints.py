@@ -24,7 +24,7 @@ from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_attention import file_hash
 from semantic_fill import checkpoints
 from semantic_fill.checkpoints import checkpoint_damage, claim_output_dir, find_checkpoint
-from semantic_fill.files import list_files
+from semantic_fill.files import list_files, write_atomically
 from semantic_fill.training_state import check_optimizer_state, join_tensors, read_state, split_tensors
 
 
@@ -300,15 +300,23 @@ def test_a_whole_checkpoint_stands_at_every_moment(one_step, tmp_path, monkeypat
     assert [1] in moments and moments[-1] == [2] and [] not in moments and [1, 2] in moments
 
 
-def test_a_run_killed_between_two_renames_lost_nothing(one_step, tmp_path):
+def test_a_run_killed_between_two_renames_lost_nothing(one_step, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(one_step, out)
     os.replace(out / "checkpoint-1", out / ".checkpoint-1.old")
     for leftover in (".checkpoint-3.part", ".checkpoint-2.gone", ".result.part"):
         shutil.copytree(one_step / "checkpoint-1", out / leftover)
+    (out / "samples").mkdir(exist_ok=True)
+    for written in ("README.md", "validation.jsonl", "samples/index.html"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            # Nothing tidies up, as after a kill.
+            patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+            write_atomically(out / written, lambda path: path.write_bytes(b"half"))
+    (out / ".kept").touch()
     claim_output_dir(arguments("unused", out, *RESUME, data="unused")).release()
     assert intact_checkpoints(out) == [1]
-    assert {path.name for path in out.iterdir() if path.name.startswith(".")} <= {".lock"}
+    assert {path.name for path in out.rglob(".*")} <= {".lock", ".kept"}
 
 
 # -- What a checkpoint fits -------------------------------------------------------------------------------------------

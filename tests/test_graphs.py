@@ -209,7 +209,7 @@ def test_graphs_compute_what_single_kernels_do(base_folder, triptych_folder, tmp
 
 @on_gpu
 @pytest.mark.parametrize(
-    "precision, checkpointing", zip(PRECISIONS, itertools.cycle(["none", "full", 0.5])), ids=PRECISIONS
+    "precision, checkpointing", list(zip(PRECISIONS, itertools.cycle(["none", "full", 0.5]))), ids=PRECISIONS
 )
 def test_compiled_graphs_train_as_eager_runs_do(base_folder, triptych_folder, tmp_path, precision, checkpointing):
     if precision == "nf4":
