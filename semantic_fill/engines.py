@@ -203,6 +203,9 @@ class FSDP2Engine(Engine):
             raise ValueError("FSDP2 takes the base in half precision: leave --fast and --base_precision out.")
         if accelerator.mixed_precision == "fp16":
             raise ValueError("FSDP2 does not scale the loss, which --mixed_precision fp16 needs: use bf16.")
+        # Each process loads the models that it encodes with. With this setting, which accelerate's launcher has by default,
+        # transformers before 5.23 leaves them zero in all processes but the first, whose weights nobody would send.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
     @property
     def load_device(self) -> torch.device:

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import os
 import types
 from pathlib import Path
 
@@ -64,11 +65,15 @@ def test_config_is_read(path, monkeypatch):
     assert (config.num_processes == 1) == (path.stem == "one_gpu")
     environment = launch_environment(path)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         monkeypatch.setenv(name, environment.get(name, ""))
     # What the launcher sets is what the trainer finds its engine by.
     engine = find_engine(accelerator_of(config.distributed_type.name), arguments("unused", "unused", data="unused"))
     assert isinstance(engine, FSDP2Engine) == (path.stem == "fsdp2")
+    # Every process has its own text encoders, though the launcher sets it otherwise.
+    if isinstance(engine, FSDP2Engine):
+        assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
 FSDP2 = {"FSDP_VERSION": "2"}
