@@ -24,8 +24,8 @@ COPY semantic_fill ./semantic_fill
 COPY configs ./configs
 RUN pip install --no-cache-dir --no-deps .
 
-# Models, data and results live in the volume, which the user of the container has to be able to write.
-ENV HF_HOME=/work/huggingface PYTHONUNBUFFERED=1
+# Models, data, results and compiled blocks live in the volume, which the user of the container has to be able to write.
+ENV HF_HOME=/work/huggingface TORCHINDUCTOR_CACHE_DIR=/work/compiled PYTHONUNBUFFERED=1
 RUN mkdir /work && chown user:user /work
 USER 1000
 WORKDIR /work
