@@ -60,6 +60,7 @@ RUN_BY = {
 }
 NOT_RUN = {
     "benchmarks/attention_backends.py": "it compares backends of CUDA",
+    "benchmarks/buckets.py": "it starts two processes for each run",
     "benchmarks/emoji.py": "it downloads its pictures",
     "benchmarks/several_maps.py": "it starts processes; test_benchmarks.py runs its cells",
     "benchmarks/inference_speed.py": "it compiles for minutes; test_benchmarks.py runs its painter and its caches",
