@@ -34,6 +34,7 @@ from semantic_fill.files import (
     is_intact,
     read_encoding,
     remove_temporary_files,
+    tokenizer_fingerprint,
     write_encoding,
 )
 from semantic_fill.layout import Layout
@@ -161,15 +162,12 @@ class Encoder:
         self.layouts = self._layouts()
         if self.cached:
             memory = FileMemory(self.folder / MEMORY, MEMORY_VERSION) if from_files else None
-            weights, config = fingerprint(pipeline.vae, memory), pipeline.vae.config
+            self.map_key = fingerprint(pipeline.vae, memory)
             # Modes that put the same on the canvas share its encoding.
-            self.canvas_key = (weights, self.panels, self.mode.fuses and pipeline.config["fusion_alpha"])
-            # The map's tokens are cached after scaling, so the scaling belongs to the key.
-            self.map_key = (weights, config.shift_factor, config.scaling_factor)
-            text_encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-            vocabularies = [sorted(t.get_vocab().items()) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
-            words = hashlib.sha256(repr(vocabularies).encode()).hexdigest()
-            self.prompt_key = (*(fingerprint(e, memory) for e in text_encoders), words, max_sequence_length)
+            self.canvas_key = (self.map_key, self.panels, self.mode.fuses and pipeline.config["fusion_alpha"])
+            encoders = [fingerprint(e, memory) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
+            tokenizers = [tokenizer_fingerprint(t) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
+            self.prompt_key = (*encoders, *tokenizers, max_sequence_length)
             if memory is not None:
                 memory.save()
 
@@ -290,8 +288,9 @@ class Encoder:
         """The files of a sample's encodings, and what makes each from its views."""
         rows = dict.fromkeys(self.maps, spec.index) | dict([spec.wrong_map] if spec.wrong_map else [])
         views = {i: (*self.dataset.digests(i), *self.dataset.size(i), spec.flip) for i in (spec.index, *rows.values())}
-        # The only map needs no name to be told from others.
-        maps = {name: (*views[row], *((name,) if len(rows) > 1 else ())) for name, row in rows.items()}
+        # Several maps are told by their places, because names may change places. The only one needs none.
+        places = [(place,) if len(rows) > 1 else () for place in range(len(rows))]
+        maps = {name: (*views[row], *place) for (name, row), place in zip(rows.items(), places)}
         dropped = spec.drop_maps if len(rows) > 1 else bool(spec.drop_maps)
         on_canvas = (dropped, *itertools.chain(*maps.values())) if self.mode.map_on_canvas else ()
         encode = functools.partial(self.encode_canvas, drop_maps=spec.drop_maps)
@@ -368,7 +367,8 @@ def encode_datasets(
     Encodes all samples, and what validation needs of the held-out ones, with the encoders alone on the accelerator.
     Without a cache, steps encode.
     """
-    from_files = pipeline is None
+    # Of a model's variants in one folder, a remembered hash does not tell which one it is of.
+    from_files = pipeline is None and options.variant is None
     pipeline = load_encoders(options, dtype) if pipeline is None else pipeline
     captions = dataset.all_captions() | (set() if plan is None else plan.dataset.all_captions())
     lengths = count_tokens(pipeline.tokenizer_2, captions)

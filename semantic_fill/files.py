@@ -149,9 +149,12 @@ def remove_temporary_files(folder: Path, age: float = 0.0) -> None:
 
 
 def file_stamp(files: Sequence[Path]) -> str | None:
-    """Sizes and times of change of files, or `None` if one of them is missing."""
+    """
+    What changes when files do, or `None` if one of them is missing. Tools that copy files may keep their size and
+    `st_mtime`, but not `st_ctime`.
+    """
     try:
-        return " ".join(f"{stat.st_size},{stat.st_mtime_ns}" for stat in map(os.stat, files))
+        return " ".join(f"{s.st_size},{s.st_mtime_ns},{s.st_ctime_ns}" for s in map(os.stat, files))
     except OSError:
         return None
 
@@ -205,27 +208,40 @@ class FileMemory:
 
 def fingerprint(model: torch.nn.Module, memory: FileMemory | None = None) -> str:
     """
-    A hash of all of a frozen model's weights.
+    A hash of all of a frozen model's weights and settings.
 
     Args:
         memory (`FileMemory`, *optional*):
-            Keeps the hash for as long as the model's safetensors files are unchanged, which spares reading gigabytes at
-            every start. Only for weights that are those of the files.
+            Keeps the hash for as long as the model's files are unchanged, which spares reading gigabytes at every start.
+            Only for weights that are those of the files.
     """
     # diffusers and transformers note where a model was loaded from, each in its own way.
     folder = getattr(model, "name_or_path", None) or getattr(model.config, "_name_or_path", None) or ""
-    files = sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else []
-    key, stamp = f"{os.path.abspath(folder)}\0{getattr(model, 'dtype', None)}", file_stamp(files) or None
+    files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
+    key, stamp = f"{os.path.abspath(folder)}\0{getattr(model, 'dtype', None)}", file_stamp(files)
     found = None if memory is None else memory.get(key, stamp)
     if isinstance(found, str):
         return found
-    digest = hashlib.sha256()
+    settings: Any = model.config
+    settings = settings.to_diff_dict() if hasattr(settings, "to_diff_dict") else settings
+    # Versions and where a model was loaded from make no difference.
+    about = sorted((k, repr(v)) for k, v in settings.items() if not k.startswith(("_", "transformers_version")))
+    digest = hashlib.sha256(repr(about).encode())
     for name, parameter in model.state_dict().items():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     if memory is not None:
         memory.put(key, stamp, digest.hexdigest())
     return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of all that decides which tokens a tokenizer makes of a prompt."""
+    rules = tokenizer.backend_tokenizer
+    # Each call sets both anew, so what the last one left tells nothing.
+    rules.no_truncation()
+    rules.no_padding()
+    return hashlib.sha256(repr((rules.to_str(), tokenizer.model_max_length)).encode()).hexdigest()
 
 
 def printable(text: str) -> str:

@@ -28,7 +28,7 @@ import train_semantic_fill_lora as trainer
 from pipeline_flux_fill_semantic import read_trained_settings
 from semantic_fill import evaluate
 from semantic_fill.options import DataOptions
-from semantic_fill.sampling import plan_validation
+from semantic_fill.sampling import SampleSpec, plan_validation
 from semantic_fill.tables import TableSource
 
 
@@ -124,6 +124,18 @@ def test_labels_of_one_map_take_the_palette(tmp_path):
     dataset = read_dataset(train_data_dir=str(data), palette=str(tmp_path / "palette.json"))
     assert dataset.views(1)["land"][:, 0, 0].tolist() == [0, 1, 0]
     assert (dataset.views(1)["rivers"] * 255).byte()[:, 0, 0].tolist() == [*np.asarray(views_of(1)["rivers"])[0, 0]]
+
+
+def test_maps_that_change_places_are_encoded_anew(base_folder, tmp_path):
+    for index in range(2):
+        canvas = np.concatenate([np.asarray(view) for view in views_of(index).values()], axis=1)
+        write_files(tmp_path / "data", {f"{index}.png": encode_picture(PIL.Image.fromarray(canvas))})
+    found = []
+    for names, place in (("land,rivers", "shared"), ("rivers,land", "shared"), ("rivers,land", "own")):
+        more = ["--semantic_panels", names, "--instance_prompt", "x", "--cache_root", tmp_path / place]
+        assembled = assemble(arguments(base_folder, tmp_path / "out", *more, data=tmp_path / "data"))
+        found.append(assembled.encoder.read(SampleSpec(0, 0, False, False))["encoded"]["semantic"])
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[2][0], found[2][1])
 
 
 # -- Training ---------------------------------------------------------------------------------------------------------
