@@ -389,14 +389,14 @@ def assemble(
         dataset, held_out_data = load_datasets(options, accelerator, pairs, source)
     else:
         dataset = encoder.dataset
+    samples, step_size = dataset.fingerprint(), samples_per_step(options, accelerator)
+    begun = check_same_samples(checkpoint, samples, options)
     if options.max_train_steps is None:
         # New options are checked again, which may end the run and so comes before the encoding.
-        steps = count_steps(dataset.groups(), samples_per_step(options, accelerator), options.num_train_epochs)
-        options = replace(options, max_train_steps=steps)
-    samples = dataset.fingerprint()
-    if checkpoint is not None:
-        check_same_samples(checkpoint, samples, options)
-    plan = plan_validation(options, held_out_data, samples_per_step(options, accelerator))
+        steps = count_steps(dataset.groups(), step_size, options.num_train_epochs)
+        # Steps before the checkpoint may have taken more samples or fewer.
+        options = replace(options, max_train_steps=steps + begun.step - begun.samples_seen // step_size)
+    plan = plan_validation(options, held_out_data, step_size)
     if encoder is None:
         with stopwatch.part("encoding"):
             encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, plan, pipeline)

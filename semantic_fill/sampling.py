@@ -106,10 +106,14 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
 
     def _row(self, position: int) -> int:
         """Each group is an endless stream of its rows, shuffled anew each time that all of them have come."""
-        step, place = divmod(position, self.samples_per_step)
-        group, earlier = self._group(step) if len(self.rows) > 1 else (self.groups[0], step)
+        group, earlier = self.groups[0], position
+        if len(self.rows) > 1:
+            # The run may have taken another number of samples in a step before it was resumed.
+            step, place = divmod(position - self.start % self.samples_per_step, self.samples_per_step)
+            group, steps = self._group(step)
+            earlier = steps * self.samples_per_step + place
         rows = self.rows[group]
-        visit, place = divmod(earlier * self.samples_per_step + place, len(rows))
+        visit, place = divmod(earlier, len(rows))
         if self.orders.get(group, (None,))[0] != visit:
             parts = ("epoch", visit, group) if len(self.rows) > 1 else ("epoch", visit)
             generator = torch.Generator().manual_seed(seed_of(self.seed, *parts))

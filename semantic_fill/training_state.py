@@ -240,8 +240,9 @@ def read_options(checkpoint: Path) -> dict[str, Any]:
 
 
 def fixed_options(model, options: Options) -> dict:
-    """Options that a continued run cannot change: the shapes of what is trained, and the kind of optimizer."""
-    names = ("semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam")
+    """Options that a continued run cannot change: what is trained on which canvas, and the kind of optimizer."""
+    names = ["semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam"]
+    names += ["fusion_alpha"] if SEMANTIC_MODES[options.semantic_mode].fuses else []
     fixed = {name: getattr(options, name) for name in names}
     if model.semantic_attention is not None:
         # The module's own configuration: --semantic_weights brings its own.
@@ -284,7 +285,7 @@ def check_fixed_options(checkpoint: Path, options: Options) -> None:
             )
 
 
-def check_same_samples(checkpoint: Path, samples: str, options: Options) -> None:
+def check_same_samples(checkpoint: Path | None, samples: str, options: Options) -> TrainingState:
     """
     Refuses to continue with other samples or another seed than those of a checkpoint, unless --allow_changed_data is
     passed. Which sample is trained on when follows from both.
@@ -292,10 +293,13 @@ def check_same_samples(checkpoint: Path, samples: str, options: Options) -> None
     Args:
         samples (`str`): The fingerprint of this run's samples.
 
+    Returns:
+        `TrainingState`: How far the checkpoint is. Without one, a run begins.
+
     Raises:
         `ValueError`: if they differ.
     """
-    state, changed = read_state(checkpoint)[1], []
+    state, changed = TrainingState() if checkpoint is None else read_state(checkpoint)[1], []
     if state.seed not in (None, options.seed):
         changed.append(f"--seed was {state.seed!r:.100} and is {options.seed}")
     if state.samples not in (None, samples):
@@ -305,6 +309,7 @@ def check_same_samples(checkpoint: Path, samples: str, options: Options) -> None
         if not options.allow_changed_data:
             raise ValueError(f"{message}. Pass --allow_changed_data to continue all the same.")
         logger.warning(f"{message}. The run continues, and is not what an undisturbed one would have been.")
+    return state
 
 
 def refuse_untrained(state: TrainingState, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:

@@ -122,6 +122,17 @@ def test_resume_is_bit_identical(base_folder, folder, tmp_path):
     assert any(weight.abs().max() > 0 for name, weight in weights_of(whole, MODULE_FILE).items() if "scale" in name)
 
 
+def test_a_run_continues_with_another_number_of_samples_in_a_step(base_folder, folder, tmp_path):
+    for step in drawn(1, 4, 10, start=6):
+        assert len({GROUPS[spec.index] for spec in step}) == 1
+    whole = drawn(2, 2, 10, start=6)
+    assert whole == drawn(1, 4, 10, start=6) and drawn(1, 4, 8, start=14) == whole[2:]
+    more = ["--aspect_buckets", "--train_batch_size"]
+    out = run(base_folder, tmp_path, *more, 2, "--max_train_steps", 3, data=folder, resolution=64)
+    more += [4, "--max_train_steps", 9, "--resume_from_checkpoint", "latest"]
+    assert (run(base_folder, out, *more, data=folder, resolution=64) / "checkpoint-9").is_dir()
+
+
 def test_epochs_visit_every_shape(base_folder, folder, tmp_path):
     built = assemble(options_of(base_folder, tmp_path / "out", folder, "--num_train_epochs", 2))
     # Four, four and two rows of a shape, with two in a step.

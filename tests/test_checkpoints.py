@@ -70,6 +70,15 @@ def test_a_longer_run_goes_on_from_the_end_of_a_run(base_folder, triptych_folder
     assert_same_weights(expected, run(base_folder, out, *more, 4, *RESUME, data=triptych_folder))
 
 
+@pytest.mark.parametrize("batch_sizes, steps", [((1, 6), (6, 6 + 2)), ((4, 1), (2, 2 + 10)), ((2, 2), (3, 9))])
+def test_epochs_count_samples_that_came_in_other_batches(base_folder, triptych_folder, tmp_path, batch_sizes, steps):
+    # 6 samples come once, and then twice more. More processes or fewer would do the same as other batches.
+    for batch_size, epochs, last in zip(batch_sizes, (1, 3), steps):
+        more = ["--num_train_epochs", epochs, "--train_batch_size", batch_size, *(RESUME if epochs > 1 else ())]
+        out = run(base_folder, tmp_path, *more, data=triptych_folder)
+        assert intact_checkpoints(out)[-1] == last
+
+
 def test_prodigy_resumes(base_folder, triptych_folder, tmp_path):
     options = "--optimizer prodigy --learning_rate 1.0 --checkpointing_steps 2 --max_train_steps".split()
     expected = run(base_folder, tmp_path / "expected", *options, 4, data=triptych_folder)
@@ -343,6 +352,18 @@ def test_what_a_checkpoint_does_not_fit_is_refused_before_a_model_is_loaded(
         ValueError, match=f"checkpoint-1 was trained {before}, so a run with {options} cannot continue from it"
     ):
         run(base_folder, one_step, *RESUME, *options.split(), data=triptych_folder)
+
+
+def test_another_blend_is_refused_and_its_option_does_nothing_in_other_modes(base_folder, triptych_folder, tmp_path):
+    fusion = ["--semantic_mode", "pixel_fusion", "--fusion_alpha"]
+    out = run(base_folder, tmp_path / "out", "--max_train_steps", 1, *fusion, 0.3, data=triptych_folder)
+    with pytest.raises(
+        ValueError, match="was trained with --fusion_alpha 0.3, so a run with --fusion_alpha 0.5 cannot"
+    ):
+        run(base_folder, out, *RESUME, *fusion, 0.5, data=triptych_folder)
+    more = ["--max_train_steps", 1, "--semantic_mode", "none", "--fusion_alpha"]
+    out = run(base_folder, tmp_path / "none", *more, 0.3, data=triptych_folder)
+    run(base_folder, out, *RESUME, *more, 0.5, data=triptych_folder)
 
 
 @pytest.mark.parametrize("source", ["checkpoint-1", "absolute", "missing"])

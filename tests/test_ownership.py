@@ -313,7 +313,8 @@ def test_other_samples_or_another_seed_are_named(tmp_path, monkeypatch, caplog, 
     monkeypatch.setattr("semantic_fill.training_state.read_state", lambda folder: ({}, saved))
     more = ["--seed", seed, *RESUME]
     if named is None:
-        return check_same_samples(tmp_path, samples, arguments("unused", tmp_path, *more, data="unused"))
+        assert check_same_samples(tmp_path, samples, arguments("unused", tmp_path, *more, data="unused")) is saved
+        return
     with pytest.raises(ValueError, match=f"{named}. Pass --allow_changed_data"):
         check_same_samples(tmp_path, samples, arguments("unused", tmp_path, *more, data="unused"))
     more.append("--allow_changed_data")
