@@ -98,6 +98,8 @@ SEMANTIC_METADATA_KEY = "semantic_fill"
 SETTINGS = ("semantic_mode", "fusion_alpha", "max_sequence_length")
 # Longest side of a view in pixels that weights may name.
 MAX_SIDE = 16384
+# A map with more different values than this holds shades. Where all values are below this, they are label numbers.
+LABEL_LIMIT = 64
 
 
 # -- Modes ------------------------------------------------------------------------------------------------------------
@@ -918,6 +920,14 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             raise ValueError(
                 f"`{name}` has to be as large as `image`, {width}x{height} pixels, but is"
                 f" {semantic.shape[-1]}x{semantic.shape[-2]}. Pass `height` and `width` to resize both."
+            )
+        pictures = semantic_image if isinstance(semantic_image, (list, tuple)) else [semantic_image]
+        dark = 0 < semantic.max() < LABEL_LIMIT / 255 and (semantic == semantic[:, :1]).all()
+        # A training run has colored its tensors.
+        if dark and any(isinstance(picture, PIL.Image.Image) for picture in pictures):
+            logger.warning(
+                f"`{name}` holds gray values below {LABEL_LIMIT} alone. If they are label numbers, they are nearly black as"
+                " colors: give the map the colors of training."
             )
         return semantic
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from pipeline_flux_fill_semantic import read_picture
+from pipeline_flux_fill_semantic import LABEL_LIMIT, read_picture
 from semantic_attention import SINGLE_MAP
 from semantic_fill.checks import READER_VERSION, Finding, check_samples, refuse
 from semantic_fill.files import printable
@@ -25,7 +25,6 @@ from semantic_fill.options import DataOptions, Options
 from semantic_fill.sources import Source, list_folder
 from semantic_fill.tables import TableSource, load_held_out, load_source
 from semantic_fill.views import (
-    LABEL_LIMIT,
     Palette,
     are_labels,
     bucket_sizes,

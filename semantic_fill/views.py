@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageColor
 
+from pipeline_flux_fill_semantic import LABEL_LIMIT
 from semantic_attention import SINGLE_MAP
 from semantic_fill.captions import read_text
 
@@ -26,8 +27,6 @@ NUMBERS = dict(enumerate("no one two three four five six seven eight nine ten".s
 SHAPE_TOLERANCE = 0.02
 # A third of a picture that is narrower than a view of the run by more than this factor is no view, but part of one.
 NARROWEST = 2.2
-# A map with more different values than this holds shades. Where all values are below this, they are label numbers.
-LABEL_LIMIT = 64
 Palette = dict[str, tuple[int, int, int]]
 
 

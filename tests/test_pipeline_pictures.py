@@ -213,6 +213,20 @@ def test_a_picture_that_cannot_be_used_is_named(base, name, data, reason):
         paint(pipe, **views)
 
 
+def test_a_map_of_label_numbers_is_told(base, caplog):
+    pipe = make_pipe(base, semantic_attention=trained_like())
+    labels = PIL.Image.fromarray(np.arange(32 * 48, dtype=np.uint8).reshape(32, 48) % 7)
+    for semantic in (labels, labels.convert("RGB"), [labels]):
+        caplog.clear()
+        paint(pipe, semantic_image=semantic)
+        assert "`semantic_image` holds gray values below 64 alone. If they are label numbers" in caplog.text
+    caplog.clear()
+    black = PIL.Image.new("RGB", (48, 32))
+    for semantic in (black, to_pil(picture(2)), to_pil(picture(2) / 8), picture(2)[:, :1].expand(-1, 3, -1, -1) / 8):
+        paint(pipe, semantic_image=semantic)
+    assert "label numbers" not in caplog.text
+
+
 def test_a_path_is_no_argument(base):
     with pytest.raises(ValueError, match="`image` has to be a PIL image.* is or holds str"):
         paint(make_pipe(base), "street.png")
