@@ -133,6 +133,8 @@ def save_model_card(path: Path, options: Options, report: str, samples: list[Pat
     entries = (f"{as_string(name)}: map_{index + 1}" for index, name in enumerate(maps))
     call = f"{{{', '.join(entries)}}}" if len(maps) > 1 else "semantic_map"
     names = f", guided by the maps {', '.join(f'`{as_code(name)}`' for name in maps)}" if len(maps) > 1 else ""
+    origin = [(name, getattr(options, name)) for name in ("revision", "variant")]
+    origin = "".join(f" {name}={as_string(value)}," for name, value in origin if value is not None)
     size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
     text = f"""
 # Semantic fill: {as_text(repo)}
@@ -149,7 +151,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(
-    {as_string(base_name)}, custom_pipeline={as_string(repo)}, trust_remote_code=True, dtype=torch.bfloat16
+    {as_string(base_name)},{origin} custom_pipeline={as_string(repo)}, trust_remote_code=True, dtype=torch.bfloat16
 ).to("cuda")
 pipe.load_lora_weights({as_string(repo)})
 painted = pipe(

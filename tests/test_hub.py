@@ -176,7 +176,7 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
     paths = ["--palette", tmp_path / "palette.json", "--validation_data_dir", tmp_path / "held_out"]
     plain = arguments(base_folder, tmp_path / "out", "--max_train_steps", 7, *paths, data=triptych_folder)
     more = ["--hub_model_id", "user/fill", "--instance_prompt", 'a "hot": é', "--dataset_name", "user/data"]
-    more += ["--width", 48]
+    more += ["--width", 48, "--revision", "v1"]
     named = arguments("black-forest-labs/FLUX.1-Fill-dev", tmp_path / "named", *more, "--max_train_steps", 7)
     for options in (plain, named):
         folder = Path(options.output_dir)
@@ -221,6 +221,8 @@ def test_faults_and_card_validation(hub, client, base_folder, triptych_folder, t
     )
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     compile(snippet, "card", "exec")
+    # The base is that of training.
+    assert '"black-forest-labs/FLUX.1-Fill-dev", revision="v1", custom_pipeline="user/fill"' in snippet
     for name, value in public_config(named).items():
         assert f"- `{name}`: `{value}`\n" in card.text
     assert str(tmp_path) not in card.content
