@@ -41,7 +41,7 @@ from semantic_fill.data import TriptychDataset
 from semantic_fill.files import is_hub_id, printable
 from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks, to_bytes
 from semantic_fill.option_fields import option
-from semantic_fill.options import DataOptions, ModelOptions
+from semantic_fill.options import DataOptions, ModelOptions, check_output_dir
 from semantic_fill.paintings import as_picture, draw_sheet
 from semantic_fill.publish import add_to_model_card, as_text
 from semantic_fill.sampling import MAPS, batches_of, group_rows, kinds_of, maps_of, seed_of
@@ -86,6 +86,7 @@ class EvaluationOptions(ModelOptions, DataOptions, MetricOptions):
     def __post_init__(self):
         super().__post_init__()
         self._set_defaults(dtype="float32" if torch.device(self.device).type == "cpu" else "bfloat16")
+        check_output_dir(self.output_dir, train_data_dir=self.train_data_dir)
         # These would otherwise show only after the base model is loaded, or after everything is painted.
         if not os.path.isdir(self.trained) and not is_hub_id(self.trained):
             raise ValueError(f"--trained {self.trained} is neither a folder nor a repository user/name.")

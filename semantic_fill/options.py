@@ -29,6 +29,16 @@ TRACKERS = (*LOGGER_TYPE_TO_CLASS, "all", "none")
 HUB_CHECKPOINT = "last-checkpoint"
 
 
+def check_output_dir(output_dir: str, **data: str | None) -> None:
+    """Refuses to write into a folder of `data`, by the names of their options."""
+    output = Path(output_dir)
+    for name, folder in data.items():
+        if folder is not None and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"--output_dir {output} cannot lie in --{name} {folder}: a later run would take this run's pictures for data."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup):
     """Model"""
@@ -377,11 +387,6 @@ class Options(
                 raise ValueError(
                     f"--{name} needs --validation_steps, and --validation_data_dir or --validation_fraction."
                 )
-        output = Path(self.output_dir)
-        for name in ("train_data_dir", "validation_data_dir"):
-            data = getattr(self, name)
-            if data is not None and Path(data).is_dir() and output.resolve().is_relative_to(Path(data).resolve()):
-                raise ValueError(
-                    f"--output_dir {output} cannot lie in --{name} {data}: a later run would take this run's pictures"
-                    " for data."
-                )
+        check_output_dir(
+            self.output_dir, train_data_dir=self.train_data_dir, validation_data_dir=self.validation_data_dir
+        )

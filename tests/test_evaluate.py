@@ -339,6 +339,10 @@ def test_wrong_weights_are_refused(base_folder, files, capsys):
             "--update_model_card --trained {tmp_path}",
             "--update_model_card needs {tmp_path}/README.md, which is not there",
         ),
+        (
+            "--train_data_dir {tmp_path} --output_dir {tmp_path}/evaluation",
+            "cannot lie in --train_data_dir {tmp_path}: a later run would take this run's pictures for data",
+        ),
         ("--trained nowhere", "--trained nowhere is neither a folder nor a repository"),
         ("--adapters nowhere", "--adapters nowhere is neither a file nor a folder nor a repository"),
         (
