@@ -67,15 +67,22 @@ class TrainingState:
     validations: list[dict] = field(default_factory=list)  # as in `validation.jsonl`
 
     @property
+    def comparable(self) -> list[dict]:
+        """The validations that measured the same held-out samples and timesteps as the last one."""
+        key = self.validations[-1].get("held_out") if self.validations else None
+        # Checkpoints of earlier versions do not tell what was measured.
+        return [found for found in self.validations if found.get("held_out", key) == key]
+
+    @property
     def best(self) -> dict | None:
         """The validation with the lowest held-out loss, the first of equal ones."""
-        measured = [found for found in self.validations if found.get("loss") is not None]
+        measured = [found for found in self.comparable if found.get("loss") is not None]
         return min(measured, key=lambda found: found["loss"], default=None)
 
     @property
     def kept(self) -> dict | None:
         """The validation whose weights are in `best/`."""
-        kept = [found for found in self.validations if found.get("kept") and found.get("loss") is not None]
+        kept = [found for found in self.comparable if found.get("kept") and found.get("loss") is not None]
         return kept[-1] if kept else None
 
     @property

@@ -8,6 +8,7 @@ processes. So two figures differ by the weights alone, and their gap is what the
 import functools
 import json
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ class HeldOut:
         # The middles of equal parts of the distribution, whatever distribution it is.
         draws = draw_timesteps([torch.Generator().manual_seed(seed) for seed in range(1000)]).sort().values
         self.timesteps = draws[[(2 * k + 1) * len(draws) // (2 * plan.timesteps) for k in range(plan.timesteps)]]
+        measured = (plan.dataset.fingerprint(), plan.rows, self.timesteps.tolist())
+        # A number, as all that validations note.
+        self.key = zlib.crc32(repr(measured).encode())
 
     @torch.no_grad()
     def measure(self, model, maps: tuple[str, ...] | None = None) -> dict[str, float]:
@@ -157,9 +161,14 @@ def _validate(run, measured: dict[str, float]) -> None:
             measured = run.held_out.measure(model) | measured
         # JSON has no word for what is not a number.
         found |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
-    kept, loss = state.kept, found.get("loss")
+        found["held_out"] = run.held_out.key
     state.validations.append(found | {"scales": [*model.scales().values()]})
+    if state.validations[-2:] != state.comparable[-2:]:
+        logger.warning(
+            "Held-out losses before this step were of other samples or timesteps: the best one is found anew"
+        )
     reports.log_validation(run)
+    kept, loss = state.kept, found.get("loss")
     if options.keep_best and loss is not None and (kept is None or loss < kept["loss"]):
         keep_best(run)
     if accelerator.is_main_process:

@@ -265,6 +265,27 @@ def test_the_best_may_come_before_any_that_was_kept():
     assert (state.best, state.kept, state.validations_since_best) == (None, None, 2)
 
 
+def test_losses_of_other_held_out_samples_are_not_compared(
+    overfit, base_folder, triptych_folder, tmp_path, without_paintings, caplog
+):
+    out, more, found = overfit
+    other = write_with_maps(tmp_path / "held out", range(104, 108), own_map)
+    step = found[-1]["step"]
+    more = [*more, "--resume_from_checkpoint", out / f"checkpoint-{step}", "--validation_data_dir", other]
+    resumed = run(base_folder, tmp_path / "resumed", *more, data=triptych_folder)
+    lines = list(map(json.loads, (resumed / "validation.jsonl").read_text().splitlines()))
+    *before, last = lines[: len(found) - 1]
+    first, second = lines[len(found) - 1 :][:2]
+    assert [*before, last] == found[:-1] and first["step"] == step
+    assert last["held_out"] != first["held_out"] == second["held_out"]
+    # However low the losses before were, the first of the new ones is the lowest yet, so the run goes on.
+    assert first["kept"] and first["loss"] != found[-1]["loss"]
+    assert caplog.text.count("the best one is found anew") == 1
+    state = TrainingState(validations=[{"step": 1, "loss": 0.1, "kept": True, "held_out": "a"}])
+    state.validations.append({"step": 2, "loss": 0.2, "held_out": "b"})
+    assert (state.best["step"], state.kept, state.validations_since_best) == (2, None, 0)
+
+
 # -- What is shown ----------------------------------------------------------------------------------------------------
 
 
