@@ -624,32 +624,14 @@ class SemanticCrossAttention(nn.Module):
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def query_and_key(
-        self,
-        hidden_states: torch.Tensor,
-        normed_semantic_tokens: torch.Tensor,
-        rotary_emb: Any = None,
-    ) -> tuple[Any, Any]:
-        r"""
-        Computes queries and keys, each of shape `(batch, num_heads, tokens, head_dim)`.
-
-        `forward` and [`SemanticAttentionModel.attention_maps`] share this method, so that the maps show what the
-        layer really computes. `normed_semantic_tokens` have passed `norm_semantic`; the other arguments are those of
-        `forward`.
-        """
-        query = self._split_heads(self.to_q(self.norm_image(hidden_states)))
-        key = self._split_heads(self.to_k(normed_semantic_tokens))
-        if rotary_emb is not None:
-            query, key = apply_rotary_emb(query, rotary_emb), apply_rotary_emb(key, rotary_emb)
-        return query, key
-
     def forward(
         self,
         hidden_states: torch.Tensor,
         semantic_tokens: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         semantic_scale: float = 1.0,
-    ) -> torch.Tensor:
+        return_query_and_key: bool = False,
+    ) -> Any:
         r"""
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, image_tokens, channels)`):
@@ -660,13 +642,21 @@ class SemanticCrossAttention(nn.Module):
                 Cosine and sine of shape `(tokens, head_dim)`, used for queries and keys.
             semantic_scale (`float`, defaults to 1.0):
                 Multiplies the learned gate.
+            return_query_and_key (`bool`, defaults to `False`):
+                Whether to return queries and keys, which [`SemanticAttentionModel.attention_maps`] needs, instead.
 
         Returns:
-            `torch.Tensor` of shape `(batch, image_tokens, channels)` in the dtype of `hidden_states`.
+            `torch.Tensor` of shape `(batch, image_tokens, channels)` in the dtype of `hidden_states`, or two of shape
+            `(batch, num_heads, tokens, head_dim)`.
         """
-        normed_semantic_tokens = self.norm_semantic(semantic_tokens)
-        value = self._split_heads(self.to_v(normed_semantic_tokens))
-        query, key = self.query_and_key(hidden_states, normed_semantic_tokens, rotary_emb)
+        semantic_tokens = self.norm_semantic(semantic_tokens)
+        value = self._split_heads(self.to_v(semantic_tokens))
+        query = self._split_heads(self.to_q(self.norm_image(hidden_states)))
+        key = self._split_heads(self.to_k(semantic_tokens))
+        if rotary_emb is not None:
+            query, key = apply_rotary_emb(query, rotary_emb), apply_rotary_emb(key, rotary_emb)
+        if return_query_and_key:
+            return query, key
         attended = F.scaled_dot_product_attention(query, key, value)
         update = self.to_out(attended.transpose(1, 2).flatten(-2))
         return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
@@ -1098,7 +1088,8 @@ class SemanticAttentionModel(SemanticModel):
         scale, block = self._scale_of_each(semantic_scale)[semantic_map], layers[layer]
         for earlier in layers[: layer % len(layers)]:
             hidden_states = earlier(hidden_states, semantic_tokens, rotary_emb, scale)
-        query, key = block.query_and_key(hidden_states, block.norm_semantic(semantic_tokens), rotary_emb)
+        # Offloading brings the weights of a layer that is called, and of no other.
+        query, key = block(hidden_states, semantic_tokens, rotary_emb, return_query_and_key=True)
         if tokens is not None:
             query = query[:, :, torch.as_tensor(tokens, device=query.device)]
         query, key = query.float() * block.head_dim**-0.5, key.float().transpose(-1, -2)
@@ -1334,5 +1325,9 @@ class AttentionRecorder:
         self.calls += 1
 
     def output(self, images) -> SemanticAttentionOutput:
-        maps = np.stack([self.maps[step] for step in self.steps], axis=1)
-        return SemanticAttentionOutput(images=images, maps=maps, points=self.points, steps=self.steps, size=self.size)
+        # A call that was interrupted has fewer steps.
+        steps = [step for step in self.steps if step in self.maps]
+        if not steps:
+            raise ValueError(f"The call was interrupted before the first of the steps {self.steps}.")
+        maps = np.stack([self.maps[step] for step in steps], axis=1)
+        return SemanticAttentionOutput(images=images, maps=maps, points=self.points, steps=steps, size=self.size)

@@ -100,6 +100,29 @@ def test_looking_paints_what_a_call_paints_and_leaves_nothing_behind(base):
     assert torch.equal(paint(pipe, semantic_image=picture(2), num_inference_steps=3), plain)
 
 
+def test_an_interrupted_call_shows_the_steps_before(base):
+    pipe = make_pipe(base, semantic_attention=trained_like())
+
+    def interrupt(pipe, step, *args):
+        pipe._interrupt = step == 1
+        return {}
+
+    expected = look(pipe)
+    seen = look(pipe, callback_on_step_end=interrupt)
+    assert seen.steps == [0, 1]
+    np.testing.assert_array_equal(seen.maps, expected.maps[:, :2])
+    with pytest.raises(ValueError, match=r"interrupted before the first of the steps \[2\]"):
+        look(pipe, steps=[2], callback_on_step_end=interrupt)
+
+
+def test_blocks_on_disk_are_brought_for_the_maps(base, tmp_path):
+    module = trained_like()
+    expected = look(make_pipe(base, semantic_attention=copy.deepcopy(module)))
+    pipe, cpu = make_pipe(base, semantic_attention=module), torch.device("cpu")
+    module.enable_group_offload(cpu, cpu, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
+    np.testing.assert_array_equal(look(pipe).maps, expected.maps)
+
+
 def test_pictures_of_a_batch_and_heads(base):
     pipe = make_pipe(base, semantic_attention=trained_like())
     maps = torch.cat([picture(2), picture(3)])
