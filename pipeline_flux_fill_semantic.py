@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -767,7 +768,13 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 " without them nothing attends to a map."
             )
 
+        # Another thread may paint with the same transformer in another pipeline.
+        this_thread = threading.local()
+        this_thread.is_guided = True
+
         def enhance(transformer, args, kwargs):
+            if not hasattr(this_thread, "is_guided"):
+                return None
             hidden_states = kwargs["hidden_states"]
             if self._attention_observer is not None:
                 self._attention_observer(hidden_states, guides, positions, canvas)

@@ -3,6 +3,8 @@
 
 import copy
 import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -323,6 +325,23 @@ def test_the_hook_goes_with_the_call(base):
     assert inside == [1] and len(hooks) == 0
     assert torch.equal(paint(pipe, semantic_image=picture(2)), first)
     assert torch.equal(paint(pipe, return_diptych=True), fill(base, *diptych_of(picture(1))))
+
+
+def test_two_threads_paint_with_one_transformer(base):
+    pipes = [make_pipe(base, semantic_attention=trained_like(seed)) for seed in (0, 1)]
+    # A scheduler counts the steps of one call.
+    pipes[1].register_modules(scheduler=copy.deepcopy(base.scheduler))
+    expected = [paint(pipe, semantic_image=picture(2)) for pipe in pipes]
+    step = threading.Barrier(2, timeout=60)
+
+    def meet(*args):
+        step.wait()
+        return {}
+
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(paint, p, semantic_image=picture(2), callback_on_step_end=meet) for p in pipes]
+    for call, picture_alone in zip(calls, expected):
+        assert not differs(call.result(), picture_alone)
 
 
 # -- Offloading, compilation, caching, dtypes -------------------------------------------------------------------------
