@@ -580,7 +580,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             self._check_channels(module)
         own = SemanticAdapter(**self._own_settings, module=module)
         # diffusers would record the name of the dynamic module that this code may run as.
-        recorded = (None, None) if module is None else (SEMANTIC_SUBFOLDER, type(module).__name__)
+        module_class = type(getattr(module, "_orig_mod", module))
+        recorded = (None, None) if module is None else (SEMANTIC_SUBFOLDER, module_class.__name__)
         self.register_to_config(**own.settings, semantic_attention=recorded)
         self._own_module = module
 

@@ -380,6 +380,14 @@ def test_compiled_blocks(base):
     torch.compiler.reset()
 
 
+def test_a_compiled_module_is_saved_as_what_it_is(base, tmp_path):
+    pipe = make_pipe(base, semantic_attention=torch.compile(trained_like(), backend="eager"))
+    pipe.save_pretrained(tmp_path)
+    saved = FluxFillSemanticPipeline.from_pretrained(tmp_path)
+    saved.set_progress_bar_config(disable=True)
+    assert not differs(paint(saved, semantic_image=picture(2)), paint(pipe, semantic_image=picture(2)))
+
+
 def test_first_block_cache(base):
     pipe = make_pipe(base, own=True, semantic_attention=trained_like())
     expected = paint(pipe, semantic_image=picture(2), num_inference_steps=4)
