@@ -612,6 +612,24 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         r"""Makes a pipeline of the components of another. Adapters come with the transformer that both then share."""
         return super().from_pipe(pipeline, **getattr(pipeline, "_own_settings", {}) | kwargs)
 
+    @contextlib.contextmanager
+    def _adapters_aside(self):
+        """Shows the pipeline as it is without adapters, because diffusers reads its components as attributes."""
+        adapters = self.semantic_adapters
+        self.transformer._semantic_adapters = {}
+        try:
+            yield
+        finally:
+            self.transformer._semantic_adapters = adapters
+
+    def to(self, *args, **kwargs) -> Any:
+        r"""Moves or casts the pipeline as [`~DiffusionPipeline.to`] does, and with it the module that acts."""
+        super().to(*args, **kwargs)
+        if self.semantic_attention is not self._own_module:
+            with self._adapters_aside():
+                super().to(*args, **kwargs)
+        return self
+
     @property
     def semantic_maps(self) -> tuple[str, ...]:
         r"""The names of the maps that a call takes: those of the active adapters, or else of the pipeline's own module."""
@@ -1460,12 +1478,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 module, weight = copy.deepcopy(modules[0]) if modules else (None, 1.0)
                 for layer in module.layers if module is not None else ():
                     layer.scale.data.mul_(weight)
-                stack.callback(setattr, transformer, "_semantic_adapters", self.semantic_adapters)
                 saved.register_to_config(**{name: self.config[name] for name in SETTINGS})
                 maps = acting[0][0].semantic_maps
                 if maps != SINGLE_MAP or "semantic_maps" in self._own_settings:
                     saved.register_to_config(semantic_maps=list(maps))
-                transformer._semantic_adapters = {}
+                stack.enter_context(self._adapters_aside())
                 saved.semantic_attention = module
             if transformer is not None:
                 # diffusers would save PEFT's names, which it cannot load.

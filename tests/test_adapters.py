@@ -169,6 +169,13 @@ def test_the_pipelines_own_module_stays(base, loras, expected):
     assert (pipe.config.semantic_mode, pipe.config.max_sequence_length) == ("projection", 16)
 
 
+def test_the_pipelines_own_module_moves_while_an_adapter_acts(base, loras):
+    own = trained_like(5, model_class=SemanticProjectionModel)
+    pipe = load(base, loras, "a", semantic_attention=own)
+    assert pipe.to(torch.float64) is pipe and pipe.semantic_attention is not own
+    assert own.dtype == pipe.semantic_attention.dtype == pipe.transformer.dtype == torch.float64
+
+
 def test_pipelines_that_share_a_transformer_share_its_adapters(base, loras, expected):
     pipe = load(base, loras, "ab", semantic_mode="in_context")
     other = FluxFillSemanticPipeline.from_pipe(pipe)
