@@ -210,10 +210,13 @@ class SemanticAdapter:
                 f"`semantic_attention` has to be a `{mode.module_class.__name__}` with"
                 f' `semantic_mode="{self.semantic_mode}"` but is {type(self.module).__name__}.'
             )
-        if not 0 <= self.fusion_alpha <= 1:
-            raise ValueError(f"`fusion_alpha` has to be within [0, 1] but is {self.fusion_alpha}.")
+        check_number("fusion_alpha", self.fusion_alpha, least=0, most=1)
+        check_number("max_sequence_length", self.max_sequence_length, least=1, most=512, whole=True)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_number(name, side, least=1, most=MAX_SIDE, whole=True)
         named, own = self.semantic_maps, getattr(self.module, "maps", None)
-        self.semantic_maps = check_map_names(list(named or own or SINGLE_MAP))
+        self.semantic_maps = check_map_names((own or SINGLE_MAP) if named is None else named)
         if own is not None and self.semantic_maps != tuple(own):
             raise ValueError(
                 f"`semantic_maps` has to be {tuple(own)}, those of the module, but is {self.semantic_maps}."
@@ -1541,8 +1544,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 Names of the maps, in their order. Defaults to the module's, or else to one map, `semantic`.
 
         Raises:
-            `ValueError`: The mode is unknown, the module is not of its class, the format would lose the mode, or there
-                are no layers.
+            `ValueError`: The mode is unknown, the module is not of its class, a number or name is out of range, the
+                format would lose the mode, or there are no layers.
         """
         if semantic_mode is not None or semantic_attention is not None:
             semantic_mode = semantic_mode or "cross_attention"
@@ -1561,14 +1564,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                         f'`{name}` has to be {needed} with `semantic_mode="{semantic_mode}"`, which is written as'
                         f" metadata of a safetensors file, but is {value!r}."
                     )
-            trained_with = {
-                "semantic_mode": semantic_mode,
-                "fusion_alpha": fusion_alpha,
-                "max_sequence_length": max_sequence_length,
-            }
-            maps = SemanticAdapter(semantic_mode, module=semantic_attention, semantic_maps=semantic_maps).semantic_maps
-            if maps != SINGLE_MAP:
-                trained_with["semantic_maps"] = maps
+            adapter = SemanticAdapter(
+                semantic_mode, fusion_alpha, max_sequence_length, height, width, semantic_attention, semantic_maps
+            )
+            trained_with = adapter.settings
+            if adapter.semantic_maps != SINGLE_MAP:
+                trained_with["semantic_maps"] = adapter.semantic_maps
             sizes = {"height": height, "width": width}
             trained_with |= {name: size for name, size in sizes.items() if size is not None}
             metadata = {"format": "pt", SEMANTIC_METADATA_KEY: json.dumps(trained_with)}
@@ -1642,8 +1643,9 @@ def read_trained_settings(
 
     Returns:
         `dict[str, Any]`: `semantic_mode`, `fusion_alpha` and `max_sequence_length`, the size of a view in training
-        as `height` and `width`, and the names of several maps as `semantic_maps`. What the file does not say is missing: earlier files have no size, and ordinary LoRAs
-        say nothing. Nothing is known either where there is no LoRA.
+        as `height` and `width`, and the names of several maps as `semantic_maps`. What the file does not say is
+        missing: earlier files have no size, and ordinary LoRAs say nothing. Nothing is known either where there is no
+        LoRA.
 
     Raises:
         `ValueError`: The file is damaged or a pickle, names an unknown mode, or states a number that cannot be.
@@ -1657,35 +1659,27 @@ def read_trained_settings(
 
 
 def _read_settings(file: LoraFile) -> dict[str, Any]:
-    """Reads and checks what a LoRA file says about its training. Nothing else does."""
+    """Reads what a LoRA file says about its training."""
+    known = (*SETTINGS, "height", "width", "semantic_maps")
     try:
         settings = parse_json(file.metadata.get(SEMANTIC_METADATA_KEY, "{}"), SEMANTIC_METADATA_KEY)
         if not isinstance(settings, dict):
             raise ValueError(f"its `{SEMANTIC_METADATA_KEY}` is no JSON object but {settings!r}")
-        for name in settings.keys() & {"height", "width"}:
-            check_number(name, settings[name], least=1, most=MAX_SIDE, whole=True)
-        if "fusion_alpha" in settings:
-            check_number("fusion_alpha", settings["fusion_alpha"], least=0, most=1)
-        if "max_sequence_length" in settings:
-            check_number("max_sequence_length", settings["max_sequence_length"], least=1, most=512, whole=True)
-        if "semantic_maps" in settings:
-            settings["semantic_maps"] = check_map_names(settings["semantic_maps"])
-        if "semantic_mode" in settings:
-            _get_mode(settings["semantic_mode"])
+        checked = SemanticAdapter(**{name: settings[name] for name in known if name in settings})
     except ValueError as error:
         raise ValueError(
             f"`pretrained_model_name_or_path_or_dict` holds a damaged file, {file.path}: {error}"
         ) from error
-    known = (*SETTINGS, "height", "width", "semantic_maps")
     unknown = sorted(settings.keys() - set(known))
     if unknown:
         logger.warning(f"{file.path} says what this version does not know, and it is ignored: {str(unknown)[:200]}")
-    if "semantic_mode" not in settings and os.path.basename(file.path) == LORA_WEIGHT_NAME_SAFE:
+    said = {name: getattr(checked, name) for name in known if name in settings}
+    if "semantic_mode" not in said and os.path.basename(file.path) == LORA_WEIGHT_NAME_SAFE:
         # Tools that rewrite a LoRA lose its metadata. A module beside the file still tells that it was trained here.
         with contextlib.suppress(LocalEntryNotFoundError):
             if file.has_module:
-                settings["semantic_mode"] = "cross_attention"
-    return {name: settings[name] for name in known if name in settings}
+                said["semantic_mode"] = "cross_attention"
+    return said
 
 
 def _count_pictures(view: PipelineImageInput | None) -> int:

@@ -229,6 +229,7 @@ def test_semantic_modes(base, semantic_mode, with_map):
     [
         ({"semantic_mode": "both"}, "semantic_mode", "both"),
         ({"fusion_alpha": 1.5}, "fusion_alpha", "1.5"),
+        ({"max_sequence_length": 0}, "max_sequence_length", "0"),
         ({"semantic_attention": torch.nn.Linear(1, 1)}, "semantic_attention", "Linear"),
         ({"semantic_attention": SemanticAttentionModel(in_channels=32)}, "semantic_attention", "32"),
         (

@@ -386,6 +386,10 @@ def test_other_processes_save_nothing(trained, tmp_path):
         ({"semantic_mode": "projection", "semantic_attention": SemanticAttentionModel()}, "semantic_attention"),
         ({"semantic_attention": SemanticProjectionModel()}, "semantic_attention"),
         ({"semantic_mode": "both"}, "semantic_mode"),
+        # Nobody could load such a file.
+        ({"semantic_mode": "pixel_fusion", "fusion_alpha": 2}, "fusion_alpha"),
+        ({"semantic_mode": "none", "max_sequence_length": 0}, "max_sequence_length"),
+        ({"semantic_mode": "none", "height": 0}, "height"),
     ],
 )
 def test_wrong_saves(tmp_path, wrong, named):
