@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,23 +69,7 @@ if TYPE_CHECKING or __package__:
 else:
     import semantic_attention as _semantic_attention
 
-    SEMANTIC_SUBFOLDER = _semantic_attention.SEMANTIC_SUBFOLDER
-    SINGLE_MAP = _semantic_attention.SINGLE_MAP
-    AttentionRecorder = _semantic_attention.AttentionRecorder
-    LoraFile = _semantic_attention.LoraFile
-    SemanticAttentionModel = _semantic_attention.SemanticAttentionModel
-    SemanticAttentionOutput = _semantic_attention.SemanticAttentionOutput
-    SemanticProjectionModel = _semantic_attention.SemanticProjectionModel
-    check_lora = _semantic_attention.check_lora
-    check_lora_fits = _semantic_attention.check_lora_fits
-    check_manifest = _semantic_attention.check_manifest
-    check_map_names = _semantic_attention.check_map_names
-    check_number = _semantic_attention.check_number
-    find_lora_file = _semantic_attention.find_lora_file
-    load_semantic_module = _semantic_attention.load_semantic_module
-    open_file = _semantic_attention.open_file
-    parse_json = _semantic_attention.parse_json
-    safetensors_name = _semantic_attention.safetensors_name
+    globals().update({name: value for name, value in vars(_semantic_attention).items() if not name.startswith("_")})
 
 # `save_pretrained` records the component as ["semantic_attention", "SemanticAttentionModel"]. A pipeline loaded
 # through `custom_pipeline=` must be able to import that name where the package is not installed.
@@ -810,12 +794,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # A call that ended in an error or with Ctrl-C leaves its residuals in the cache, perhaps of another size.
         # diffusers resets them only at the end of a complete call and has no public method for it.
         self.transformer._reset_stateful_cache()
+        # FirstBlockCache and similar caches need a context, and `FluxFillPipeline` opens none.
         with contextlib.ExitStack() as stack:
-            # FirstBlockCache and similar caches need a context, and `FluxFillPipeline` opens none.
             stack.enter_context(self.transformer.cache_context("cond"))
             if guides:
-                handle = self.transformer.register_forward_pre_hook(enhance, with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.enter_context(self.transformer.register_forward_pre_hook(enhance, with_kwargs=True))
             yield
 
     # -- Paint --------------------------------------------------------------------------------------------------------
@@ -904,15 +887,15 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         """The maps of a call that are there and the scale of each map that could be, both by name."""
         if semantic_image is None:
             semantic_image = {}
-        elif not isinstance(semantic_image, dict) and len(maps) == 1:
-            semantic_image = {maps[0]: semantic_image}
-        elif isinstance(semantic_image, (list, tuple)) and len(semantic_image) == len(maps):
-            semantic_image = dict(zip(maps, semantic_image))
         elif not isinstance(semantic_image, dict):
-            raise ValueError(
-                f"`semantic_image` has to be a dict of the maps {', '.join(maps)} or a list of {len(maps)} in this order,"
-                f" but is {f'a list of {len(semantic_image)}' if isinstance(semantic_image, (list, tuple)) else 'one map'}."
-            )
+            listed = [semantic_image] if len(maps) == 1 else semantic_image
+            number = len(listed) if isinstance(listed, (list, tuple)) else None
+            if number != len(maps):
+                raise ValueError(
+                    f"`semantic_image` has to be a dict of the maps {', '.join(maps)} or a list of {len(maps)} in this"
+                    f" order, but is {'one map' if number is None else f'a list of {number}'}."
+                )
+            semantic_image = dict(zip(maps, listed))
         for argument, given in (("semantic_image", semantic_image), ("semantic_scale", semantic_scale)):
             unknown = [name for name in given if name not in maps] if isinstance(given, dict) else []
             if unknown:
@@ -1038,8 +1021,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         callback_on_step_end: Callable[[int, int, dict], None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int | None = None,
-        semantic_image: PipelineImageInput | Mapping[str, Any] | None = None,
-        semantic_scale: float | Mapping[str, float] = 1.0,
+        semantic_image: PipelineImageInput | dict[str, Any] | None = None,
+        semantic_scale: float | dict[str, float] = 1.0,
         return_diptych: bool = False,
     ):
         r"""
@@ -1360,8 +1343,6 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             state_dict, alphas, metadata = super().lora_state_dict(
                 source, return_alphas=True, return_lora_metadata=True, **kwargs
             )
-        except OSError:
-            raise
         # The readers of other layouts raise these for names and shapes that they do not expect.
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name} holds no LoRA that can be read ({type(error).__name__}: {error}).") from error
@@ -1489,7 +1470,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 saved.semantic_attention = module
             if transformer is not None:
                 # diffusers would save PEFT's names, which it cannot load.
-                stack.callback(transformer.register_state_dict_post_hook(_merge_loras).remove)
+                stack.enter_context(transformer.register_state_dict_post_hook(_merge_loras))
             super(FluxFillSemanticPipeline, saved).save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

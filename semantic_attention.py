@@ -67,6 +67,8 @@ MAX_MODULE_SIZE = 4096
 RESULT_ON_ITS_WAY = ".result"
 # Where a trained folder has the module.
 SEMANTIC_SUBFOLDER = "semantic_attention"
+# Arguments of every function that loads from the Hub.
+HUB_ARGUMENTS = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
 # -- What was downloaded ----------------------------------------------------------------------------------------------
@@ -310,16 +312,13 @@ def check_module_files(model_class: type, config_file: str | os.PathLike, weight
         for name in config.keys() & {"_class_name", "position", "injection"}:
             if not isinstance(config[name], str):
                 raise ValueError(f"`{name}` has to be a text but is {config[name]!r:.100}.")
-        for name in config.keys() & {"in_channels", "num_layers", "num_heads", "head_dim"}:
-            check_number(name, config[name], least=1, most=MAX_MODULE_SIZE, whole=True)
         maps = check_map_names(config.get("maps", SINGLE_MAP))
+        num_layers = check_number("num_layers", config.get("num_layers", 1), least=1, whole=True)
         # Each layer takes time to make, even without memory for its weights.
         layers = len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
-        if config.get("num_layers", 1) * len(maps) != layers:
+        if num_layers * len(maps) != layers:
             each = "" if len(maps) == 1 else f" for each of {len(maps)} maps"
-            raise ValueError(
-                f"`num_layers` is {config.get('num_layers', 1)}{each}, but the weights are of {layers} layers."
-            )
+            raise ValueError(f"`num_layers` is {num_layers}{each}, but the weights are of {layers} layers.")
         with torch.device("meta"):
             wanted = {
                 name: tuple(weight.shape) for name, weight in model_class.from_config(config).state_dict().items()
@@ -337,8 +336,7 @@ def check_module_files(model_class: type, config_file: str | os.PathLike, weight
 
 # -- Where a LoRA lies ------------------------------------------------------------------------------------------------
 
-LOCATION_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", "cache_dir", "force_download", "proxies")
-LOCATION_ARGUMENTS += ("local_files_only", "token", "revision")
+LOCATION_ARGUMENTS = ("weight_name", "use_safetensors", *HUB_ARGUMENTS)
 
 
 class LoraFile(NamedTuple):
@@ -628,7 +626,7 @@ class SemanticCrossAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         semantic_tokens: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary_emb: Any = None,
         semantic_scale: float = 1.0,
         return_query_and_key: bool = False,
     ) -> Any:
@@ -651,8 +649,8 @@ class SemanticCrossAttention(nn.Module):
         """
         semantic_tokens = self.norm_semantic(semantic_tokens)
         value = self._split_heads(self.to_v(semantic_tokens))
-        query = self._split_heads(self.to_q(self.norm_image(hidden_states)))
-        key = self._split_heads(self.to_k(semantic_tokens))
+        query: Any = self._split_heads(self.to_q(self.norm_image(hidden_states)))
+        key: Any = self._split_heads(self.to_k(semantic_tokens))
         if rotary_emb is not None:
             query, key = apply_rotary_emb(query, rotary_emb), apply_rotary_emb(key, rotary_emb)
         if return_query_and_key:
@@ -793,8 +791,7 @@ class SemanticModel(ModelMixin, ConfigMixin):
         if os.path.isdir(source):
             # diffusers would prefer weights beside the subfolder.
             source = os.path.join(source, kwargs.pop("subfolder", None) or "")
-        names = ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-        where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         weights_name = _add_variant(SAFETENSORS_WEIGHTS_NAME, kwargs.get("variant"))
         config_file, weights_file = (
             _get_model_file(source, weights_name=name, **where) for name in (cls.config_name, weights_name)
@@ -1219,6 +1216,10 @@ class SemanticAttentionOutput(BaseOutput):
 
         Returns:
             `PIL.Image.Image`: An RGB picture of the size of `background`.
+
+        Raises:
+            `ValueError`: `opacity` is out of range.
+            `IndexError`: An index does not exist.
         """
         if not 0 <= opacity <= 1:
             raise ValueError(f"`opacity` has to be within [0, 1] but is {opacity}.")
@@ -1255,6 +1256,9 @@ class SemanticAttentionOutput(BaseOutput):
         Returns:
             `dict[str, np.ndarray]`: An array of the shape `maps.shape[:-2]` for each name. The arrays sum to one over
             the names.
+
+        Raises:
+            `ValueError`: `semantic_image` has fewer pixels than tokens along a side.
         """
         pixels = np.asarray(semantic_image.convert("RGB"))
         (height, width), (rows, columns) = pixels.shape[:2], self.maps.shape[-2:]

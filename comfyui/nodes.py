@@ -122,7 +122,7 @@ class SemanticFill:
     width: int = 0
     module: SemanticModule | None = None
     strength: float = 1.0
-    semantic_maps: list[str] | tuple[str, ...] = SINGLE_MAP
+    semantic_maps: tuple[str, ...] = SINGLE_MAP
 
     @property
     def panels(self) -> tuple[str, ...]:
@@ -275,8 +275,8 @@ class LoadSemanticFill:
         beside = os.path.join(os.path.dirname(path), MODULE_FILE)
         if not said and module == BESIDE and not os.path.isfile(beside):
             raise ValueError(f"{lora} was not trained by Semantic Fill. Load it with ComfyUI's own node Load LoRA.")
-        fill = SemanticFill(**said, strength=strength)
-        fill.semantic_maps = check_names(list(fill.semantic_maps), lora)
+        maps = check_names(said.pop("semantic_maps", list(SINGLE_MAP)), lora)
+        fill = SemanticFill(**said, strength=strength, semantic_maps=maps)
         if fill.semantic_mode not in MODES:
             raise ValueError(f"{lora} has the `semantic_mode` {fill.semantic_mode!r}, but these nodes know {MODES}.")
         if fill.semantic_mode in MODULES:
@@ -291,7 +291,7 @@ class LoadSemanticFill:
             if fill.module.kind != fill.semantic_mode and fill.module.kind != "projection":
                 raise ValueError(f"{lora} needs a module of the kind {fill.semantic_mode}, but {chosen} is another.")
             fill.semantic_mode = fill.module.kind
-            if tuple(fill.semantic_maps) != fill.module.maps:
+            if fill.semantic_maps != fill.module.maps:
                 raise ValueError(f"{lora} is for the maps {fill.semantic_maps}, but {chosen} for {fill.module.maps}.")
         config = read_json(metadata.get("lora_adapter_metadata", "{}"), f"The metadata of {lora}")
         model, _ = comfy.sd.load_lora_for_models(model, None, add_alphas(weights, config), strength, 0.0)
