@@ -154,14 +154,12 @@ class SemanticAdapter:
     What a trained LoRA brings beside its layers. [`FluxFillSemanticPipeline.semantic_adapters`] has one for each.
 
     Args:
-        semantic_mode, fusion_alpha, max_sequence_length:
+        semantic_mode, fusion_alpha, max_sequence_length, semantic_maps:
             As in [`FluxFillSemanticPipeline`].
         height, width (`int`, *optional*):
             Size of a view in training, in pixels.
         module (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
             The module of a mode that has one.
-        semantic_maps (`list[str]`, *optional*):
-            Names of the maps, in their order. Defaults to the module's, or else to one map, `semantic`.
         lora_scaling (`float`, defaults to 1.0):
             The mean scaling of the LoRA's layers at weight 1. PEFT keeps weights multiplied by it.
         fused_weight (`float`, *optional*):
@@ -262,10 +260,11 @@ def _lora_state(model: torch.nn.Module | None) -> _LoraState:
 
 
 class _Guide(NamedTuple):
-    """A module at work in one call: its maps' tokens in its dtype, and the strength of the guidance of each map."""
+    """A module at work in one call, and what its `enhance` takes after the transformer's input."""
 
     module: Any
     semantic_tokens: torch.Tensor
+    positions: torch.Tensor
     scale: list[float]
 
 
@@ -701,10 +700,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         Encodes a diptych as `__call__` does, with samples of the VAE's posterior.
 
         Args:
-            diptych (`torch.Tensor` of shape `(batch, 3, height, width)`):
-                Pixels in [0, 1]. `None` if `moments` are passed.
-            mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`):
-                1 where the transformer paints, 0 where it sees.
+            diptych, mask:
+                As in [`~FluxFillSemanticPipeline.encode_moments`]. `diptych` is `None` if `moments` are passed.
             moments (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
                 What `encode_moments` returned for this diptych and mask.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -765,7 +762,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     # -- Guide --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _semantic_guidance(self, guides: list[_Guide], positions: torch.Tensor | None, canvas: _Canvas):
+    def _semantic_guidance(self, guides: list[_Guide], canvas: _Canvas):
         """Enhances the transformer's input during one call. An error in that call ends the guidance as well."""
         seen = self._attention_observer
         if seen is not None and not any(g.module is seen.module and g.scale[seen.semantic_map] != 0 for g in guides):
@@ -783,10 +780,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 return None
             hidden_states = kwargs["hidden_states"]
             if self._attention_observer is not None:
-                self._attention_observer(hidden_states, guides, positions, canvas)
-            enhanced = [
-                guide.module.enhance(hidden_states, guide.semantic_tokens, positions, guide.scale) for guide in guides
-            ]
+                self._attention_observer(hidden_states, guides, canvas)
+            enhanced = [module.enhance(hidden_states, *arguments) for module, *arguments in guides]
             # Each module sees the same input, and their updates add up.
             kwargs["hidden_states"] = sum((other - hidden_states for other in enhanced[1:]), start=enhanced[0])
             return args, kwargs
@@ -959,41 +954,44 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     def _prepare_guides(
         self,
-        semantic_tokens: dict[str, torch.Tensor],
+        maps: dict[str, torch.Tensor],
         acting: list[tuple[SemanticAdapter, float]],
         semantic_scale: dict[str, float],
+        canvas: _Canvas,
+        total: int,
+        as_batches: bool,
     ) -> list[_Guide]:
-        """Brings the modules that act to the device, and their maps' tokens to their dtype."""
-        guides = []
-        for adapter, weight in acting:
-            module, given = adapter.guide, [name for name in adapter.semantic_maps if name in semantic_tokens]
-            if module is None or not given:
+        """
+        Encodes the maps as tokens of the canvas, repeated for all pictures that are painted, and brings the modules that
+        act to the device.
+        """
+        guiding = [(adapter, weight) for adapter, weight in acting if adapter.guide is not None]
+        guides, encoded, grid = [], {}, canvas[:3]
+        for name, semantic in maps.items() if guiding else ():
+            tokens = tile_across_panels(self.encode_semantic(semantic), *grid)
+            copies = total // len(tokens)
+            encoded[name] = tokens.repeat(copies, 1, 1) if as_batches else tokens.repeat_interleave(copies, dim=0)
+        for adapter, weight in guiding:
+            module, given = adapter.module, [name for name in adapter.semantic_maps if name in encoded]
+            if not given:
                 continue
-            tokens = semantic_tokens[given[0]]
+            tokens = encoded[given[0]]
             if len(adapter.semantic_maps) > 1:
                 # A map that is left out has a scale of 0, so its tokens are never looked at.
-                tokens = torch.stack([semantic_tokens.get(name, tokens) for name in adapter.semantic_maps], dim=1)
+                tokens = torch.stack([encoded.get(name, tokens) for name in adapter.semantic_maps], dim=1)
             if module is not self._own_module:
                 # It is no component, so it follows the transformer as its LoRA does.
                 module.to(tokens.device)
                 if module.dtype != self._module_dtype:
                     module.to(self._module_dtype)
             scale = [weight * semantic_scale[name] if name in given else 0.0 for name in adapter.semantic_maps]
-            guides.append(_Guide(module, tokens.to(module.dtype), scale))
+            guides.append(_Guide(module, tokens.to(module.dtype), panel_positions(*grid, device=tokens.device), scale))
         return guides
 
     @property
     def _module_dtype(self) -> torch.dtype:
         # The weights of a quantized transformer may all be integers.
         return self.transformer.dtype if self.transformer.dtype.is_floating_point else torch.float32
-
-    def _prepare_semantic_tokens(
-        self, semantic: torch.Tensor, canvas: _Canvas, total: int, as_batches: bool
-    ) -> torch.Tensor:
-        """Encodes pictures of a map as tokens of the canvas, repeated for all pictures that are painted."""
-        tokens = tile_across_panels(self.encode_semantic(semantic), *canvas[:3])
-        copies = total // len(tokens)
-        return tokens.repeat(copies, 1, 1) if as_batches else tokens.repeat_interleave(copies, dim=0)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -1138,19 +1136,12 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         if translates:
             image, mask_image = self._prepare_canvas(visible, maps, per_prompt)
             width = view_width * panels
-        guides, positions = [], None
-        if maps and any(adapter.guide is not None for adapter in adapters):
-            # `FluxFillPipeline` repeats several pictures to fill as whole batches, and the maps go with them.
-            as_batches = not translates and num_images > 1
-            semantic_tokens = {
-                name: self._prepare_semantic_tokens(semantic, canvas, batch_size * per_prompt, as_batches)
-                for name, semantic in maps.items()
-            }
-            positions = panel_positions(*canvas[:3], device=next(iter(semantic_tokens.values())).device)
-            guides = self._prepare_guides(semantic_tokens, acting, scales)
+        # `FluxFillPipeline` repeats several pictures to fill as whole batches, and the maps go with them.
+        as_batches = not translates and num_images > 1
+        guides = self._prepare_guides(maps, acting, scales, canvas, batch_size * per_prompt, as_batches)
 
         # 4. Denoise and decode
-        with self._semantic_guidance(guides, positions, canvas):
+        with self._semantic_guidance(guides, canvas):
             # The stock annotations leave out pictures that the stock method accepts.
             paint: Any = super().__call__
             images = paint(
@@ -1422,9 +1413,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     @property
     def _merged_loras(self) -> set[str]:
         """The trained adapters that are merged into the transformer's weights and could be taken out again."""
-        return (
-            _lora_state(self.transformer).merged & self.semantic_adapters.keys() if self.semantic_adapters else set()
-        )
+        return _lora_state(self.transformer).merged & self.semantic_adapters.keys()
 
     def _forget_adapters(self, names: list[str], merged: set[str]) -> None:
         for name in names:
@@ -1516,13 +1505,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             semantic_attention (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
                 The module, saved under `semantic_attention/`. It has to be of the mode's class.
             semantic_mode (`str`, *optional*), fusion_alpha (`float`, defaults to 0.5), max_sequence_length (`int`,
-            defaults to 512):
-                How the map entered in training, and the number of T5 tokens of a prompt. The mode defaults to
-                `"cross_attention"` if a module is passed.
-            height, width (`int`, *optional*):
-                Size of a view in training, in pixels.
-            semantic_maps (`list[str]`, *optional*):
-                Names of the maps, in their order. Defaults to the module's, or else to one map, `semantic`.
+            defaults to 512), height, width (`int`, *optional*), semantic_maps (`list[str]`, *optional*):
+                How it was trained, as in [`SemanticAdapter`]. The mode defaults to `"cross_attention"` if a module is
+                passed.
 
         Raises:
             `ValueError`: The mode is unknown, the module is not of its class, a number or name is out of range, the

@@ -685,18 +685,7 @@ class SemanticProjection(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, semantic_tokens: torch.Tensor, semantic_scale: float = 1.0
     ) -> torch.Tensor:
-        r"""
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, channels)`):
-                Image tokens.
-            semantic_tokens (`torch.Tensor` of shape `(batch, tokens, channels)`):
-                One semantic token for each image token.
-            semantic_scale (`float`, defaults to 1.0):
-                Multiplies the learned gate.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, channels)` in the dtype of `hidden_states`.
-        """
+        r"""Takes and returns what [`SemanticCrossAttention`] does, with as many semantic tokens as image tokens."""
         update = self.linear(semantic_tokens)
         return (hidden_states + semantic_scale * self.scale * update).to(hidden_states.dtype)
 
@@ -1101,12 +1090,9 @@ class SemanticProjectionModel(SemanticModel):
     Those channels are empty where the transformer paints, and they are the same at every timestep.
 
     Args:
-        in_channels (`int`, defaults to 64):
-            Channels of the image and semantic tokens. With 64 channels a layer has 4224 parameters.
-        num_layers (`int`, defaults to 1):
-            Number of layers, applied one after the other.
-        maps (`list[str]`, defaults to `["semantic"]`):
-            Names of the semantic maps. Each has layers of its own.
+        in_channels (`int`, defaults to 64), num_layers (`int`, defaults to 1), maps (`list[str]`, defaults to
+        `["semantic"]`):
+            As in [`SemanticAttentionModel`]. With 64 channels a layer has 4224 parameters.
 
     Raises:
         `ValueError`: A size is not a positive integer, or a name cannot be.
@@ -1313,16 +1299,16 @@ class AttentionRecorder:
             for x, y in self.points
         ]
 
-    def __call__(self, hidden_states, guides, positions, canvas) -> None:
+    def __call__(self, hidden_states, guides, canvas) -> None:
         """Records one step. The arguments are what the modules are about to see."""
         if self.calls == 0:
             self.start(canvas)
         if self.calls in self.steps:
-            guide = next(guide for guide in guides if guide.module is self.module)
+            _, *arguments = next(guide for guide in guides if guide.module is self.module)
             _, part, _ = self.module.split_input(hidden_states)
             chunks = []
             how = (self.layer, self.tokens, self.chunk_size, self.semantic_map)
-            for chunk in self.module.attention_maps(part, guide.semantic_tokens, positions, guide.scale, *how):
+            for chunk in self.module.attention_maps(part, *arguments, *how):
                 chunk = chunk.unflatten(-1, (canvas.rows, canvas.panels, canvas.columns)).sum(dim=-2).transpose(1, 2)
                 chunks.append((chunk.mean(dim=2) if self.average_heads else chunk).cpu())
             self.maps[self.calls] = torch.cat(chunks, dim=1).numpy()
