@@ -1422,8 +1422,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 continue
             if name in merged:
                 adapter.is_permanent = True
-                # Another LoRA may take its name.
-                name = f"{name} (fused, {len(self.semantic_adapters)})"
+                # Another LoRA may take its name, and be fused as well.
+                name = f"{name} (fused, {sum(other.is_permanent for other in self.semantic_adapters.values())})"
             if adapter.is_permanent:
                 self.semantic_adapters[name] = adapter
 

@@ -176,6 +176,17 @@ def test_the_pipelines_own_module_moves_while_an_adapter_acts(base, loras):
     assert own.dtype == pipe.semantic_attention.dtype == pipe.transformer.dtype == torch.float64
 
 
+def test_every_fused_lora_keeps_its_module(base, loras):
+    pipe = load(base, loras, "bpa")
+    for others in ("bp", "p"):
+        pipe.fuse_lora(adapter_names=["a"])
+        pipe.delete_adapters(["a"])
+        pipe.delete_adapters(list(others))
+        for name in "pa":
+            reload(pipe, name, loras[name])
+    assert sum(adapter.is_permanent for adapter in pipe.semantic_adapters.values()) == 2
+
+
 def test_pipelines_that_share_a_transformer_share_its_adapters(base, loras, expected):
     pipe = load(base, loras, "ab", semantic_mode="in_context")
     other = FluxFillSemanticPipeline.from_pipe(pipe)
