@@ -1016,7 +1016,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         joint_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[[int, int, dict], None] | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int | None = None,
         semantic_image: PipelineImageInput | dict[str, Any] | None = None,
@@ -1197,7 +1197,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 Points of the painted view, (x, y) in pixels from its upper left corner. With `mask_image`, points of
                 the picture. Each stands for the 16x16-pixel token it falls in.
             steps (`list[int]`, *optional*):
-                Denoising steps to record, counted from 0. Negative ones count from the end. Defaults to all.
+                Denoising steps to record, counted from 0. Negative ones count from the end. Defaults to all. A call
+                that is interrupted has those before.
             layer (`int`, defaults to -1):
                 Index of the module's layer to record.
             average_heads (`bool`, defaults to `True`):
@@ -1215,7 +1216,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
         Raises:
             `ValueError`: A point lies outside of the view, a step, layer or map does not exist, the pipeline's module is
-                no attention, or the call uses no map.
+                no attention, or the call uses no map or is interrupted before the first of the steps.
         """
         acting = [adapter for adapter, _ in self._acting_adapters()]
         attending = [a.module for a in acting if a.semantic_mode == "cross_attention" and a.module is not None]
