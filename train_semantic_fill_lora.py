@@ -291,8 +291,7 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
         load_lora(transformer, options.lora_weights, options.cache_dir)
     set_checkpointing(transformer, options.checkpointing)
     if options.compile:
-        # With buckets, a graph for each shape is faster than one graph for all.
-        compile_blocks(transformer, options.fused_lora, static=options.aspect_buckets)
+        compile_blocks(transformer, options.fused_lora)
     return model
 
 

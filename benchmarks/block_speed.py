@@ -94,7 +94,6 @@ def measure(precision: str, args: argparse.Namespace, device: torch.device) -> d
 
 
 def main(args: argparse.Namespace) -> None:
-    torch._dynamo.config.recompile_limit = 64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.output, describe(device))
     for precision in args.precisions.split(","):

@@ -254,7 +254,7 @@ class Bench:
             if options.cache_latents:
                 notes["encoding GiB"] = peak_gib(device)
             free(device)
-            # Shapes that change would make the compiler go over to dynamic ones, which no run has.
+            # Each row's options make graphs of their own, and a block with too many of them is not compiled.
             if self.compiled != options:
                 torch._dynamo.reset()
                 self.compiled = options
@@ -450,8 +450,6 @@ def noise_rows(count: int, resolution: int) -> list[dict]:
 
 
 def main(args: argparse.Namespace) -> None:
-    # Rows differ in flags, and each is compiled for itself.
-    torch._dynamo.config.recompile_limit = 64
     bench = Bench(args)
     for group in bench.chosen_rows():
         for turn in range(1, args.rounds + 1):

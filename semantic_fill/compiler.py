@@ -65,22 +65,23 @@ def remember_success(trial: Callable[[], bool], *facts: str) -> bool:
 
 def cache_autograd() -> None:
     """
-    Lets torch's cache hold the derivatives of blocks too, which takes private settings. Where they have changed, the
-    next run only takes longer to start.
+    Lets torch's cache hold the derivatives of blocks too, which takes private settings. In a version of torch without them,
+    the next run only takes longer to start.
 
     torch leaves out what its cache may not know by the graph alone. An autograd function is part of the graph with its
     forward and its backward. The two functions that choose attention take constants of the graph, and then follow
     switches of the process, so these switches become a part of the key.
     """
-    import torch._functorch.config
-    import torch._inductor.config
-
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     cuda = torch.backends.cuda
     kinds = ("flash", "mem_efficient", "math", "cudnn")
     switches = " ".join(str(getattr(cuda, f"{kind}_sdp_enabled")()) for kind in kinds)
     names = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")
-    torch._inductor.config.unsafe_marked_cacheable_functions |= dict.fromkeys(names, switches)
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._functorch import config as autograd
+        from torch._inductor import config as inductor
+
+        autograd.autograd_cache_allow_custom_autograd_functions = True
+        inductor.unsafe_marked_cacheable_functions |= dict.fromkeys(names, switches)
 
 
 def require_grad(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -101,13 +102,15 @@ def join_streams(module: torch.nn.Module, args: tuple, output: tuple) -> tuple[t
     return text, image
 
 
-def compile_blocks(transformer: FluxTransformer2DModel, fused_lora: bool, static: bool) -> None:
+def compile_blocks(transformer: FluxTransformer2DModel, fused_lora: bool) -> None:
     """
     Has a transformer's blocks compiled when they are first called, each kind once for all of its blocks.
 
+    Each shape has a graph of its own. By default, torch goes over to one for all shapes at the second, which is slower. A
+    resumed run would train with that one, because it begins with a validation of single samples.
+
     Args:
         fused_lora (`bool`): Whether the blocks have the layers of `MasterWeightLora`, whose products are joined.
-        static (`bool`): Compile a graph for each shape. By default, torch goes over to one graph for all at the second.
     """
     cache_autograd()
     for embedder in (transformer.x_embedder, transformer.context_embedder):
@@ -116,6 +119,6 @@ def compile_blocks(transformer: FluxTransformer2DModel, fused_lora: bool, static
     join: Any = torch.compiler.disable(join_streams)
     for block in transformer.transformer_blocks[-1:]:
         block.register_forward_hook(join)
-    if static:
-        torch._dynamo.config.recompile_limit = 32
-    transformer.compile_repeated_blocks(dynamic=False if static else None, options=compiler_options(fused_lora))
+    # A shape has two graphs, for training and without gradients, and there are up to nine shapes with --aspect_buckets.
+    torch._dynamo.config.recompile_limit = 32
+    transformer.compile_repeated_blocks(dynamic=False, options=compiler_options(fused_lora))

@@ -2,6 +2,7 @@
 """Each kind of block is compiled once, and the next process finds what the compiler made."""
 
 import ast
+import importlib
 import os
 import subprocess
 from pathlib import Path
@@ -34,15 +35,15 @@ def several_blocks(base) -> Any:
     return transformer
 
 
-def gradients_of(transformer: Any) -> dict[str, torch.Tensor]:
+def gradients_of(transformer: Any, batch_size: int = 2) -> dict[str, torch.Tensor]:
     config, ids = transformer.config, torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(8.0))
     generator = torch.Generator().manual_seed(0)
     velocity = transformer(
-        hidden_states=torch.randn(2, len(ids), config.in_channels, generator=generator),
-        encoder_hidden_states=torch.randn(2, 6, config.joint_attention_dim, generator=generator),
-        pooled_projections=torch.randn(2, config.pooled_projection_dim, generator=generator),
-        timestep=torch.tensor([0.3, 0.6]),
-        guidance=torch.ones(2) if config.guidance_embeds else None,
+        hidden_states=torch.randn(batch_size, len(ids), config.in_channels, generator=generator),
+        encoder_hidden_states=torch.randn(batch_size, 6, config.joint_attention_dim, generator=generator),
+        pooled_projections=torch.randn(batch_size, config.pooled_projection_dim, generator=generator),
+        timestep=torch.tensor([0.3, 0.6])[:batch_size],
+        guidance=torch.ones(batch_size) if config.guidance_embeds else None,
         txt_ids=torch.zeros(6, 3),
         img_ids=ids,
     ).sample
@@ -52,21 +53,27 @@ def gradients_of(transformer: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", 0.5])
-def test_each_kind_of_block_is_compiled_once(several_blocks, monkeypatch, checkpointing):
-    graphs, compile_module = [], nn.Module.compile
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """The graphs that are compiled. Each is run as it is."""
+    found, compile_module = [], nn.Module.compile
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     monkeypatch.setattr(
         nn.Module, "compile", lambda module, options, **kwargs: compile_module(module, backend=backend, **kwargs)
     )
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", 0.5])
+def test_each_kind_of_block_is_compiled_once(several_blocks, graphs, checkpointing):
     several_blocks.train()
     expected = gradients_of(several_blocks)
     set_checkpointing(several_blocks, checkpointing)
-    compile_blocks(several_blocks, fused_lora=True, static=False)
+    compile_blocks(several_blocks, fused_lora=True)
     for _ in range(2):
         got = gradients_of(several_blocks)
     assert len(graphs) == 2 and expected.keys() == got.keys()
@@ -76,6 +83,24 @@ def test_each_kind_of_block_is_compiled_once(several_blocks, monkeypatch, checkp
     with torch.no_grad():
         gradients_of(several_blocks)
     assert len(graphs) == 4
+
+
+def test_a_validation_before_the_first_step_changes_no_graph_of_training(several_blocks, graphs):
+    """A resumed run validates single samples first. Shapes that are not fixed would cost each of its steps time."""
+    compile_blocks(several_blocks, fused_lora=True)
+    with torch.no_grad():
+        gradients_of(several_blocks, batch_size=1)
+    gradients_of(several_blocks.train())
+    inputs = [node.meta["example_value"] for graph in graphs for node in graph.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in inputs if isinstance(value, torch.Tensor) for size in value.shape]
+    assert len(graphs) == 4 and sizes and all(type(size) is int for size in sizes)
+
+
+def test_a_version_of_torch_without_the_settings_of_its_cache(several_blocks, graphs, monkeypatch):
+    name = "autograd_cache_allow_custom_autograd_functions"
+    monkeypatch.delitem(importlib.import_module("torch._functorch.config")._config, name)
+    compile_blocks(several_blocks, fused_lora=True)
+    assert gradients_of(several_blocks) and len(graphs) == 2
 
 
 # Nothing here needs a kernel of the compiler's own, which would take seconds to build.

@@ -63,7 +63,7 @@ def test_streamed_weights_change_nothing(monkeypatch, precision, backend):
     if backend:
         compiled = functools.partial(streamed.compile_repeated_blocks, backend=backend)
         monkeypatch.setattr(streamed, "compile_repeated_blocks", lambda **kwargs: compiled())
-        compile_blocks(streamed, fused_lora=False, static=True)
+        compile_blocks(streamed, fused_lora=False)
     expected, got = steps(resident), steps(streamed)
     assert all(tensor.any() for tensor in expected)
     torch.testing.assert_close(got, expected, **({"rtol": 1e-3, "atol": 1e-5} if backend else {"rtol": 0, "atol": 0}))
