@@ -6,9 +6,9 @@ but backward needs them as well, where a block that is checkpointed is computed 
 """
 
 import functools
+import itertools
 
 import torch
-import torch.nn as nn
 from diffusers import FluxTransformer2DModel
 
 from semantic_fill.precision import FrozenLinear, blocks_of
@@ -34,13 +34,16 @@ class WeightStream:
         self.last = -1
         for number, block in enumerate(blocks_of(transformer)):
             layers = [module for module in block.modules() if isinstance(module, FrozenLinear)]
+            # Scales and biases are little, and stay. All else that is stored is a weight, with fp8x2 in two orders.
+            tensors = itertools.chain(*((*layer.parameters(False), *layer.buffers(False)) for layer in layers))
+            weights = [tensor for tensor in tensors if not tensor.is_floating_point()]
             self.places.append(place := (type(block), number % 2))
             # Only pinned memory can be copied without the host waiting.
             pinned = {"device": "cpu", "pin_memory": self.copying is not None}
-            self.weights.append([torch.empty_like(layer.weight, **pinned).copy_(layer.weight) for layer in layers])
-            buffers = self.buffers.setdefault(place, [layer.weight.detach().clone() for layer in layers])
-            for layer, buffer in zip(layers, buffers, strict=True):
-                layer.weight = nn.Parameter(buffer, requires_grad=False)
+            self.weights.append([torch.empty_like(weight, **pinned).copy_(weight) for weight in weights])
+            buffers = self.buffers.setdefault(place, [weight.detach().clone() for weight in weights])
+            for weight, buffer in zip(weights, buffers, strict=True):
+                weight.data = buffer
             if layers:
                 block.bring_weights = functools.partial(self.bring, number)
                 block.__class__ = streamed(type(block))

@@ -12,7 +12,10 @@ from diffusers import FluxTransformer2DModel
 from semantic_fill.compiler import compile_blocks
 from semantic_fill.lora import add_lora
 from semantic_fill.memory import set_checkpointing
-from semantic_fill.precision import quantize_blocks
+from semantic_fill.precision import PRECISIONS, FrozenLinear, quantize_blocks
+
+
+QUANTIZED = [name for name, cls in PRECISIONS.items() if cls is not None]
 
 
 def build(precision: str) -> FluxTransformer2DModel:
@@ -52,7 +55,7 @@ def steps(transformer: FluxTransformer2DModel) -> list[torch.Tensor | None]:
     return [painted, *(p.grad for p in transformer.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("precision, backend", [("int8", None), ("nf4", None), ("nf4", "aot_eager")])
+@pytest.mark.parametrize("precision, backend", [*((name, None) for name in QUANTIZED), ("nf4", "aot_eager")])
 def test_streamed_weights_change_nothing(monkeypatch, precision, backend):
     if precision == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -62,22 +65,30 @@ def test_streamed_weights_change_nothing(monkeypatch, precision, backend):
     set_checkpointing(streamed, "stream")
     if backend:
         compiled = functools.partial(streamed.compile_repeated_blocks, backend=backend)
-        monkeypatch.setattr(streamed, "compile_repeated_blocks", lambda **kwargs: compiled())
+        monkeypatch.setattr(streamed, "compile_repeated_blocks", lambda options, **kwargs: compiled(**kwargs))
         compile_blocks(streamed, fused_lora=False)
-    expected, got = steps(resident), steps(streamed)
+    # Products of fp8 are in bfloat16, where a compiled block rounds in other places.
+    with torch.autocast("cpu", torch.bfloat16, enabled=backend is None):
+        expected, got = steps(resident), steps(streamed)
     assert all(tensor.any() for tensor in expected)
     torch.testing.assert_close(got, expected, **({"rtol": 1e-3, "atol": 1e-5} if backend else {"rtol": 0, "atol": 0}))
 
 
-def test_two_blocks_of_each_class_are_on_the_device():
-    transformer = build("int8")
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_two_blocks_of_each_class_are_on_the_device(precision):
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    transformer = build(precision)
 
-    def storages() -> int:
-        weights = [weight for name, weight in transformer.named_parameters() if weight.dtype == torch.int8]
-        return len({weight.data_ptr() for weight in weights})
+    def stored(module: torch.nn.Module) -> dict[int, int]:
+        """Bytes of the quantized weights, by where they are."""
+        tensors = (*module.parameters(), *module.buffers())
+        return {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_floating_point()}
 
-    before = storages()
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    before = [sum(stored(block).values()) for block in blocks]
+    bits = PRECISIONS[precision].bits
+    linears = [module for block in blocks for module in block.modules() if isinstance(module, FrozenLinear)]
+    assert sum(before) == sum(linear.in_features * linear.out_features * bits // 8 for linear in linears)
     set_checkpointing(transformer, "stream")
-    blocks = transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]
-    double, single = (sum(w.dtype == torch.int8 for w in block.parameters()) for block in blocks)
-    assert before == 3 * double + 4 * single and storages() == 2 * double + 2 * single
+    assert sum(stored(transformer).values()) == sum(before[i] for i in (0, 1, 3, 4))
