@@ -401,7 +401,7 @@ def assemble(
             encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, plan, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
-        options = replace(options, **vars(plan_fast(options, encoder, device, dtype)))
+        options = replace(options, **vars(plan_fast(options, encoder, device)))
 
     set_seed(options.seed)
     with reports.explain_out_of_memory(options, encoder):
@@ -435,10 +435,10 @@ def assemble(
     return Run(options, engine, encoder, held_out, objective, *parts)
 
 
-def plan_fast(options: Options, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
+def plan_fast(options: Options, encoder: Encoder, device: torch.device) -> Any:
     """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
     fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
-    choice = choose_plan(reports.workload(options, encoder), fixed, device, dtype)
+    choice = choose_plan(reports.workload(options, encoder), fixed, device)
     plan, reason = broadcast_object_list(list(choice))
     logger.info(f"--fast chose {plan}: {reason}")
     return plan

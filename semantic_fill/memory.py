@@ -49,7 +49,6 @@ def draws(transformer: FluxTransformer2DModel) -> bool:
 
 def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
     """Selective checkpointing, inside each block, so that a compiled block contains it too."""
-
     random = draws(transformer)
 
     # One method for each class of blocks: a closure over each block would be compiled once for each.
@@ -149,15 +148,18 @@ class Workload:
     Args:
         transformer (`FluxTransformer2DModel`): Only its sizes are read, so it may be on the meta device.
         image_tokens, text_tokens (`int`): Tokens of one sample.
-        batch_size, rank, use_8bit_adam: As the options of these names. `use_8bit_adam` is `None` with another optimizer.
+        dtype (`torch.dtype`): What the run computes in.
+        batch_size, rank, use_8bit_adam, ema_decay: As the options of these names. With Prodigy `use_8bit_adam` is `None`.
     """
 
     transformer: FluxTransformer2DModel
     image_tokens: int
     text_tokens: int
+    dtype: torch.dtype
     batch_size: int
     rank: int
     use_8bit_adam: bool | None
+    ema_decay: float | None
 
     @property
     def tokens(self) -> int:
@@ -171,13 +173,15 @@ PLANS = [
     *(Plan(precision, some, compile=True) for precision in ("fp8", "bf16", "int8", "nf4") for some in TO_FULL),
     *(Plan("nf4", some, compile=True) for some in ("offload", "stream")),
 ]
-# Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape
-# (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
+# Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape in
+# bfloat16 (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
 KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1), "stream": (0.1, 0.1)}
 # The compiler keeps this much more where products are of 8 bits and nothing is recomputed.
 EIGHT_BITS_KEPT = 6.3
-# Bytes for each image token while the VAE decodes a painting, and for each weight of a layer while it is quantized.
+# Bytes for each image token while the VAE decodes a painting in bfloat16, and for each weight that is being quantized.
 PAINTING_BYTES, QUANTIZING_BYTES = 0.95 * 2**20, 6
+# Bytes of the optimizer's states for each trained number: two of AdamW, in 32 or by `use_8bit_adam` 8 bits, four of Prodigy.
+STATE_BYTES = {False: 8, True: 2, None: 16}
 # The allocator cannot use all gaps between tensors that come and go: a share of all memory, and some more, of which up to
 # 0.4 GiB come with CUDA graphs.
 GAPS, GAP_BYTES = 0.03, 0.9 * 2**30
@@ -222,17 +226,19 @@ def linears_of(blocks: Iterable[torch.nn.Module]) -> list[torch.nn.Linear]:
 
 def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
     """Bytes of all tensors on the GPU at the peak of each part of a run: `loading`, `training` and `painting`."""
-    transformer, tokens = workload.transformer, workload.batch_size * workload.tokens
+    transformer, itemsize = workload.transformer, workload.dtype.itemsize
+    # What is kept was measured with two bytes a number.
+    tokens = workload.batch_size * workload.tokens * itemsize / 2
     blocks = blocks_of(transformer)
     linears = linears_of(blocks)
     frozen = sum(linear.weight.numel() for linear in linears)
     rest = sum(parameter.numel() for parameter in transformer.parameters()) - frozen
     precision = PRECISIONS[plan.base_precision]
     # Scales add little: one a row, or an eighth of a bit a weight with nf4.
-    bits = 16 if precision is None else precision.bits + 0.125
+    bits = 8 * itemsize if precision is None else precision.bits + 0.125
     # Modulation has no LoRA by default. It is counted in case a longer --lora_layers adds one.
     lora = workload.rank * sum(linear.in_features + linear.out_features for linear in linears)
-    resident = frozen * bits / 8 + 2 * rest + lora * 4
+    resident = frozen * bits / 8 + itemsize * rest + lora * 4
     loading = resident
     if precision is not None:
         loading += QUANTIZING_BYTES * max(linear.weight.numel() for linear in linears)
@@ -241,8 +247,9 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
             pairs = linears_of(block for name in BLOCKS for block in getattr(transformer, name)[:2])
             streamed = frozen - sum(linear.weight.numel() for linear in pairs)
             resident -= streamed * precision.bits / 8
-    # The optimizer's two moments. A step adds the gradient.
-    resident += lora * (2 if workload.use_8bit_adam else 8)
+    # A step adds the gradient, and a painting with the averages a copy of the last weights.
+    average = 0 if workload.ema_decay is None else lora * 4
+    resident += lora * STATE_BYTES[workload.use_8bit_adam] + average
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
     bytes_of = {name: kept[eager] * tokens * width for name, kept in KEPT_BYTES.items()}
@@ -257,7 +264,7 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
         kept = recomputing * bytes_of["full"]
         # What the other blocks keep is gone before anything is recomputed.
         kept += max((len(blocks) - recomputing) * bytes_of["none"], recomputed)
-    painting = workload.image_tokens * PAINTING_BYTES
+    painting = workload.image_tokens * PAINTING_BYTES * itemsize / 2 + average
     return {"loading": loading, "training": resident + lora * 4 + kept, "painting": resident + painting}
 
 
@@ -320,16 +327,14 @@ def cudnn_attends(shape: tuple[int, int, int, int], device: torch.device, dtype:
     return remember_success(survives, CUDNN_TRIAL, *arguments, *describe_gpu(device))
 
 
-def choose_plan(
-    workload: Workload, fixed: dict[str, str | bool | None], device: torch.device, dtype: torch.dtype
-) -> tuple[Plan, str]:
+def choose_plan(workload: Workload, fixed: dict[str, str | bool | None], device: torch.device) -> tuple[Plan, str]:
     """
     The first of `PLANS` that fits the device's free memory.
 
     Args:
         workload (`Workload`): What a step computes.
         fixed (`dict`): The fields of `Plan` as the user passed them. `None` leaves the choice to this function.
-        device, dtype: Where the run computes, and in which dtype.
+        device (`torch.device`): Where the run computes.
 
     Returns:
         `tuple[Plan, str]`: The choice and the reason for it.
@@ -338,14 +343,12 @@ def choose_plan(
     if device.type != "cuda":
         return replace(Plan("bf16", "none", compile=False), **fixed), f"{device.type} gains nothing from the others"
     major, minor = torch.cuda.get_device_capability(device)
-    multiplies_fp8 = (major, minor) >= (8, 9) and dtype == torch.bfloat16
     free, _ = device_memory(device)
-    limit = free + STARTED_BYTES
-    plans = dict.fromkeys(replace(plan, **fixed) for plan in PLANS)
-    if not multiplies_fp8 and "base_precision" not in fixed:
-        plans = [plan for plan in plans if not plan.base_precision.startswith("fp8")]
+    limit, dtype = free + STARTED_BYTES, workload.dtype
+    unsuited = {name for name, cls in PRECISIONS.items() if cls is not None and not cls.suits(device, dtype)}
+    plans = [plan for plan in PLANS if plan.base_precision not in unsuited]
     tried = []
-    for plan in plans:
+    for plan in dict.fromkeys(replace(plan, **fixed) for plan in plans):
         peak = estimate_peak(plan, workload)
         tried.append(f"{plan} about {peak / 2**30:.1f} GiB")
         if peak <= limit:
@@ -355,7 +358,7 @@ def choose_plan(
     # Eager blocks have crashed where the trial and compiled blocks were fine (benchmarks/RESULTS.md).
     if "attention_backend" not in fixed and plan.compile and major >= 9 and cudnn_attends(shape, device, dtype):
         plan = replace(plan, attention_backend=CUDNN)
-    products = "fp8 products" if multiplies_fp8 else f"no fp8 products (compute capability {major}.{minor}, {dtype})"
+    products = f"no fp8 products (compute capability {major}.{minor}, {dtype})" if unsuited else "fp8 products"
     verdict = "" if peak <= limit else "; nothing fits, so this is what needs least"
     return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Needed: {'; '.join(tried[:-3:-1])}"
 
@@ -383,8 +386,8 @@ def memory_advice(plan: Plan, workload: Workload, accumulation_steps: int, encod
     savings = {f"--checkpointing {name}": saved(replace(plan, checkpointing=name)) for name in CHECKPOINTING}
     savings |= {f"--base_precision {name}": saved(replace(plan, base_precision=name)) for name in PRECISIONS}
     smaller = f"--train_batch_size 1 --gradient_accumulation_steps {workload.batch_size * accumulation_steps}"
-    savings[smaller] = saved(workload=replace(workload, batch_size=1))
-    savings["--cache_latents"] = encoder_bytes
+    savings |= {smaller: saved(workload=replace(workload, batch_size=1)), "--cache_latents": encoder_bytes}
+    savings["--mixed_precision bf16"] = saved(workload=replace(workload, dtype=torch.bfloat16))
     if workload.use_8bit_adam is not None:
         savings["--use_8bit_adam"] = saved(workload=replace(workload, use_8bit_adam=True))
     lines = [

@@ -217,6 +217,11 @@ class FrozenLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
 
+    @classmethod
+    def suits(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a device multiplies inputs of a dtype as it should. Elsewhere a weight is dequantized first."""
+        return True
+
     def quantize(self, weight: torch.Tensor) -> None:
         """Stores a weight `(out_features, in_features)` quantized, on the device that it is on."""
         raise NotImplementedError
@@ -276,13 +281,20 @@ class Fp8Linear(Int8Linear):
         super().__init__(*args, **kwargs)
         self.register_buffer("columns", None, persistent=False)
 
+    @classmethod
+    def suits(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        # With one scale a row, `_scaled_mm` can only write bfloat16.
+        return dtype == torch.bfloat16 and (
+            device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+        )
+
     def quantize(self, weight: torch.Tensor) -> None:
         rows, self.scale = to_fp8(weight)
         self.weight = nn.Parameter(rows.view(torch.uint8), requires_grad=False)
-        self.multiplies = not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 9)
+        # Compiled code does not ask the device.
+        self.multiplies = self.suits(weight.device, torch.bfloat16)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # With one scale a row, `_scaled_mm` can only write bfloat16.
         if self.multiplies and x.dtype == torch.bfloat16:
             return _EightBitLinear.apply(x, self.weight, self.scale, bias, self.columns)
         return _WeightOnlyLinear.apply(x, self.weight, self.scale, bias)

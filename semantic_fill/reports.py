@@ -192,9 +192,11 @@ def workload(options: Options, encoder: Encoder) -> Workload:
         empty_transformer(options.pretrained_model_name_or_path, options.revision, options.cache_dir),
         encoder.image_tokens,
         encoder.max_sequence_length,
+        encoder.pipeline.vae.dtype,
         options.train_batch_size,
         options.rank,
         options.use_8bit_adam if options.optimizer == "adamw" else None,
+        options.ema_decay,
     )
 
 

@@ -8,7 +8,6 @@ import multiprocessing.connection
 import random
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import forked_runs
@@ -20,7 +19,6 @@ from helpers import arguments, assert_same_weights, intact_checkpoints, run, spo
 import train_semantic_fill_lora as trainer
 from semantic_fill.checkpoints import claim_output_dir
 from semantic_fill.encoding import is_intact
-from semantic_fill.memory import CHECKPOINTING, Plan, Workload, empty_transformer, memory_advice
 
 
 STEPS = 12
@@ -260,32 +258,6 @@ def test_out_of_memory_says_what_saves_how_much(base_folder, triptych_folder, tm
     message = str(error.value)
     assert message.startswith("CUDA out of memory.\nA step needs about ")
     assert ("\n  --cache_latents: about" in message) != cached
-
-
-def test_memory_advice_names_flags_that_exist_and_what_they_save(base_folder, tmp_path):
-    flux = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
-    flux |= {"joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": [16, 56, 56]}
-    (tmp_path / "transformer").mkdir()
-    config = json.loads(Path(base_folder, "transformer", "config.json").read_text()) | flux
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
-    plan = Plan("bf16", "none", compile=False)
-    step = Workload(empty_transformer(str(tmp_path)), 2048, 512, batch_size=4, rank=4, use_8bit_adam=False)
-
-    advice = memory_advice(plan, step, accumulation_steps=2, encoder_bytes=10 * 2**30)
-    flags = dict(re.findall(r"^  (--.*): about ([\d.]+) GiB$", advice, re.MULTILINE))
-    saved = [float(number) for number in flags.values()]
-    assert saved == sorted(saved, reverse=True) and flags["--cache_latents"] == "10.00"
-    expected = {f"--checkpointing {name}" for name in CHECKPOINTING if name != "none"}
-    assert expected | {"--base_precision nf4", "--use_8bit_adam"} <= set(flags) and "--checkpointing none" not in flags
-    # 11.8 billion weights have 4 bits in place of 16.
-    assert float(flags["--base_precision nf4"]) == pytest.approx(11.8e9 * (16 - 4) / 8 / 2**30, rel=0.05)
-    # All of them exist, and a step has as many samples as before.
-    accepted = arguments("unused", "unused", *" ".join(flags).split(), data="unused")
-    assert (accepted.train_batch_size, accepted.gradient_accumulation_steps) == (1, 8)
-    least = replace(step, batch_size=1, use_8bit_adam=True)
-    assert "Every flag that saves memory is in use" in memory_advice(Plan("nf4", "stream", compile=True), least, 8)
-    # Prodigy has no 8-bit states.
-    assert "--use_8bit_adam" not in memory_advice(plan, replace(step, use_8bit_adam=None), 1)
 
 
 def test_bad_steps_leave_a_checkpoint_to_go_on_from(base_folder, triptych_folder, tmp_path, monkeypatch, caplog):

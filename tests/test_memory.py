@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,8 +177,9 @@ FLUX_FILL = {
     "num_single_layers": 38,
     "pooled_projection_dim": 768,
 }
-# Image and text tokens at 512 pixels.
-FLUX_TOKENS = types.SimpleNamespace(image_tokens=2048, max_sequence_length=512)
+# What an estimate asks the encoder: image and text tokens, here at 512 pixels, and the dtype of the run.
+BF16 = types.SimpleNamespace(vae=types.SimpleNamespace(dtype=torch.bfloat16))
+FLUX_ENCODER = types.SimpleNamespace(image_tokens=2048, max_sequence_length=512, pipeline=BF16)
 
 
 @pytest.fixture
@@ -194,15 +196,16 @@ def empty_flux():
         return FluxTransformer2DModel.from_config(FLUX_FILL)
 
 
-def flux_workload(tokens=2560, batch_size=4, use_8bit_adam=False):
-    return Workload(empty_flux(), 2048, tokens - 2048, batch_size, rank=16, use_8bit_adam=use_8bit_adam)
+def flux_workload(tokens=2560, dtype=torch.bfloat16, **more):
+    options = {"batch_size": 4, "rank": 16, "use_8bit_adam": False, "ema_decay": None} | more
+    return Workload(empty_flux(), 2048, tokens - 2048, dtype, **options)
 
 
 @pytest.fixture
 def choose(flux_folder, monkeypatch):
     """The choice for a GPU with so many free GiB, as far as the choice asks."""
 
-    def choose(gibibytes, *more, capability=(9, 0), batch=4, cudnn=False):
+    def choose(gibibytes, *more, capability=(9, 0), batch=4, cudnn=False, dtype=torch.bfloat16):
         monkeypatch.setattr(memory, "cudnn_attends", lambda *shape: cudnn)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gibibytes * 2**30, 0))
@@ -210,8 +213,8 @@ def choose(flux_folder, monkeypatch):
         more = ("--rank", 16, "--fast", "--train_batch_size", batch, *more)
         options = arguments(flux_folder, "out", *more, data="d")
         fixed = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
-        workload = reports.workload(options, FLUX_TOKENS)
-        return choose_plan(workload, fixed, torch.device("cuda", 0), torch.bfloat16)
+        workload = replace(reports.workload(options, FLUX_ENCODER), dtype=dtype)
+        return choose_plan(workload, fixed, torch.device("cuda", 0))
 
     return choose
 
@@ -300,7 +303,10 @@ def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, cap
     ],
 )
 def test_estimate_agrees_with_what_was_measured(plan, batch_size, tokens, use_8bit_adam, gibibytes):
-    estimate = estimate_parts(plan, flux_workload(tokens, batch_size, use_8bit_adam))["training"] / 2**30
+    estimate = (
+        estimate_parts(plan, flux_workload(tokens, batch_size=batch_size, use_8bit_adam=use_8bit_adam))["training"]
+        / 2**30
+    )
     assert estimate == pytest.approx(gibibytes, rel=0.08)
 
 
@@ -327,8 +333,36 @@ def test_the_documented_table_of_cards_is_the_estimate(flux_folder):
         more = ("--rank", 16, "--mixed_precision", "bf16", "--train_batch_size", batch, *flags.split())
         options = arguments(flux_folder, "out", *more, data="d")
         plan = Plan(options.base_precision, options.checkpointing, options.compile)
-        estimate = estimate_peak(plan, reports.workload(options, FLUX_TOKENS)) / 2**30
+        estimate = estimate_peak(plan, reports.workload(options, FLUX_ENCODER)) / 2**30
         assert f"{estimate:.1f}" == gibibytes and float(measured or 0) <= estimate < int(card), flags
+
+
+@pytest.mark.parametrize("more", ["", "--ema_decay 0.9", "--optimizer prodigy", "--optimizer prodigy --ema_decay 0.9"])
+def test_the_estimate_counts_what_the_optimizer_keeps(base_folder, triptych_folder, tmp_path, more):
+    options = arguments(base_folder, tmp_path, "--no-cache_latents", *more.split(), data=triptych_folder)
+    built = assemble(options)
+    first_loss(built).backward()
+    built.engine.step(built.optimizer, finite=True)
+    states = [value for state in built.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    trained = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
+    kept, weights = (sum(tensor.nbytes for tensor in tensors) for tensors in (states, trained))
+    workload, plan = reports.workload(built.options, built.encoder), Plan("bf16", "none", False)
+    with_lora, without = (estimate_parts(plan, replace(workload, rank=rank)) for rank in (4, 0))
+    # Loading has the weights alone, and a step their gradients and the optimizer's states too.
+    training, loading = (with_lora[part] - without[part] for part in ("training", "loading"))
+    assert training / loading == pytest.approx((2 * weights + kept) / weights, rel=0.02)
+
+
+def test_the_estimate_of_a_base_in_float32(choose):
+    full = Plan("bf16", "full", False)
+    half, whole = (estimate_parts(full, flux_workload(dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    # A base that is not quantized is in the dtype of the run, and so is what is kept and painted.
+    assert whole["loading"] > 11.9e9 * 4 and whole["training"] > 1.9 * half["training"]
+    assert choose(47)[0].base_precision == "fp8" and choose(47, dtype=torch.float32)[0].base_precision == "int8"
+    flags = flags_in(memory_advice(full, flux_workload(dtype=torch.float32), accumulation_steps=1))
+    assert flags["--mixed_precision bf16"] > 24 and "--mixed_precision bf16" not in flags_in(
+        memory_advice(full, flux_workload(), accumulation_steps=1)
+    )
 
 
 # -- Out of memory ------------------------------------------------------------------------------------------------------
