@@ -404,7 +404,7 @@ def assemble(
         options = replace(options, **vars(plan_fast(options, encoder, device)))
 
     set_seed(options.seed)
-    with reports.explain_out_of_memory(options, encoder):
+    with reports.explain_out_of_memory(options, encoder, engine):
         model = build_model(load_transformer(options, engine.load_device, dtype), options)
     if checkpoint is not None:
         load_weights(checkpoint, model)
@@ -482,7 +482,7 @@ def train(run: Run) -> None:
                 shapes = reports.log_shapes(run, batch) if step < first_step + 2 else contextlib.nullcontext()
                 with engine.accumulate(run.model, last), shapes:
                     losses.append(engine.run(forward_backward, batch))
-            # This is the only place in a step where the host waits for the device, and processes for each other.
+            # Here the host waits for the device, and processes for each other. Once more it waits to report the gates.
             norm = engine.clip(run.model, options.max_grad_norm)
             state.loss, norm, stopped_by = engine.gather(torch.stack(losses).mean(), norm, stop.number)
             finite = math.isfinite(state.loss) and math.isfinite(norm)
@@ -589,7 +589,7 @@ def main(options: Options | None = None) -> None:
         for tracker in accelerator.trackers:
             tracker.store_init_configuration(tracker_config(run.options))
         reports.announce_run(run, samples_per_step(run.options, accelerator))
-        with reports.explain_out_of_memory(run.options, run.encoder):
+        with reports.explain_out_of_memory(run.options, run.encoder, engine):
             train(run)
         finish(run, repo_id)
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from semantic_fill.averages import update_average
 from semantic_fill.graphs import Graphs
 from semantic_fill.options import Options
+from semantic_fill.precision import blocks_of
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def find_engine(accelerator: Accelerator, options: Options) -> "Engine":
 class Engine:
     """One process or DDP. Every process has to call every method."""
 
-    # Whether forward is a collective that every rank must call.
+    # Whether weights are sharded, and so forward is a collective that every rank must call.
     forward_is_collective = False
 
     def __init__(self, accelerator: Accelerator, options: Options):
@@ -215,7 +216,7 @@ class FSDP2Engine(Engine):
     def shard(self, model: Any) -> None:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         transformer = model.transformer
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for block in blocks_of(transformer):
             fully_shard(block, mesh=mesh)
         # Painting calls these two without the model around them, so they are groups of their own.
         fully_shard(transformer, mesh=mesh)

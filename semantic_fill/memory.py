@@ -366,35 +366,35 @@ def choose_plan(workload: Workload, fixed: dict[str, str | bool | None], device:
 # -- Out of memory ----------------------------------------------------------------------------------------------------
 
 
-def memory_advice(plan: Plan, workload: Workload, accumulation_steps: int, encoder_bytes: float = 0) -> str:
+def memory_advice(
+    plan: Plan, workload: Workload, accumulation_steps: int, encoder_bytes: float = 0, sharded: bool = False
+) -> str:
     """
-    Names the flags that would save memory, the most effective first.
+    What a step needs, and a line for each flag with what it saves by the estimate of `--fast`, the most effective first.
 
     Args:
         plan (`Plan`), workload (`Workload`): What the run does now.
         accumulation_steps (`int`): Forward passes in an optimizer step.
         encoder_bytes (`float`): Bytes of the encoders that stay on the device without --cache_latents.
-
-    Returns:
-        `str`: A sentence, and a line for each flag with what it saves by the estimate of `--fast`.
+        sharded (`bool`): Whether processes share the weights, as with FSDP2, which refuses the flags that shrink these.
     """
     peak = estimate_peak(plan, workload)
 
     def saved(plan: Plan = plan, workload: Workload = workload) -> float:
         return peak - estimate_peak(plan, workload)
 
-    savings = {f"--checkpointing {name}": saved(replace(plan, checkpointing=name)) for name in CHECKPOINTING}
-    savings |= {f"--base_precision {name}": saved(replace(plan, base_precision=name)) for name in PRECISIONS}
     smaller = f"--train_batch_size 1 --gradient_accumulation_steps {workload.batch_size * accumulation_steps}"
-    savings |= {smaller: saved(workload=replace(workload, batch_size=1)), "--cache_latents": encoder_bytes}
+    savings = {smaller: saved(workload=replace(workload, batch_size=1)), "--cache_latents": encoder_bytes}
+    savings |= {f"--checkpointing {name}": saved(replace(plan, checkpointing=name)) for name in CHECKPOINTING}
     savings["--mixed_precision bf16"] = saved(workload=replace(workload, dtype=torch.bfloat16))
-    if workload.use_8bit_adam is not None:
-        savings["--use_8bit_adam"] = saved(workload=replace(workload, use_8bit_adam=True))
-    lines = [
-        f"  {flags}: about {saved / 2**30:.2f} GiB"
-        for flags, saved in sorted(savings.items(), key=lambda item: -item[1])
-        if saved > 0
-    ]
+    if not sharded:
+        savings |= {f"--base_precision {name}": saved(replace(plan, base_precision=name)) for name in PRECISIONS}
+        if workload.use_8bit_adam is not None:
+            savings["--use_8bit_adam"] = saved(workload=replace(workload, use_8bit_adam=True))
+    ordered = sorted(savings.items(), key=lambda item: -item[1])
+    lines = [f"  {flags}: about {saved / 2**30:.2f} GiB" for flags, saved in ordered if saved > 0]
     if not lines:
         return "Every flag that saves memory is in use: lower --resolution, --max_sequence_length or --rank."
-    return f"A step needs about {(peak + encoder_bytes) / 2**30:.2f} GiB. These flags save:\n" + "\n".join(lines)
+    where = " on a GPU alone" if sharded else ""
+    need = f"A step needs about {(peak + encoder_bytes) / 2**30:.2f} GiB{where}. These flags save:"
+    return "\n".join([need, *lines])

@@ -12,14 +12,8 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from semantic_fill.encoding import Encoder
-from semantic_fill.memory import (
-    CUDNN,
-    Plan,
-    Workload,
-    empty_transformer,
-    memory_advice,
-    parameter_bytes,
-)
+from semantic_fill.engines import Engine
+from semantic_fill.memory import CUDNN, Plan, Workload, empty_transformer, memory_advice, parameter_bytes
 from semantic_fill.options import Options
 from semantic_fill.sampling import ResumableBatchSampler
 from semantic_fill.training_state import TrainingState, loss_labels, worth_labels
@@ -201,7 +195,7 @@ def workload(options: Options, encoder: Encoder) -> Workload:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(options: Options, encoder: Encoder) -> Iterator[None]:
+def explain_out_of_memory(options: Options, encoder: Encoder, engine: Engine) -> Iterator[None]:
     """Adds to an out-of-memory error which flags would save memory."""
     try:
         yield
@@ -209,7 +203,6 @@ def explain_out_of_memory(options: Options, encoder: Encoder) -> Iterator[None]:
         pipeline = encoder.pipeline
         kept = [] if options.cache_latents else [pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
         plan = Plan(options.base_precision, options.checkpointing, bool(options.compile))
-        advice = memory_advice(
-            plan, workload(options, encoder), options.gradient_accumulation_steps, parameter_bytes(kept)
-        )
+        steps, kept_bytes = options.gradient_accumulation_steps, parameter_bytes(kept)
+        advice = memory_advice(plan, workload(options, encoder), steps, kept_bytes, engine.forward_is_collective)
         raise torch.OutOfMemoryError(f"{error}\n{advice}") from error

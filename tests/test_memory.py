@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semantic_fill import memory, reports
+from semantic_fill.engines import Engine, FSDP2Engine
 from semantic_fill.memory import (
     CHECKPOINTING,
     Plan,
@@ -27,7 +28,7 @@ from semantic_fill.memory import (
     estimate_peak,
     memory_advice,
 )
-from semantic_fill.reports import announce
+from semantic_fill.reports import announce, explain_out_of_memory
 
 
 # -- Checkpointing ------------------------------------------------------------------------------------------------------
@@ -397,3 +398,17 @@ def test_memory_advice_leaves_out_what_a_run_does_already():
     # Another optimizer has no states of 8 bits.
     prodigy = flux_workload(batch_size=1, use_8bit_adam=None)
     assert "--use_8bit_adam" not in memory_advice(Plan("bf16", "none", False), prodigy, accumulation_steps=1)
+
+
+def test_with_fsdp2_the_advice_names_no_flag_that_it_refuses(flux_folder):
+    options = arguments(flux_folder, "out", "--no-cache_latents", data="d")
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2"), torch.nn.Linear(1, 1))
+    encoder = types.SimpleNamespace(**vars(FLUX_ENCODER) | {"pipeline": types.SimpleNamespace(**parts)})
+    parts["vae"].dtype = torch.bfloat16
+    flags = {}
+    for engine in (Engine, FSDP2Engine):
+        with pytest.raises(torch.OutOfMemoryError) as error, explain_out_of_memory(options, encoder, engine):
+            raise torch.OutOfMemoryError("no room")
+        flags[engine] = flags_in(str(error.value)).keys()
+    refused = {name.split()[0] for name in flags[Engine] - flags[FSDP2Engine]}
+    assert refused == {"--base_precision", "--use_8bit_adam"} and "--checkpointing full" in flags[FSDP2Engine]
