@@ -2,7 +2,7 @@
 """Micro-steps as CUDA graphs: the kernels of forward, loss and backward are launched at once.
 
 A step of one sample has thousands of short kernels, and the host needs longer to launch them than the GPU to run them. A
-graph is captured once for each shape of batch, and replaying it takes the host a few milliseconds.
+graph is captured for each shape of batch, and replaying it takes the host a few milliseconds.
 
 No library serves here. The compiler's own graphs (`mode="reduce-overhead"`) hold one block each, and the host still walks
 through checkpointing, autograd and everything that is not compiled. `torch.cuda.make_graphed_callables` captures forward and
@@ -26,7 +26,7 @@ class Graphs:
     Runs micro-steps, each as the graph of its batch's shape.
 
     A graph repeats kernels at fixed addresses. So batches are copied into tensors of its own, and gradients have to be
-    cleared in place. What a micro-step does in Python happens only when it is captured.
+    cleared in place. What a micro-step does in Python is not repeated.
     """
 
     def __init__(self):

@@ -268,7 +268,7 @@ class RuntimeOptions(OptionGroup):
     cuda_graphs: bool = option(
         None,
         help="Launch forward and backward at once, as a CUDA graph. Your changes to the model or the loss then run in"
-        " Python only once for each shape. Default: with --compile, where it is possible.",
+        " Python only in the first steps and after validations. Default: with --compile, where it is possible.",
     )
     attention_backend: str = option(
         None,
