@@ -9,20 +9,20 @@ else, so this measures a change of the blocks in less time and memory than `trai
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import flux_shape
 import torch
 from diffusers.training_utils import cast_training_params
-from measurement import Report, describe, free, peak_gib, synchronize
+from measurement import Report, describe, find_device, free, peak_gib, synchronize, timed
 from train_speed import device_kernels, make_profiler
 
 from semantic_fill.lora import add_lora, compiler_options
-from semantic_fill.precision import PRECISIONS
+from semantic_fill.precision import PRECISIONS, blocks_of
 
 
-BLOCKS = {"double": (19, "transformer_blocks"), "single": (38, "single_transformer_blocks")}
+# How many blocks of either kind FLUX has, in the order of `blocks_of`.
+BLOCKS = {"double": flux_shape.FLUX_FILL["num_layers"], "single": flux_shape.FLUX_FILL["num_single_layers"]}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,8 +61,7 @@ def measure(precision: str, args: argparse.Namespace, device: torch.device) -> d
     out_grads, temb = (draw(args.text_tokens, width), draw(args.image_tokens, width)), draw(width)
     angles = torch.randn(args.image_tokens + args.text_tokens, config["attention_head_dim"], device=device)
     result, step = {}, 0.0
-    for kind, (count, name) in BLOCKS.items():
-        (block,) = getattr(transformer, name)
+    for (kind, count), block in zip(BLOCKS.items(), blocks_of(transformer), strict=True):
 
         def forward_and_backward() -> None:
             for tensor in (image, text, *trained):
@@ -73,12 +72,8 @@ def measure(precision: str, args: argparse.Namespace, device: torch.device) -> d
 
         for _ in range(4):
             forward_and_backward()
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(args.passes):
-            forward_and_backward()
-        synchronize(device)
-        result[f"{kind}, ms"] = 1e3 * (time.perf_counter() - start) / args.passes
+        _, seconds = timed(lambda: [forward_and_backward() for _ in range(args.passes)], device)
+        result[f"{kind}, ms"] = 1e3 * seconds / args.passes
         step += count * result[f"{kind}, ms"]
         if device.type == "cuda":
             with make_profiler(with_host=False) as profiler:
@@ -94,7 +89,7 @@ def measure(precision: str, args: argparse.Namespace, device: torch.device) -> d
 
 
 def main(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     report = Report(args.output, describe(device))
     for precision in args.precisions.split(","):
         free(device)

@@ -35,7 +35,7 @@ import torch.nn as nn
 from diffusers import FluxFillPipeline
 from flux_shape import empty_components, random_weight
 from huggingface_hub import split_torch_state_dict_into_shards
-from measurement import ROOT, Report, describe
+from measurement import ROOT, Report, describe, find_device
 from small_flux_fill import build_pipeline
 from startup import make_triptychs
 
@@ -242,7 +242,7 @@ def read_log(log: str) -> dict:
 
 def main(args: argparse.Namespace) -> None:
     began = time.perf_counter()
-    report = Report(args.output, describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    report = Report(args.output, describe(find_device()))
     if not (args.folder / "base").exists():
         write_base(args.folder / "part", args.shape)
         make_triptychs(args.folder / "data", SAMPLES, args.shape == "test", "metadata")

@@ -10,11 +10,10 @@ with the image tokens. Nothing in the module may grow faster than the transforme
 import argparse
 import math
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from measurement import free, peak_gib, synchronize
+from measurement import free, peak_gib, timed
 from train_speed import Bench
 from train_speed import parse_args as speed_args
 
@@ -30,19 +29,15 @@ def module_alone(bench: Bench, layers: int, batch: int) -> dict:
     tokens = [torch.randn(batch, bench.image_tokens, 64, device=device, dtype=bench.dtype) for _ in range(2)]
     positions = panel_positions(side, side, 2, device)
 
-    def milliseconds() -> float:
-        synchronize(device)
-        start = time.perf_counter()
+    def forward_and_backward() -> None:
         with torch.autocast(device.type, bench.dtype):
             module(*tokens, positions).float().sum().backward()
-        synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
 
     # The first call of a process allocates for all that follow.
-    milliseconds()
+    forward_and_backward()
     free(device)
     before = peak_gib(device)
-    times = [milliseconds() for _ in range(7)]
+    times = [1e3 * timed(forward_and_backward, device)[1] for _ in range(7)]
     return {"module ms": statistics.median(times[2:]), "module GiB": peak_gib(device) - before}
 
 

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FluxFillPipeline
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.image_processor import VaeImageProcessor
 from flux_shape import build_scheduler, build_transformer, build_vae
-from measurement import ROOT, Report, describe, free, peak_gib, synchronize
+from measurement import ROOT, Report, describe, find_device, free, peak_gib, timed
 from peft import LoraConfig
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, read_picture
@@ -83,7 +83,7 @@ class CacheDecisions:
 class Painter:
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = find_device()
         self.dtype = torch.bfloat16
         torch.manual_seed(0)
         if args.shape == "base":
@@ -124,16 +124,16 @@ class Painter:
             "output_type": "pt",
             "generator": torch.Generator().manual_seed(0),
         }
-        synchronize(self.device)
-        start = time.perf_counter()
-        if who == "FluxFillPipeline":
+
+        def paint():
+            if who != "FluxFillPipeline":
+                return self.ours(image=self.visible, semantic_image=self.map if who == "guided" else None, **same)
             canvas, mask = self.ours.prepare_diptych(self.visible)
             size = {"height": args.resolution, "width": 2 * args.resolution}
-            painted = self.theirs(image=canvas, mask_image=mask, **size, **same)
-        else:
-            painted = self.ours(image=self.visible, semantic_image=self.map if who == "guided" else None, **same)
-        synchronize(self.device)
-        return painted.images, time.perf_counter() - start
+            return self.theirs(image=canvas, mask_image=mask, **size, **same)
+
+        painted, seconds = timed(paint, self.device)
+        return painted.images, seconds
 
     def add_lora(self) -> None:
         if self.args.lora:

@@ -7,8 +7,10 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -20,6 +22,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import train_semantic_fill_lora as trainer  # noqa: E402
 from semantic_fill.engines import find_engine  # noqa: E402
+
+
+Result = TypeVar("Result")
 
 
 # -- Runs -------------------------------------------------------------------------------------------------------------
@@ -69,20 +74,26 @@ def assemble(options: trainer.Options, tracker: GeneralTracker, **kwargs) -> tra
 # -- Time and memory ----------------------------------------------------------------------------------------------------
 
 
+def find_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """Floating point operations a second of one large square product, by which the shortest possible time is reckoned."""
     if device.type != "cuda":
         size = 128
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(20):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        synchronize(device)
-        times.append((time.perf_counter() - start) / 5)
+    times = [timed(lambda: [a @ b for _ in range(5)], device)[1] / 5 for _ in range(20)]
     return 2 * size**3 / statistics.median(times[5:])
+
+
+def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What a function returns, and the seconds until the device is through with it."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return result, time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

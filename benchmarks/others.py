@@ -45,8 +45,8 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from measurement import ROOT, Report, describe, free, peak_gib, step_figures, synchronize
-from train_speed import SAME_TOKENS, Bench
+from measurement import ROOT, Report, describe, find_device, free, peak_gib, step_figures, timed
+from train_speed import SAME_TOKENS, Bench, parse_sizes
 from train_speed import parse_args as parse_speed_args
 
 
@@ -310,11 +310,9 @@ def time_steps(step: Callable[[], float], batch: int, args: argparse.Namespace, 
     free(device)
     seconds, losses = [], []
     for _ in range(args.warm_up + args.steps):
-        synchronize(device)
-        start = time.perf_counter()
-        losses.append(step())
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        loss, second = timed(step, device)
+        losses.append(loss)
+        seconds.append(second)
     if not torch.tensor(losses).isfinite().all():
         raise RuntimeError(f"the losses are {losses}")
     figures = step_figures(seconds[args.warm_up :], batch, device)
@@ -323,7 +321,7 @@ def time_steps(step: Callable[[], float], batch: int, args: argparse.Namespace, 
 
 def measure(row: Row, args: argparse.Namespace) -> dict:
     """Measures one row in this process. A failure is a result too."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     checkout = row.checkout(args)
     # The process that starts the rows leaves the device alone, so each of them describes it.
     result = {"about": describe(device), "commit": read_commit(checkout)}
@@ -362,15 +360,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sd_scripts", type=Path, help="A checkout of github.com/kohya-ss/sd-scripts.")
     parser.add_argument("--output", type=Path, default=Path("others.json"))
     parser.add_argument("--minutes", type=float, default=20.0, help="No row is begun or goes on after so many.")
-    parser.add_argument("--only", default="", help="A regular expression: rows whose names it finds.")
-    parser.add_argument("--shape", choices=["flux", "test"], default="flux")
-    parser.add_argument("--resolution", type=int, help="Pixels of one panel. Default: 512, or 32 with --shape test.")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5, help="Timed steps of a row, after --warm_up.")
-    parser.add_argument("--warm_up", type=int, default=3, help="Steps before them, at least 1.")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
-    args.resolution = args.resolution or (512 if args.shape == "flux" else 32)
+    args = parse_sizes(parser, arguments)
     for name in (OT, SD):
         setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
     return args

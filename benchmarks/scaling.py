@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from flux_shape import build_encoders, build_transformer
-from measurement import ROOT, Report, StepTracker, assemble, describe
+from measurement import ROOT, Report, StepTracker, assemble, describe, find_device
 from train_speed import noise_rows
 
 import train_semantic_fill_lora as trainer
@@ -185,7 +185,7 @@ def measured_before(path: Path, row: dict, name: str) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     report = Report(args.output, describe(device) | {"nccl_nvls": "off"})
     start, losses = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as cache:

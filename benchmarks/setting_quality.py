@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from measurement import ROOT, Report, StepTracker, assemble, describe, free
+from measurement import ROOT, Report, StepTracker, assemble, describe, find_device, free
 
 import train_semantic_fill_lora as trainer
 
@@ -92,7 +92,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     report = Report(args.output, describe(device) | {"steps": args.steps})
     start, reference = time.perf_counter(), {}
     names = ["reference", *(name for name in args.settings.split(",") if name != "reference")]

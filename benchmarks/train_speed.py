@@ -35,13 +35,14 @@ from measurement import (
     StepTracker,
     assemble,
     describe,
+    find_device,
     free,
     fresh_state,
     gemm_peak,
     markdown,
     peak_gib,
     step_figures,
-    synchronize,
+    timed,
 )
 from peft import LoraConfig
 
@@ -76,21 +77,26 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("train_speed.json"))
     parser.add_argument("--minutes", type=float, default=8.0, help="No row is begun after so many.")
-    parser.add_argument("--shape", choices=["flux", "test"], default="flux")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--resolution", type=int, help="Pixels of one panel. Default: 512, or 32 with --shape test.")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5, help="Timed steps of a row, after --warm_up.")
-    parser.add_argument("--warm_up", type=int, default=3, help="Steps before them, at least 1.")
     parser.add_argument("--rounds", type=int, default=2, help="How often each group of rows is run, row by row.")
     parser.add_argument("--rows", default="speed,memory,settings", help="Which groups, in this order.")
-    parser.add_argument("--only", default="", help="A regular expression: rows whose names it finds.")
     parser.add_argument(
         "--row",
         action="append",
         metavar="OPTIONS",
         help='Options of the trainer, as in --row="--fast --rank 8". Such rows replace --rows.',
     )
+    return parse_sizes(parser, arguments)
+
+
+def parse_sizes(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a parser, and what a step computes and how many are timed."""
+    parser.add_argument("--only", default="", help="A regular expression: rows whose names it finds.")
+    parser.add_argument("--shape", choices=["flux", "test"], default="flux")
+    parser.add_argument("--resolution", type=int, help="Pixels of one panel. Default: 512, or 32 with --shape test.")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help="Timed steps of a row, after --warm_up.")
+    parser.add_argument("--warm_up", type=int, default=3, help="Steps before them, at least 1.")
     args = parser.parse_args(arguments)
     args.resolution = args.resolution or (512 if args.shape == "flux" else 32)
     return args
@@ -106,7 +112,7 @@ class Row:
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.start = args, time.perf_counter()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = find_device()
         self.dtype = torch.bfloat16
         self.folder = tempfile.TemporaryDirectory()
         config = Path(self.folder.name, "transformer", "config.json")
@@ -181,15 +187,14 @@ class Bench:
         mask = pipeline.prepare_diptych(torch.zeros(1, 3, args.resolution, args.resolution))[1].to(device)
         encoding = []
 
-        def step() -> float:
-            synchronize(device)
-            start = time.perf_counter()
-            with torch.no_grad():
-                prompt = pipeline.encode_prompt([CAPTION] * batch, [CAPTION] * batch, max_sequence_length=512)
-                x_0, x_cond, img_ids = pipeline.encode_diptych(pixels, mask, dtype=dtype)
-            synchronize(device)
-            encoding.append(time.perf_counter() - start)
-            prompt_embeds, pooled = prompt[:2]
+        @torch.no_grad()
+        def encode() -> tuple:
+            prompt = pipeline.encode_prompt([CAPTION] * batch, [CAPTION] * batch, max_sequence_length=512)
+            return *prompt[:2], *pipeline.encode_diptych(pixels, mask, dtype=dtype)
+
+        def step() -> None:
+            (prompt_embeds, pooled, x_0, x_cond, img_ids), seconds = timed(encode, device)
+            encoding.append(seconds)
             x_1, t = torch.randn_like(x_0), torch.rand(batch, device=device)
             x_t = (1 - t[:, None, None]) * x_0 + t[:, None, None] * x_1
             with accelerator.accumulate(transformer):
@@ -209,10 +214,8 @@ class Bench:
                 optimizer.step()
                 optimizer.zero_grad()
             loss.item()
-            synchronize(device)
-            return time.perf_counter() - start
 
-        seconds = [step() for _ in range(args.warm_up + args.steps)][args.warm_up :]
+        seconds = [timed(step, device)[1] for _ in range(args.warm_up + args.steps)][args.warm_up :]
         encoding_ms = 1e3 * statistics.median(encoding)
         result = self.figures(seconds, batch, self.image_tokens, 512, **{"encoding ms": encoding_ms})
         if profile and device.type == "cuda":
