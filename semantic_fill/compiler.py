@@ -119,6 +119,7 @@ def compile_blocks(transformer: FluxTransformer2DModel, fused_lora: bool) -> Non
     join: Any = torch.compiler.disable(join_streams)
     for block in transformer.transformer_blocks[-1:]:
         block.register_forward_hook(join)
-    # A shape has two graphs, for training and without gradients, and there are up to nine shapes with --aspect_buckets.
-    torch._dynamo.config.recompile_limit = 32
+    # --aspect_buckets has up to nine shapes, each of which has a graph with and one without gradients for both kinds of
+    # block, which are counted together where they have one forward, as with selective checkpointing.
+    torch._dynamo.config.recompile_limit = 64
     transformer.compile_repeated_blocks(dynamic=False, options=compiler_options(fused_lora))

@@ -2,6 +2,7 @@
 """Each kind of block is compiled once, and the next process finds what the compiler made."""
 
 import ast
+import copy
 import importlib
 import os
 import subprocess
@@ -19,6 +20,7 @@ from semantic_fill import memory
 from semantic_fill.compiler import CACHE_VARIABLE, compile_blocks, keep_compiled_code
 from semantic_fill.lora import add_lora
 from semantic_fill.memory import set_checkpointing
+from semantic_fill.views import bucket_sizes
 
 
 @pytest.fixture
@@ -94,6 +96,18 @@ def test_a_validation_before_the_first_step_changes_no_graph_of_training(several
     inputs = [node.meta["example_value"] for graph in graphs for node in graph.graph.find_nodes(op="placeholder")]
     sizes = [size for value in inputs if isinstance(value, torch.Tensor) for size in value.shape]
     assert len(graphs) == 4 and sizes and all(type(size) is int for size in sizes)
+
+
+def test_the_compiler_takes_all_shapes_of_buckets(base, graphs):
+    """With selective checkpointing both kinds of block have one forward, whose graphs are counted together."""
+    transformer = copy.deepcopy(base.transformer).requires_grad_(False)
+    add_lora(transformer, rank=4, alpha=4)
+    set_checkpointing(transformer, "selective")
+    compile_blocks(transformer, fused_lora=True)
+    gradients_of(transformer.train())
+    with torch.no_grad():
+        gradients_of(transformer.eval(), batch_size=1)
+    assert len(graphs) == 4 <= torch._dynamo.config.recompile_limit / len(bucket_sizes(512, 512))
 
 
 def test_a_version_of_torch_without_the_settings_of_its_cache(several_blocks, graphs, monkeypatch):
