@@ -142,8 +142,8 @@ def draw_sheet(rows: list[dict[str, Cell]]) -> PIL.Image.Image:
     Pictures row by row under the names of their columns, each with its note below it. All cells have the size of the
     largest picture, and a row may lack some of the columns.
     """
-    # A column that one row lacks keeps its place.
-    names = list(max(rows, key=len))
+    # A column that one row lacks keeps its place. What the longest row lacks comes last.
+    names = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     width, height = (max(sides) for sides in zip(*(cell[0].size for row in rows for cell in row.values())))
     factor = max(1, -(-SMALLEST_CELL // width))
     width, height = factor * width, factor * height

@@ -28,6 +28,13 @@ def test_cells_have_the_size_of_the_largest_picture_and_small_ones_are_enlarged(
     assert all((sheet[:16, left : left + 96] < 255).any() for left in (0, 96, 192))
 
 
+def test_what_the_longest_row_lacks_comes_last():
+    red, lime = ((PIL.Image.new("RGB", (96, 96), color), "") for color in ("red", "lime"))
+    sheet = np.asarray(draw_sheet([{"a": red, "c": lime}, {"a": red, "b": red}]))
+    assert sheet.shape == (16 + 2 * 96, 3 * 96, 3)
+    assert (sheet[16:112, 96:192] == [0, 255, 0]).all() and (sheet[112:, 192:] == [255, 0, 0]).all()
+
+
 def test_samples_of_several_shapes_are_shown_in_their_own(base_folder, tmp_path):
     data, shapes = tmp_path / "data", [(32, 64), (64, 32)]
     data.mkdir()
