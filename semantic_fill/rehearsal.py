@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from diffusers import FluxTransformer2DModel
 
-from pipeline_flux_fill_semantic import panel_positions
+from pipeline_flux_fill_semantic import SEMANTIC_MODES, panel_positions, read_trained_settings
 from semantic_fill.memory import CUDNN, empty_transformer
 from semantic_fill.options import Options
 from semantic_fill.precision import PRECISIONS, quantize_blocks
 from semantic_fill.weights import load_weights
 
+
+logger = get_logger(__name__)
 
 # The narrowest transformer with the heads of the base.
 NARROW = {
@@ -78,6 +81,13 @@ def rehearse(
         whole = build_model(empty, replace(options, attention_backend="native", compile=False))
         if checkpoint is not None:
             load_weights(checkpoint, whole)
+    if options.lora_weights and whole.semantic_attention is not None and not options.semantic_weights:
+        mode = read_trained_settings(options.lora_weights, cache_dir=options.cache_dir).get("semantic_mode", "none")
+        if SEMANTIC_MODES[mode].module_class is not None:
+            logger.warning(
+                f"--lora_weights {options.lora_weights} was trained with a module, but the run starts with a new one. To"
+                f" start from both, pass --semantic_weights {options.lora_weights} too."
+            )
     narrow = replace(options, compile=False, lora_layers=None, lora_weights=None, semantic_weights=None)
     device = accelerator.device
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:

@@ -100,7 +100,7 @@ def test_attention_without_a_backward_is_refused(base_folder, tmp_path, monkeypa
         start(base_folder, tmp_path, "--attention_backend", "_native_math")
 
 
-def test_weights_that_do_not_fit_are_refused_at_the_start(base_folder, triptych_folder, tmp_path):
+def test_weights_that_do_not_fit_are_refused_at_the_start(base_folder, triptych_folder, tmp_path, caplog):
     out = run(
         base_folder, tmp_path / "trained", "--max_train_steps", 1, "--checkpointing_steps", 1, data=triptych_folder
     )
@@ -115,12 +115,16 @@ def test_weights_that_do_not_fit_are_refused_at_the_start(base_folder, triptych_
     ):
         with pytest.raises(ValueError, match=message):
             run(base_folder, tmp_path / "out", *options, data=tmp_path / "gone")
-    for options in (
-        ("--lora_weights", out, "--semantic_weights", out),
-        ("--resume_from_checkpoint", out / "checkpoint-1"),
+    for options, forgotten in (
+        (("--lora_weights", out), True),
+        (("--lora_weights", out, "--semantic_weights", out), False),
+        (("--lora_weights", out, "--semantic_mode", "none"), False),
+        (("--resume_from_checkpoint", out / "checkpoint-1"), False),
     ):
+        caplog.clear()
         with pytest.raises(ValueError, match=REACHES_ITS_DATA):
             run(base_folder, tmp_path / "out", *options, data=tmp_path / "gone")
+        assert (f"To start from both, pass --semantic_weights {out} too" in caplog.text) == forgotten
 
 
 def test_a_base_that_is_quantized_already_is_refused(base_folder, tmp_path):
