@@ -59,7 +59,7 @@ from semantic_fill.rehearsal import rehearse, require_tracker
 from semantic_fill.sampling import count_steps, plan_validation, prefetch, read_samples, seed_of
 from semantic_fill.sources import Source
 from semantic_fill.summary import Stopwatch, describe_run, summarize
-from semantic_fill.training_state import TrainingState, check_same_samples, refuse_untrained
+from semantic_fill.training_state import TrainingState, check_same_base, check_same_samples, refuse_untrained
 from semantic_fill.validation import HeldOut, extra_files, is_due, stops_early, validate
 from semantic_fill.weights import load_lora, load_module, load_weights
 
@@ -418,7 +418,8 @@ def assemble(
     model, optimizer = engine.prepare(model, optimizer, options)
     checkpointer = Checkpointer(engine, engine.unwrap(model), optimizer, lr_scheduler, options, on_checkpoint)
     state = TrainingState() if checkpoint is None else checkpointer.restore(checkpoint)
-    state.seed, state.samples = options.seed, samples
+    base = check_same_base(checkpoint, state, encoder.pipeline.vae, options)
+    state.seed, state.samples, state.base = options.seed, samples, base
     objective = Objective(options, encoder.pipeline.scheduler, guidance_embeds)
     make = functools.partial(make_batch, objective=objective, device=device, dtype=dtype)
     if plan is not None and held_out_encoder is not None:

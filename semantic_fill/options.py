@@ -293,7 +293,9 @@ class OutputOptions(OptionGroup):
     resume_from_checkpoint: str | None = option(
         None, help="`latest`, the path of a checkpoint, or a Hub repository that one was pushed to."
     )
-    allow_changed_data: bool = option(False, help="Continue although the samples or the seed are others than before.")
+    allow_changed_data: bool = option(
+        False, help="Continue although the samples, the seed or the base's weights are others."
+    )
     validation_data_dir: str | None = option(
         None, help="Folder of held-out samples: pictures as for --train_data_dir, or tables."
     )

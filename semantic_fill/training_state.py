@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
 from semantic_attention import SINGLE_MAP, check_finite, check_number, read_header, read_json
 from semantic_fill.averages import AVERAGE, COUNT
-from semantic_fill.files import printable
+from semantic_fill.files import printable, weights_sample
 from semantic_fill.options import Options
 
 
@@ -60,15 +60,16 @@ class TrainingState:
     step: int = 0
     samples_seen: int = 0
     loss: float = math.nan  # of the last step
-    # What the order of the samples follows from. Checkpoints of earlier versions have neither.
+    # What the order of the samples follows from, and a hash of the base's weights. Checkpoints of earlier versions have none.
     seed: int | None = None
     samples: str | None = None
+    base: str | None = None
     losses: list[float] = field(default_factory=list)  # of all steps
     validations: list[dict] = field(default_factory=list)  # as in `validation.jsonl`
 
     @property
     def comparable(self) -> list[dict]:
-        """The validations that measured the same held-out samples and timesteps as the last one."""
+        """The validations that measured the same held-out loss as the last one: of the same samples, timesteps and options."""
         key = self.validations[-1].get("held_out") if self.validations else None
         # Checkpoints of earlier versions do not tell what was measured.
         return [found for found in self.validations if found.get("held_out", key) == key]
@@ -311,12 +312,38 @@ def check_same_samples(checkpoint: Path | None, samples: str, options: Options) 
         changed.append(f"--seed was {state.seed!r:.100} and is {options.seed}")
     if state.samples not in (None, samples):
         changed.append("the samples, their order or their captions are others")
-    if changed:
-        message = f"--resume_from_checkpoint: since {checkpoint} was saved, {' and '.join(changed)}"
-        if not options.allow_changed_data:
-            raise ValueError(f"{message}. Pass --allow_changed_data to continue all the same.")
-        logger.warning(f"{message}. The run continues, and is not what an undisturbed one would have been.")
+    _refuse_changes(changed, checkpoint, options)
     return state
+
+
+def check_same_base(checkpoint: Path | None, state: TrainingState, vae: Any, options: Options) -> str | None:
+    """
+    Refuses to continue with other weights of the base's transformer than those of a checkpoint, unless --allow_changed_data
+    is passed. What was learned is a change of those weights.
+
+    Args:
+        vae (`AutoencoderKL`): The base's VAE. It notes its folder, beside that of the transformer.
+
+    Returns:
+        `str`: The hash of this run's weights. `None` if they are in no files.
+
+    Raises:
+        `ValueError`: if they differ.
+    """
+    folder = vae.config.get("_name_or_path")
+    base = weights_sample(Path(folder).parent / "transformer", options.variant) if folder else None
+    if base is not None and state.base not in (None, base):
+        _refuse_changes(["the weights of the base's transformer are others"], checkpoint, options)
+    return base
+
+
+def _refuse_changes(changed: list[str], checkpoint: Path | None, options: Options) -> None:
+    if not changed:
+        return
+    message = f"--resume_from_checkpoint: since {checkpoint} was saved, {' and '.join(changed)}"
+    if not options.allow_changed_data:
+        raise ValueError(f"{message}. Pass --allow_changed_data to continue all the same.")
+    logger.warning(f"{message}. The run continues, and is not what an undisturbed one would have been.")
 
 
 def refuse_untrained(state: TrainingState, lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:

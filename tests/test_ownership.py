@@ -9,9 +9,10 @@ from pathlib import Path
 
 import convert_lora
 import pytest
+import safetensors.torch
 import torch
 from accelerate.state import PartialState
-from helpers import LORA_FILE, MODULE_FILE, arguments
+from helpers import LORA_FILE, MODULE_FILE, arguments, run
 from pipeline_helpers import Trained, make_pipe
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
@@ -320,3 +321,25 @@ def test_other_samples_or_another_seed_are_named(tmp_path, monkeypatch, caplog, 
     more.append("--allow_changed_data")
     check_same_samples(tmp_path, samples, arguments("unused", tmp_path, *more, data="unused"))
     assert named in caplog.text
+
+
+def test_another_base_is_named(base_folder, triptych_folder, tmp_path, caplog):
+    base, cache = shutil.copytree(base_folder, tmp_path / "base"), tmp_path / "cache"
+
+    def train(base, steps, *more):
+        more = ["--max_train_steps", steps, "--cache_root", cache, "--checkpointing_steps", 1, *more]
+        return run(base, tmp_path / "out", *more, data=triptych_folder)
+
+    train(base, 1)
+    moved = shutil.copytree(base, tmp_path / "moved")
+    # Another variant beside the weights is not what a run loads.
+    (moved / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
+    train(moved, 2, *RESUME)
+    (file,) = Path(base, "transformer").glob("*.safetensors")
+    weights = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: 1.01 * weight for name, weight in weights.items()}, file)
+    said = "the weights of the base's transformer are others"
+    with pytest.raises(ValueError, match=f"{said}. Pass --allow_changed_data"):
+        train(base, 3, *RESUME)
+    train(base, 3, *RESUME, "--allow_changed_data")
+    assert f"{said}. The run continues" in caplog.text
