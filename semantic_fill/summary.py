@@ -72,13 +72,13 @@ def summarize(run) -> dict[str, str]:
 def describe_weights(state: TrainingState) -> str:
     """Which weights the output folder holds, and where the best are."""
     text = f"The weights are those of step {state.step}, the last one, whose training loss was {state.loss:.4f}."
-    best, kept = state.best, state.kept
+    best, kept, count = state.best, state.kept, len(state.comparable)
     if best is None:
         return f"{text} No held-out loss was measured."
     if best["step"] == state.step:
-        text += f" Their held-out loss, {best['loss']:.4f}, is the lowest of {len(state.validations)} validations."
+        text += f" Their held-out loss, {best['loss']:.4f}, is the lowest of {count} validations."
     else:
-        text += f" The lowest held-out loss of {len(state.validations)} validations is that of step {best['step']}."
+        text += f" The lowest held-out loss of {count} validations is that of step {best['step']}."
     if kept is not None:
         text += f" `{BEST}/` holds the weights of step {kept['step']}, because their held-out loss was the lowest."
         text += f' `load_lora_weights` takes them with `subfolder="{BEST}"`.'

@@ -39,6 +39,9 @@ from semantic_fill.weights import save_weights
 
 logger = get_logger(__name__)
 
+# The held-out loss depends on these. Others, such as the parameters of logit_normal, decide about timesteps alone.
+LOSS_OPTIONS = ("seed", "max_sequence_length", "guidance_scale", "weighting_scheme", "timestep_shift", "loss_region")
+
 
 def figure_of(kind: str) -> str:
     """What the loss of a kind of maps is called in `validation.jsonl`."""
@@ -82,9 +85,13 @@ class HeldOut:
         # The middles of equal parts of the distribution, whatever distribution it is.
         draws = draw_timesteps([torch.Generator().manual_seed(seed) for seed in range(1000)]).sort().values
         self.timesteps = draws[[(2 * k + 1) * len(draws) // (2 * plan.timesteps) for k in range(plan.timesteps)]]
-        measured = (plan.dataset.fingerprint(), plan.rows, self.timesteps.tolist())
+        self.measured = (plan.dataset.fingerprint(), plan.rows, self.timesteps.tolist())
+
+    def key(self, options: Options) -> int:
+        """A checksum of what is measured, and of the options that its loss depends on beside the weights."""
+        loss = [getattr(options, name) for name in LOSS_OPTIONS]
         # A number, as all that validations note.
-        self.key = zlib.crc32(repr(measured).encode())
+        return zlib.crc32(repr((*self.measured, *loss)).encode())
 
     @torch.no_grad()
     def measure(self, model, maps: tuple[str, ...] | None = None) -> dict[str, float]:
@@ -161,11 +168,11 @@ def _validate(run, measured: dict[str, float]) -> None:
             measured = run.held_out.measure(model) | measured
         # JSON has no word for what is not a number.
         found |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
-        found["held_out"] = run.held_out.key
+        found["held_out"] = run.held_out.key(options)
     state.validations.append(found | {"scales": [*model.scales().values()]})
     if state.validations[-2:] != state.comparable[-2:]:
         logger.warning(
-            "Held-out losses before this step were of other samples or timesteps: the best one is found anew"
+            "Held-out losses before this step were of other samples, timesteps or options: the best one is found anew"
         )
     reports.log_validation(run)
     kept, loss = state.kept, found.get("loss")

@@ -265,13 +265,15 @@ def test_the_best_may_come_before_any_that_was_kept():
     assert (state.best, state.kept, state.validations_since_best) == (None, None, 2)
 
 
-def test_losses_of_other_held_out_samples_are_not_compared(
-    overfit, base_folder, triptych_folder, tmp_path, without_paintings, caplog
+@pytest.mark.parametrize("option", ["--validation_data_dir", "--loss_region"])
+def test_losses_of_another_kind_are_not_compared(
+    overfit, base_folder, triptych_folder, tmp_path, without_paintings, caplog, option
 ):
     out, more, found = overfit
     other = write_with_maps(tmp_path / "held out", range(104, 108), own_map)
     step = found[-1]["step"]
-    more = [*more, "--resume_from_checkpoint", out / f"checkpoint-{step}", "--validation_data_dir", other]
+    more = [*more, "--resume_from_checkpoint", out / f"checkpoint-{step}"]
+    more += [option, other if option == "--validation_data_dir" else "diptych"]
     resumed = run(base_folder, tmp_path / "resumed", *more, data=triptych_folder)
     lines = list(map(json.loads, (resumed / "validation.jsonl").read_text().splitlines()))
     *before, last = lines[: len(found) - 1]
