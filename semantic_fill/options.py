@@ -181,7 +181,9 @@ class ObjectiveOptions(OptionGroup):
         at_most=512,
         help="T5 tokens of a prompt. `auto`: as many as the longest caption needs. Default: 512, or auto with --fast.",
     )
-    random_flip: bool = option(False, help="Mirror all three views together, half of the time.")
+    random_flip: bool = option(
+        False, help="Mirror all views of a sample half of the time. Captions that say left or right do not follow."
+    )
     caption_dropout: float = option(0.0, at_most=1, help="Share of samples trained with an empty prompt.")
     guidance_scale: float = option(1.0, help="Fed to the guidance embedding while training.")
     weighting_scheme: str = option(
