@@ -831,6 +831,13 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 f" {self.patch_size}. Pass such a `height` and `width` to resize it."
             )
         if size != pixels.shape[-2:]:
+            rows, columns = pixels.shape[-2:]
+            # Sides that are multiples of 16 keep a shape only nearly.
+            if not 0.95 < columns * size[0] / (rows * size[1]) < 1.05:
+                logger.warning(
+                    f"`{name}` is {columns}x{rows} pixels and is squashed to {size[1]}x{size[0]}. Training crops pictures to"
+                    " the shape of a view and squashes none: crop it first."
+                )
             pixels = F.interpolate(pixels, size, mode=mode, antialias=mode != "nearest-exact")
         # `FluxFillPipeline` works on pictures wherever they are.
         return pixels.to(self._execution_device)

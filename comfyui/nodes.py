@@ -7,6 +7,7 @@ the diptych, and hook the module into FLUX Fill. They need nothing that ComfyUI 
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 
@@ -170,11 +171,18 @@ class Guidance:
         return executor(x, *args, **kwargs)
 
 
-def resize(pictures: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+def resize(name: str, pictures: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     """Makes `(batch, 3, height, width)` of ComfyUI's `(batch, height, width, channels)`."""
     pictures = pictures[..., :3].movedim(-1, 1)
-    if pictures.shape[-2:] == size:
+    rows, columns = pictures.shape[-2:]
+    if (rows, columns) == size:
         return pictures
+    # Sides that are multiples of 16 keep a shape only nearly.
+    if not 0.95 < columns * size[0] / (rows * size[1]) < 1.05:
+        logging.warning(
+            f"`{name}` is {columns}x{rows} pixels and is squashed to {size[1]}x{size[0]}. Training crops pictures to the"
+            " shape of a view and squashes none: crop it first, or set `width` and `height`."
+        )
     return F.interpolate(pictures, size, mode=mode, antialias=mode != "nearest-exact")
 
 
@@ -355,8 +363,10 @@ class SemanticFillConditioning:
                     f"The mode {mode} has the map on its canvas, so `scale` has to be 0 or 1 but is {each}."
                 )
         # A map holds labels, and blending two of them would make a third.
-        views = {"visible": resize(visible, size, "bicubic").clamp(0, 1)}
-        views |= {name: resize(given[name][0], size, "nearest-exact") for name in names if scales.get(name, 0) != 0}
+        views = {"visible": resize("visible", visible, size, "bicubic").clamp(0, 1)}
+        views |= {
+            name: resize(name, given[name][0], size, "nearest-exact") for name in names if scales.get(name, 0) != 0
+        }
         batch = max(len(view) for view in views.values())
         if any(len(view) not in (1, batch) for view in views.values()):
             counts = ", ".join(f"`{name}` {len(view)}" for name, view in views.items() if name != "visible")

@@ -129,13 +129,21 @@ def test_several_maps_are_named(comfyui, base, root, posterior_mode, mode):
         add("land", to_image(picture(2)), 1.0, both)
 
 
-def test_one_map_serves_several_pictures_and_sizes_are_made_equal(comfyui, base, root, posterior_mode):
+def test_one_map_serves_several_pictures_and_sizes_are_made_equal(comfyui, base, root, posterior_mode, caplog):
     visible, semantic = picture(1, 40, 72, batch=2), picture(2, 24, 36)
     noise = noise_for(128, 2, height=48)
     size = {"height": 48, "width": 64}
     expected = by_pipeline(base, {"x": (root / "p", 1.0)}, noise, visible, semantic, **size)
     painted = by_nodes(comfyui, base, "p", noise, visible, semantic, size=(48, 64))
     torch.testing.assert_close(painted, expected, rtol=1e-4, atol=1e-4)
+    for name in ("image", "visible"):
+        assert f"`{name}` is 72x40 pixels and is squashed to 64x48" in caplog.text
+    for name in ("semantic_image", "semantic"):
+        assert f"`{name}` is 36x24 pixels and is squashed to 64x48" in caplog.text
+    caplog.clear()
+    # A photograph of 3:2 at the nearest multiples of 16.
+    prepare(comfyui, base, *load(comfyui, f"p/{LORA_FILE}")[:2], picture(1, 43, 64), size=(64, 96))
+    assert "squashed" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a", "p"])
