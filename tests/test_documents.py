@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, fresh_state, run, write_triptychs
+from helpers import ROOT, fresh_state, run, write_files, write_triptychs
 
 
 DOCUMENTS = [
@@ -139,6 +139,19 @@ def test_a_command_runs_in_its_small_form(command, base_folder, folder, monkeypa
     module = runpy.run_path(str(path))
     module["main"](module["parse_args"]())
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} != before
+
+
+def test_the_tutorial_paints_with_the_base_that_it_names(tmp_path, monkeypatch):
+    """Its text encoders are stored in bfloat16 and its VAE in float32."""
+    data, trained = tmp_path / "earth" / "test", tmp_path / "trained"
+    write_files(data, {"00000.png": 1, "00000.txt": "a satellite picture"})
+    for name in ("examples", "pipeline_flux_fill_semantic.py", "semantic_attention.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    run(ROOT / "examples" / "base", trained, "--max_train_steps", 1, "--semantic_mode", "projection", data=data)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("num_inference_steps=16", "num_inference_steps=1"), "tutorial.md", "exec"), {})
+    assert (tmp_path / "painted.png").is_file()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
