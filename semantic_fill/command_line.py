@@ -7,6 +7,7 @@ options, and checks neither types nor choices nor names in a YAML file.
 
 import argparse
 import dataclasses
+import difflib
 import types
 import typing
 from pathlib import Path
@@ -23,6 +24,8 @@ def build_parser(options_class: type[OptionGroup], description: str | None) -> a
     """
     parser = argparse.ArgumentParser(
         description=description,
+        # A list of all options would push the error of a wrong command line off the screen.
+        usage="%(prog)s [-h] [CONFIG.yaml] [--OPTION VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -38,8 +41,19 @@ def build_parser(options_class: type[OptionGroup], description: str | None) -> a
             if field.name in group_class.__dict__.get("__annotations__", {}) and field.name in fields:
                 field = fields.pop(field.name)
                 names = [f"--{name}" for name in (field.name, field.metadata["alias"]) if name]
-                group.add_argument(*names, help=field.metadata["help"], **_argument(field, hints))
+                group.add_argument(*names, help=_help(field), **_argument(field, hints))
     return parser
+
+
+def _help(field: dataclasses.Field) -> str:
+    """The help text of a field, with its default unless the text itself tells it. Switches are off by default."""
+    text, default = field.metadata["help"], field.default
+    if default is dataclasses.MISSING:
+        return f"{text} Required."
+    if default is None or default is False or default == () or "Default:" in text:
+        return text
+    shown = "yes" if default is True else " ".join(default) if isinstance(default, tuple) else default
+    return f"{text} Default: {shown}."
 
 
 def _argument(field: dataclasses.Field, hints: dict) -> dict:
@@ -108,8 +122,17 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
             unknown.append(found.config_file)
         if unknown:
             names = [text.split("=")[0] for text in unknown if text.startswith("--")]
-            hint = " Tokens are not taken here: use `hf auth login` or HF_TOKEN." if "token" in str(names) else ""
-            parser.error(f"unknown options: {', '.join(names) or 'values that belong to none'}.{hint}")
+            if not names:
+                parser.error(
+                    "unknown options: values that belong to none. A switch such as --push_to_hub takes no value, most"
+                    " others take one, and a file of options ends in .yaml or .yml."
+                )
+            known = [name for action in parser._actions for name in action.option_strings]
+            close = [found for name in names for found in difflib.get_close_matches(name.replace("-", "_"), known, 1)]
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            if "token" in str(names):
+                hint = " Tokens are not taken here: use `hf auth login` or HF_TOKEN."
+            parser.error(f"unknown options: {', '.join(names)}.{hint}")
         return vars(found)
 
     found = parse(arguments)

@@ -76,7 +76,10 @@ class EvaluationOptions(ModelOptions, DataOptions, MetricOptions):
     guidance_scale: float = option(30.0, help="Guidance scale.")
     seed: int = option(0, help="The noise of a sample follows from it and from the sample's row alone.")
     batch_size: int = option(4, at_least=1, help="Samples painted at once.")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", help="Device to paint and measure on.")
+    device: str = option(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        help="Device to paint and measure on. Default: cuda, or cpu without a GPU.",
+    )
     dtype: str = option(None, choices=DTYPES, help="Default: bfloat16, or float32 on a CPU.")
     offload: bool = option(False, help="Keep only the model that is at work on the device.")
     output_dir: str = option("evaluation", help="Folder for figures, table and picture.")

@@ -49,6 +49,21 @@ def test_every_option_has_a_help_text_in_its_group():
     assert [text.index(f" {title}: --") for title in groups] == sorted(text.index(f" {title}: --") for title in groups)
 
 
+def test_help_tells_every_default_once():
+    text = " ".join(build_parser(Options, None).format_help().split())
+    assert "Rank of the LoRA. Default: 16. " in text and "or webdataset files. --dataset_config_name" in text
+    assert "or a Hub repository. Required." in text and "PEFT's own layers. Default: yes." in text
+    assert "from zero. Default: 0. " in text
+    for action in build_parser(Options, None)._actions:
+        assert (action.help or "").count("Default:") <= 1, action.dest
+
+
+def test_the_error_of_a_wrong_command_line_stands_below_few_lines(capsys):
+    with pytest.raises(SystemExit):
+        trainer.parse_args(["--rank", "0"])
+    assert len(capsys.readouterr().err.splitlines()) < 4
+
+
 def test_a_parsed_command_line_equals_the_object_with_the_same_values():
     parsed = parse("--rank 8 --no-fused_lora --compile --timestep_shift 3 --max_sequence_length auto")
     values = {"rank": 8, "fused_lora": False, "compile": True, "timestep_shift": 3.0, "max_sequence_length": "auto"}
@@ -132,6 +147,9 @@ def test_defaults_that_follow_from_other_options(passed, expected):
         ("--semantic_injection condition", "unknown options: --semantic_injection"),
         ("--report_to tensorbord", "argument --report_to: invalid choice: 'tensorbord'"),
         ("--ran 4", "unknown options: --ran"),
+        ("--max-train-steps 4", "unknown options: --max-train-steps. Did you mean --max_train_steps?"),
+        ("--max_train_step=4", "unknown options: --max_train_step. Did you mean --max_train_steps?"),
+        ("--fast true", "unknown options: values that belong to none. A switch such as --push_to_hub takes no value"),
     ],
 )
 def test_values_that_cannot_be_are_refused(options, message, capsys):
