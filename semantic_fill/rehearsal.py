@@ -63,7 +63,15 @@ def rehearse(
             machine. The message names them.
     """
     source = options.pretrained_model_name_or_path
-    empty = empty_transformer(source, options.revision, options.cache_dir)
+    try:
+        empty = empty_transformer(source, options.revision, options.cache_dir)
+    except OSError as error:
+        # diffusers says the same for a wrong path, a missing login and a machine without a network.
+        raise ValueError(
+            f"--pretrained_model_name_or_path {source} cannot be loaded: {error} It has to be a folder of a FLUX.1 Fill as"
+            " diffusers saves it, or a Hub repository that this machine can reach. For"
+            " black-forest-labs/FLUX.1-Fill-dev, accept its license on its page and log in with `hf auth login`."
+        ) from error
     quantized = empty.config.get("quantization_config")
     if quantized:
         raise ValueError(

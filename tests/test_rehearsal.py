@@ -23,6 +23,12 @@ def start(base_folder, tmp_path, *more) -> None:
 REACHES_ITS_DATA = "--train_data_dir .*gone has to be a folder of pictures, but there is no such folder"
 
 
+def test_a_base_that_cannot_be_loaded_is_named_with_a_way_out(tmp_path):
+    for base in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ValueError, match=f"(?s)--pretrained_model_name_or_path {base} cannot .* `hf auth login`"):
+            start(base, tmp_path)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
