@@ -270,14 +270,14 @@ def load_datasets(
         chosen = {index for index, finding in enumerate(findings) if int(finding.visible[:16], 16) < limit}
         if not chosen:
             raise ValueError(
-                f"--validation_fraction {options.validation_fraction} holds out none of {len(source)} samples."
+                f"--validation_fraction {options.validation_fraction} holds out none of {len(source)} samples. Pass a larger share."
             )
         shown = [findings[index] for index in sorted(chosen)]
         held_out = TriptychDataset(source, options, findings, sorted(chosen))
     pictures = {picture for finding in shown for picture in (finding.visible, finding.target) if picture}
     train = [index for index, f in enumerate(findings) if f.visible not in pictures and f.target not in pictures]
     if not train:
-        raise ValueError("All samples are held out, so none is left to train on.")
+        raise ValueError("All samples are held out, or show a view of one that is, so none is left to train on.")
     others = held_out.findings if held_out is not None else []
     dataset = TriptychDataset(source, options, findings, train[: options.max_train_samples], others)
     logger.info(f"Data: {dataset.summary()}")

@@ -297,12 +297,14 @@ def plan_validation(options: Options, dataset: TriptychDataset | None, samples_p
     maps = tuple(kind for kind in maps if wrong_name(kind, options.semantic_maps) in {None, *kept})
     for name in (name for name in others if name not in kept):
         which = "" if len(others) == 1 else f" of `{name}`"
-        logger.info(f"There is no wrong map{which} to compare with, because all held-out samples have the same one")
+        logger.info(
+            f"There is no wrong map{which} to compare with, because no two held-out samples of one size have different ones"
+        )
     plan = ValidationPlan(dataset, rows, others, timesteps, maps, averages, options.semantic_maps)
     taken = validations * plan.forwards
     logger.info(
         f"Held-out loss: {len(maps) + averages} losses x {len(rows)} of {len(dataset)} samples x {timesteps} timesteps ="
-        f" {plan.forwards} forward passes, in {validations} validations {taken / samples:.1%} of training's {samples}"
+        f" {plan.forwards} forward passes. {validations} validations take {taken / samples:.1%} of training's {samples}"
     )
     if taken * TRAINING_SHARE >= samples:
         enough = -(-TRAINING_SHARE * 5 * (len(maps) + averages) // (4 * samples_per_step))

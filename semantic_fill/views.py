@@ -50,7 +50,7 @@ def cut_triptych(
     views = {name: picture for name, picture in zip((*VIEWS, *maps), pictures) if picture is not None}
     if len({picture.size for picture in views.values()}) > 1:
         sizes = ", ".join(f"{name} {picture.width}x{picture.height}" for name, picture in views.items())
-        raise ValueError(f"has views of different sizes ({sizes})")
+        raise ValueError(f"has views of different sizes ({sizes}). examples/make_triptychs.py brings them to one size")
     return views
 
 
@@ -74,7 +74,7 @@ def count_panels(size: tuple[int, int], shape: float | None, pairs: bool, views:
     wider = {panels: math.log(size[0] / panels / size[1] / shape) for panels in (1, 2, views)}
     alike = [panels for panels, width in wider.items() if abs(width) <= SHAPE_TOLERANCE]
     shown = f"is {size[0]}x{size[1]} pixels"
-    hint = "pass the shape of a view with --resolution and --width, or the views in three folders"
+    hint = "pass the shape of a view with --resolution and --width, or the views in the folders visible, target and semantic"
     if pairs:
         # Only one of the numbers may fit the shape, or divide the width.
         fitting = [n for n in (2, views) if n in alike] or [n for n in (2, views) if size[0] % n == 0] or [2]

@@ -110,7 +110,11 @@ def test_what_is_cropped_and_enlarged_is_counted(tmp_path):
     "size, resolution, said",
     [
         ((192, 96), 64, "is 192x96 pixels, which by the shape of this run are two views and not three"),
-        ((96, 96), 32, "is 96x96 pixels, which by the shape of this run is one view and not three"),
+        (
+            (96, 96),
+            32,
+            "is 96x96 pixels, which by the shape of this run is one view and not three. Three views are needed",
+        ),
         ((96, 72), 32, "is 96x72 pixels, which by the shape of this run is one view and not three"),
         ((97, 32), 32, "is 97 pixels wide, which cannot be divided into three equal panels"),
     ],
@@ -120,6 +124,8 @@ def test_what_is_no_triptych_is_refused(tmp_path, size, resolution, said):
     with pytest.raises(ValueError) as error:
         read_dataset(train_data_dir=str(tmp_path / "data"), resolution=resolution, instance_prompt="a")
     assert f"  1.png: {said}" in str(error.value)
+    # Whoever has single views is told what to call their folders.
+    assert "divided" in said or "or the views in the folders visible, target and semantic" in str(error.value)
 
 
 def test_a_triptych_of_a_shape_that_is_passed_is_none_of_another(tmp_path):

@@ -52,9 +52,11 @@ def test_a_fraction_is_chosen_by_the_content_of_pictures(tmp_path):
 
 def test_a_fraction_that_holds_out_none_or_all_is_refused(tmp_path):
     data = write_triptychs(tmp_path / "data", 3)
-    with pytest.raises(ValueError, match="--validation_fraction 0.0001 holds out none of 3 samples"):
+    with pytest.raises(
+        ValueError, match="--validation_fraction 0.0001 holds out none of 3 samples. Pass a larger share"
+    ):
         load_data(tmp_path, data, "--validation_fraction", 0.0001)
-    with pytest.raises(ValueError, match="All samples are held out"):
+    with pytest.raises(ValueError, match="All samples are held out, or show a view of one"):
         load_data(tmp_path, data, "--validation_fraction", 0.9999)
 
 
@@ -103,7 +105,7 @@ def test_a_folder_of_its_own_and_none_of_its_pictures_is_trained_on(tmp_path, ca
     assert (tmp_path / "out" / "left_out.txt").read_text() == "notes.pdf\n"
     with pytest.raises(ValueError, match="--validation_data_dir .*gone has to be a folder of pictures"):
         load_data(tmp_path, data, "--validation_data_dir", tmp_path / "gone")
-    with pytest.raises(ValueError, match="All samples are held out"):
+    with pytest.raises(ValueError, match="All samples are held out, or show a view of one"):
         load_data(tmp_path, data, "--validation_data_dir", data)
 
 

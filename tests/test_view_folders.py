@@ -139,7 +139,7 @@ def test_views_of_different_sizes_are_refused(tmp_path):
         read_dataset(train_data_dir=str(folder), instance_prompt="a hill")
     assert str(error.value).splitlines() == [
         "1 samples cannot be used:",
-        "  2: has views of different sizes (visible 32x32, target 96x32, semantic 32x32)",
+        "  2: has views of different sizes (visible 32x32, target 96x32, semantic 32x32). examples/make_triptychs.py brings them to one size",
     ]
 
 
