@@ -509,7 +509,7 @@ def train(run: Run) -> None:
             if given_up:
                 raise reports.give_up(state, bad_steps, sampler)
             if stopped_by:
-                logger.info(f"Stopped by {stopped_by} at step {step}. Continue with --resume_from_checkpoint latest.")
+                reports.announce_stop(stopped_by, step)
                 raise SystemExit(128 + stopped_by)
 
 
@@ -563,6 +563,7 @@ def finish(run: Run, repo_id: str | None) -> None:
             replace_card(describe_run(state, summary), painted_samples(options, state), options)
         with ornament("The page of the run"):
             write_page(options, state, summary)
+        reports.announce_result(options)
         if repo_id is not None:
             push_to_hub(repo_id, files + extra_files(options, state), options.output_dir)
     # The other processes are done, but must not end the process group while the first one still saves.

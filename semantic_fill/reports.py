@@ -3,7 +3,9 @@
 
 import contextlib
 import logging
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import diffusers
 import torch
@@ -131,6 +133,19 @@ def log_validation(run) -> None:
     names = (*labels, *worth_labels(found, ""))
     values = {f"held_out/{name}": found[name] for name in names if found[name] is not None}
     run.engine.accelerator.log(values, step=found["step"])
+
+
+def announce_stop(number: int, step: int) -> None:
+    """Logs that a signal ended the run, by its name: SIGINT is Ctrl-C."""
+    name = signal.Signals(number).name
+    logger.info(f"Stopped by {name} at step {step}. Continue with --resume_from_checkpoint latest.")
+
+
+def announce_result(options: Options) -> None:
+    """Logs where the result is, as the last line of a run, so that nobody has to look for it."""
+    folder, page = options.output_dir, Path(options.output_dir, "samples", "index.html")
+    shown = f", and {page} shows curves and paintings in a browser" if page.is_file() else ""
+    logger.info(f"The result is in {folder}. {Path(folder, 'README.md')} says how to paint with it{shown}")
 
 
 def explain_skipped_step(state: TrainingState, norm: float, overflowed: bool, sampler: ResumableBatchSampler) -> None:

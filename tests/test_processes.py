@@ -137,7 +137,8 @@ def test_two_processes_train_what_one_does(base_folder, triptych_folder, one, tm
     assert ", 0 to make" in said and "at step 2" in said and done.returncode != 0
     # A later run with the same cache opens no picture.
     assert [[Path(path).name for path in rank["read"]] for rank in ranks] == [["metadata.jsonl"], []]
-    (step,) = re.findall(rf"Stopped by {number} at step (\d+). Continue with --resume_from_checkpoint latest", said)
+    name = signal.Signals(number).name
+    (step,) = re.findall(rf"Stopped by {name} at step (\d+). Continue with --resume_from_checkpoint latest", said)
     assert engine != "ddp" or step == "5"
     assert [len(rank["losses"]) for rank in ranks] == [2 * (int(step) - 2)] * 2
     last = list_checkpoints(onward)[-1]

@@ -119,6 +119,16 @@ def test_every_100_steps_and_what_trackers_get(base_folder, triptych_folder, tmp
     assert values["lr"] == pytest.approx([1e-4 * (1 - step / 101) for step in range(1, 102)], abs=1e-10)
 
 
+def test_the_last_line_says_where_the_result_is(base_folder, triptych_folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="semantic_fill")
+    out = run(base_folder, tmp_path / "out", "--max_train_steps", 1, data=triptych_folder)
+    page = out / "samples" / "index.html"
+    assert messages_of(caplog)[-1] == (
+        f"The result is in {out}. {out / 'README.md'} says how to paint with it, and {page} shows curves and paintings in a"
+        " browser"
+    )
+
+
 def test_prodigy_learns_by_default_and_logs_its_rate(base_folder, triptych_folder, tmp_path, caplog):
     learned, rates = [], []
     for name, more in (("default", ()), ("small", ("--learning_rate", 1e-4))):
