@@ -111,7 +111,7 @@ def save_model_card(path: Path, options: Options, report: str, samples: list[Pat
     Writes the model card.
 
     Args:
-        report (`str`): What the run found out, from `reports.describe_run`.
+        report (`str`): What the run found out, from `summary.describe_run`.
         samples (`list[Path]`): Validation pictures, of which the last is shown.
         code (`bytes`): Content of the repository's `pipeline.py`, whose hash the card states.
     """
