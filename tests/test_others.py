@@ -1,6 +1,7 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
 """`benchmarks/others.py` measures our row, loses none to another trainer that is missing, and lets no stand-in work."""
 
+import importlib.metadata
 import json
 import sys
 
@@ -41,7 +42,7 @@ def test_rows(others, tmp_path):
     for name, row in rows.items():
         missing = "no checkout: --sd_scripts is None" if "sd-scripts" in name else "No module named 'modules'"
         assert missing in row["result"] and "ms/step" not in row
-    assert report["about"]["torch"] == torch.__version__ and 0 < limits[-1] <= 20 * 60
+    assert report["about"]["torch"] == importlib.metadata.version("torch") and 0 < limits[-1] <= 20 * 60
     # A row without a checkout takes no process, and one that comes too late none either.
     assert len(limits) == len([name for name in rows if "sd-scripts" not in name]) + 1
     others.main(others.parse_args([*options.split(), "--minutes=0"]), measure_here)
