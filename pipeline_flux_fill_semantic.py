@@ -936,13 +936,13 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 f" {semantic.shape[-1]}x{semantic.shape[-2]}. Pass `height` and `width` to resize both."
             )
         pictures = semantic_image if isinstance(semantic_image, (list, tuple)) else [semantic_image]
-        dark = 0 < semantic.max() < LABEL_LIMIT / 255 and (semantic == semantic[:, :1]).all()
-        # A training run has colored its tensors.
-        if dark and any(isinstance(picture, PIL.Image.Image) for picture in pictures):
-            logger.warning(
-                f"`{name}` holds gray values below {LABEL_LIMIT} alone. If they are label numbers, they are nearly black as"
-                " colors: give the map the colors of training."
-            )
+        # A training run has colored its tensors, and asking about values makes the host wait for the device.
+        if any(isinstance(picture, PIL.Image.Image) for picture in pictures):
+            if 0 < semantic.max() < LABEL_LIMIT / 255 and (semantic == semantic[:, :1]).all():
+                logger.warning(
+                    f"`{name}` holds gray values below {LABEL_LIMIT} alone. If they are label numbers, they are nearly"
+                    " black as colors: give the map the colors of training."
+                )
         return semantic
 
     def _prepare_canvas(

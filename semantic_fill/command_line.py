@@ -127,6 +127,7 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
                     "unknown options: values that belong to none. A switch such as --push_to_hub takes no value, most"
                     " others take one, and a file of options ends in .yaml or .yml."
                 )
+            # Private, but argparse has no other list of its options.
             known = [name for action in parser._actions for name in action.option_strings]
             close = [found for name in names for found in difflib.get_close_matches(name.replace("-", "_"), known, 1)]
             hint = f" Did you mean {', '.join(close)}?" if close else ""

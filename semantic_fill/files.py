@@ -27,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 
 logger = get_logger(__name__)
 
+# The names that `write_atomically` gives to files until they are complete.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 CHECKPOINTS_REMAIN = "Earlier checkpoints are intact: continue with --resume_from_checkpoint latest."
 
@@ -130,7 +131,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Has `write` fill a temporary file, then renames it to `path`. Readers see all of the file or none of it, also when
     two processes write it at once.
     """
-    # A random name, because process ids repeat across machines that share a disk. `TEMPORARY` matches it.
+    # A random name, because process ids repeat across machines that share a disk.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
@@ -240,17 +241,17 @@ def weights_sample(folder: Path, variant: str | None = None) -> str | None:
     A hash of 4 KiB at each of 256 places in every file of weights in a folder, or `None` if there is none. To hash all of a
     transformer's weights takes a minute. Whoever trains on, or merges a LoRA, changes them in nearly all places.
     """
-    digest, found = hashlib.sha256(), None
-    for path in sorted(folder.glob("*.safetensors")):
-        # Another variant may lie beside the one that is used.
-        if path.name.count(".") == (1 if variant is None else 2) and (variant is None or f".{variant}" in path.name):
-            with path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                for place in range(256):
-                    file.seek(size * place // 256)
-                    digest.update(file.read(4096))
-            found = digest.hexdigest()
-    return found
+    # Another variant may lie beside the one that is used.
+    pattern, dots = ("*.safetensors", 1) if variant is None else (f"*.{variant}*.safetensors", 2)
+    files = [path for path in sorted(folder.glob(pattern)) if path.name.count(".") == dots]
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for place in range(256):
+                file.seek(size * place // 256)
+                digest.update(file.read(4096))
+    return digest.hexdigest() if files else None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

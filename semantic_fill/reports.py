@@ -142,7 +142,7 @@ def announce_stop(number: int, step: int) -> None:
 
 
 def announce_result(options: Options) -> None:
-    """Logs where the result is, as the last line of a run, so that nobody has to look for it."""
+    """Logs where the result is, after all that was said on the way, so that nobody has to look for it."""
     folder, page = options.output_dir, Path(options.output_dir, "samples", "index.html")
     shown = f", and {page} shows curves and paintings in a browser" if page.is_file() else ""
     logger.info(f"The result is in {folder}. {Path(folder, 'README.md')} says how to paint with it{shown}")
