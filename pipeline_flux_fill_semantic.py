@@ -15,6 +15,7 @@ import copy
 import functools
 import io
 import json
+import numbers
 import os
 import shutil
 import sys
@@ -862,7 +863,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     " with `set_adapters`."
                 )
         for scale in semantic_scale.values():
-            if not isinstance(scale, (int, float)) or not np.isfinite(scale):
+            if not isinstance(scale, numbers.Real) or not np.isfinite(scale):
                 raise ValueError(f"`semantic_scale` has to be a finite number but is {scale!r}.")
         if not semantic_image:
             return

@@ -115,7 +115,7 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
     """
     parser = build_parser(options_class, description)
 
-    def parse(arguments: list[str]) -> dict:
+    def parse(arguments: list[str], place: str = "") -> dict:
         found, unknown = parser.parse_known_args(arguments)
         # Any other value is a slip, and may be a token.
         if not getattr(found, "config_file", ".yaml").endswith((".yaml", ".yml")):
@@ -124,7 +124,7 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
             names = [text.split("=")[0] for text in unknown if text.startswith("--")]
             if not names:
                 parser.error(
-                    "unknown options: values that belong to none. A switch such as --push_to_hub takes no value, most"
+                    f"unknown options{place}: values that belong to none. A switch such as --push_to_hub takes no value, most"
                     " others take one, and a file of options ends in .yaml or .yml."
                 )
             # Private, but argparse has no other list of its options.
@@ -133,7 +133,7 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
             hint = f" Did you mean {', '.join(close)}?" if close else ""
             if "token" in str(names):
                 hint = " Tokens are not taken here: use `hf auth login` or HF_TOKEN."
-            parser.error(f"unknown options: {', '.join(names)}.{hint}")
+            parser.error(f"unknown options{place}: {', '.join(names)}.{hint}")
         return vars(found)
 
     found = parse(arguments)
@@ -142,7 +142,7 @@ def parse_options(options_class: type[OptionGroup], description: str | None, arg
             raise ValueError("Pass one YAML file, either alone or with --config.")
         config = found.get("config", found.get("config_file"))
         if config is not None:
-            found = parse(read_yaml(config, options_class)) | found
+            found = parse(read_yaml(config, options_class), f" in {config}") | found
         found = {
             # Argparse makes lists of several values, which could be changed.
             name: tuple(value) if isinstance(value, list) else value

@@ -340,11 +340,11 @@ def test_lists_in_yaml_mean_what_they_mean_on_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("ranks: 8", "unknown options: --ranks"),
+        ("ranks: 8", "unknown options in {path}: --ranks"),
         ("rank: many", "argument --rank: invalid int value: 'many'"),
         ("rank: 0", "--rank has to be at least 1 but is 0"),
         ("rank: 8.0", "argument --rank: invalid int value: '8.0'"),
-        ("rank: [8, 9]", "unknown options: values that belong to none"),
+        ("rank: [8, 9]", "unknown options in {path}: values that belong to none"),
         ("rank: {a: 8}", "rank in {path} has to be a single value or a list"),
         ("rank: [[8]]", "rank in {path} has to be a single value or a list"),
         ("semantic_mode: other", "argument --semantic_mode: invalid choice: 'other'"),
@@ -403,7 +403,8 @@ def test_the_value_of_an_unknown_option_is_not_printed(words, message, capsys):
 
 def test_the_value_of_an_unknown_option_in_yaml_is_not_printed(tmp_path, capsys):
     for text in (f"hub_token: {SECRET}", f"hub_token: [{SECRET}]"):
-        assert refusal(capsys, [write_yaml(tmp_path, text)]).startswith("unknown options: --hub_token. Tokens are not")
+        path = write_yaml(tmp_path, text)
+        assert refusal(capsys, [path]).startswith(f"unknown options in {path}: --hub_token. Tokens are not")
     assert SECRET not in refusal(capsys, [write_yaml(tmp_path, f"hub_token: {{a: {SECRET}}}")])
 
 

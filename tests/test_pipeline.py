@@ -167,7 +167,9 @@ def test_a_trained_module_changes_the_picture(base):
     guided = paint(pipe, semantic_image=picture(2), output_type="latent")
     assert differs(guided, without)
     assert differs(paint(pipe, semantic_image=picture(3), output_type="latent"), guided, by=1e-4)
-    assert differs(paint(pipe, semantic_image=picture(2), semantic_scale=0.3, output_type="latent"), guided)
+    assert differs(
+        paint(pipe, semantic_image=picture(2), semantic_scale=np.float32(0.3), output_type="latent"), guided
+    )
 
 
 # -- What is injected -------------------------------------------------------------------------------------------------
