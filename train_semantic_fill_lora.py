@@ -44,7 +44,7 @@ from semantic_fill import reports
 from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
-from semantic_fill.compiler import compile_blocks, keep_compiled_code
+from semantic_fill.compiler import compile_blocks, keep_compiled_code, start_workers
 from semantic_fill.data import load_datasets
 from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
@@ -402,7 +402,8 @@ def assemble(
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
         options = replace(options, **vars(plan_fast(options, encoder, device)))
-
+    if options.compile:
+        start_workers()
     set_seed(options.seed)
     with reports.explain_out_of_memory(options, encoder, engine):
         model = build_model(load_transformer(options, engine.load_device, dtype), options)
@@ -464,7 +465,7 @@ def train(run: Run) -> None:
         return loss.detach()
 
     batches = prefetch(run.make_batch, samples, accelerator.device)
-    with StopSignals() as stop, contextlib.closing(batches), contextlib.closing(bar), contextlib.ExitStack() as stack:
+    with StopSignals() as stop, contextlib.closing(batches), contextlib.closing(bar), frozen_garbage() as freeze:
         for step in range(first_step, options.max_train_steps + 1):
             if is_due(run):
                 validate(run)
@@ -472,8 +473,8 @@ def train(run: Run) -> None:
                 if state.step % options.checkpointing_steps:
                     run.checkpointer.save(state)
                 break
-            if step == first_step + 2:
-                stack.enter_context(frozen_garbage())
+            if step in (first_step, first_step + 2):
+                freeze()
             run.stopwatch.start_step()
             losses = []
             for micro_step in range(options.gradient_accumulation_steps):
@@ -538,8 +539,7 @@ def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerat
         logging.getLogger(name).setLevel(options.log_level.upper())
     reports.show_library_warnings()
     keep_compiled_code()
-    if options.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 |= options.allow_tf32
     # In torch 2.11 the backward of cuDNN's attention crashes or gives NaN. Flash attention takes over.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return accelerator

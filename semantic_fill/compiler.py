@@ -38,6 +38,17 @@ def keep_compiled_code() -> None:
             os.environ.setdefault(CACHE_VARIABLE, str(folder))
 
 
+def start_workers() -> None:
+    """
+    Has the compiler start the processes that compile kernels. It would otherwise start them with the first block, and
+    compile kernels one by one until they are ready.
+    """
+    with contextlib.suppress(ImportError):
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
 def describe_gpu(device: torch.device) -> tuple[str, ...]:
     """What decides whether a kernel of a library works: the GPU, its driver and the versions of the libraries."""
     driver = Path("/proc/driver/nvidia/version")

@@ -85,10 +85,10 @@ class Engine:
         if options.compile:
             # Dynamo would cut each block in two after the first MiB of its gradients, which are sent later anyway.
             torch._dynamo.config.optimize_ddp = False
-        self.choose_graphs(options)
+        self.choose_graphs(options, optimizer)
         return self.accelerator.prepare(model, optimizer)
 
-    def choose_graphs(self, options: Options) -> None:
+    def choose_graphs(self, options: Options, optimizer: torch.optim.Optimizer) -> None:
         """Has micro-steps run as CUDA graphs where the options want it and nothing stands against it."""
         if not (options.compile if options.cuda_graphs is None else options.cuda_graphs):
             return
@@ -101,7 +101,8 @@ class Engine:
             "--lora_dropout is drawn again by checkpointing": options.lora_dropout and options.checkpointing != "none",
         }
         found = [reason for reason, holds in obstacles.items() if holds]
-        self.graphs = None if found else Graphs()
+        if not found:
+            self.graphs = Graphs(optimizer.zero_grad) if self.accumulation_steps == 1 else Graphs()
         logger.info(f"Steps run without CUDA graphs: {found[0]}" if found else "Steps are replayed as CUDA graphs")
 
     @staticmethod
@@ -236,7 +237,7 @@ class FSDP2Engine(Engine):
         model.forward = forward_in_autocast
 
     def prepare(self, model, optimizer, options):
-        self.choose_graphs(options)
+        self.choose_graphs(options, optimizer)
         return model, optimizer
 
     @contextlib.contextmanager
@@ -262,19 +263,23 @@ class FSDP2Engine(Engine):
 
 
 @contextlib.contextmanager
-def frozen_garbage() -> Iterator[None]:
+def frozen_garbage() -> Iterator[Callable[[], None]]:
     """
-    Keeps garbage collection away from objects that exist now. Once everything is built and compiled, each full
-    collection would search them all, and hold up this process and all others for as long as a step takes. Does nothing
-    in a program that has frozen objects of its own, because they would be unfrozen too.
+    Returns a function that keeps garbage collection away from the objects that exist when it is called. Each full
+    collection would search all that is built and all that is compiled. It would hold up the compiler, and later this process
+    and all others for as long as a step takes. Nothing is done in a program that has frozen objects of its own, because they
+    would be unfrozen too.
     """
     # Python 3.12 itself keeps a few hundred objects there, those that never end.
     if gc.get_freeze_count() > 1000:
-        yield
+        yield lambda: None
         return
-    gc.collect()
-    gc.freeze()
+
+    def freeze() -> None:
+        gc.collect()
+        gc.freeze()
+
     try:
-        yield
+        yield freeze
     finally:
         gc.unfreeze()

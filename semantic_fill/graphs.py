@@ -27,9 +27,14 @@ class Graphs:
 
     A graph repeats kernels at fixed addresses. So batches are copied into tensors of its own, and gradients have to be
     cleared in place. What a micro-step does in Python is not repeated.
+
+    Args:
+        drop_gradients (`Callable`, *optional*): Sets gradients to `None`, where each micro-step is a step. The first graph
+            then makes them in memory that its forward has used. Otherwise they exist before it, beside all that it needs.
     """
 
-    def __init__(self):
+    def __init__(self, drop_gradients: Callable[[], None] = lambda: None):
+        self.drop_gradients = drop_gradients
         self.inputs: dict[tuple, Any] = {}
         self.captured: dict[tuple, tuple[Any, torch.Tensor]] = {}
         self.pool, self.given_up = None, False
@@ -64,6 +69,8 @@ class Graphs:
 
     def capture(self, key: tuple, micro_step: Callable[[Any], torch.Tensor]) -> bool:
         """Whether a graph was captured. If not, there will be none from here on."""
+        if not self.captured:
+            self.drop_gradients()
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.captured[key] = capture(micro_step, self.inputs[key], self.pool)
@@ -79,6 +86,7 @@ class Graphs:
     def release(self) -> None:
         """Frees what the graphs hold, which is all that a step needs at its peak. They are captured again when needed."""
         self.captured.clear()
+        self.drop_gradients()
         self.pool = None
         torch.cuda.empty_cache()
 

@@ -127,15 +127,18 @@ def compiler_options(fused_lora: bool) -> dict:
     A pass over the compiler's graph takes private parts of torch. Where they have changed, nothing is joined: the run is
     slower and otherwise the same.
     """
+    # Smaller blocks for reductions that need many registers are compiled one by one, in this process. Steps are as fast
+    # without.
+    options: dict[str, Any] = {"dynamic_scale_rblock": False}
     if not fused_lora:
-        return {}
+        return options
     try:
         # These imports take seconds, so they wait until something is compiled.
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
         from torch._inductor.pattern_matcher import stable_topological_sort
     except ImportError as error:
         logger.warning(f"LoRA products are not joined, since this version of torch does not fit: {error}")
-        return {}
+        return options
 
     class JoinLoraProducts(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
@@ -147,7 +150,7 @@ def compiler_options(fused_lora: bool) -> dict:
             """The compiler's cache on disk finds a block again while this file and NARROW stay the same."""
             return get_hash_for_files((__file__,), str(NARROW))
 
-    return {"post_grad_custom_pre_pass": JoinLoraProducts()}
+    return options | {"post_grad_custom_pre_pass": JoinLoraProducts()}
 
 
 def join_lora_products(graph: Graph) -> None:
