@@ -9,6 +9,7 @@ else, so this measures a change of the blocks in less time and memory than `trai
 
 import argparse
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import flux_shape
@@ -39,8 +40,26 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def kept_bytes(compute: Callable[[], object], weights: Iterable[torch.Tensor]) -> int:
+    """Bytes of the floating point tensors that autograd keeps for backward, beside the `weights`."""
+    known, kept = {tensor.untyped_storage().data_ptr() for tensor in weights}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    return sum(kept.values())
+
+
 def measure(precision: str, args: argparse.Namespace, device: torch.device) -> dict:
-    """Milliseconds of a pass through either block, of all blocks of a step, and of the kernels that copy."""
+    """
+    Milliseconds of a pass through either block, of all blocks of a step, and of the kernels that copy. Bytes that a block
+    keeps for backward, for each token and channel of the transformer's width.
+    """
     torch.manual_seed(0)
     transformer = flux_shape.build_transformer(
         args.shape, precision, device, torch.bfloat16, num_layers=1, num_single_layers=1
@@ -63,15 +82,19 @@ def measure(precision: str, args: argparse.Namespace, device: torch.device) -> d
     result, step = {}, 0.0
     for (kind, count), block in zip(BLOCKS.items(), blocks_of(transformer), strict=True):
 
+        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.autocast(device.type, torch.bfloat16):
+                return block(image, text, temb, (angles.cos(), angles.sin()))
+
         def forward_and_backward() -> None:
             for tensor in (image, text, *trained):
                 tensor.grad = None
-            with torch.autocast(device.type, torch.bfloat16):
-                out = block(image, text, temb, (angles.cos(), angles.sin()))
-            torch.autograd.backward(out, out_grads)
+            torch.autograd.backward(forward(), out_grads)
 
         for _ in range(4):
             forward_and_backward()
+        kept = kept_bytes(forward, (*transformer.parameters(), *transformer.buffers()))
+        result[f"{kind}, kept bytes"] = kept / (args.batch * (args.image_tokens + args.text_tokens) * width)
         _, seconds = timed(lambda: [forward_and_backward() for _ in range(args.passes)], device)
         result[f"{kind}, ms"] = 1e3 * seconds / args.passes
         step += count * result[f"{kind}, ms"]

@@ -175,9 +175,13 @@ PLANS = [
 ]
 # Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape in
 # bfloat16 (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
-KEPT_BYTES = {"none": (29, 37), "selective": (24, 25), "full": (2.1, 2.1), "offload": (0.1, 0.1), "stream": (0.1, 0.1)}
-# The compiler keeps this much more where products are of 8 bits and nothing is recomputed.
-EIGHT_BITS_KEPT = 6.3
+KEPT_BYTES = {
+    "none": (35.3, 37),
+    "selective": (24, 25),
+    "full": (2.1, 2.1),
+    "offload": (0.1, 0.1),
+    "stream": (0.1, 0.1),
+}
 # Bytes for each image token while the VAE decodes a painting in bfloat16, and for each weight that is being quantized.
 PAINTING_BYTES, QUANTIZING_BYTES = 0.95 * 2**20, 6
 # Bytes of the optimizer's states for each trained number: two of AdamW, in 32 or by `use_8bit_adam` 8 bits, four of Prodigy.
@@ -253,8 +257,6 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
     bytes_of = {name: kept[eager] * tokens * width for name, kept in KEPT_BYTES.items()}
-    if plan.compile and precision is not None and precision.multiplies_8_bits:
-        bytes_of["none"] += EIGHT_BITS_KEPT * tokens * width
     # A block that is recomputed keeps for a while what it would keep without checkpointing.
     recomputed = KEPT_BYTES["none"][eager] * tokens * width * 2
     if isinstance(plan.checkpointing, str):

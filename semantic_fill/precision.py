@@ -210,8 +210,6 @@ class FrozenLinear(nn.Linear):
     """
 
     bits: int
-    # Whether products are of 8 bits where the hardware can, with input and gradient quantized too.
-    multiplies_8_bits = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -259,8 +257,6 @@ class Int8ProductLinear(Int8Linear):
     Modulation has a row a sample, too few for such a product. There the weight is dequantized.
     """
 
-    multiplies_8_bits = True
-
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if x[..., 0].numel() > INT8_ROWS:
             return _EightBitLinear.apply(x, self.weight, self.scale, bias, None)
@@ -274,8 +270,6 @@ class Fp8Linear(Int8Linear):
     Where the hardware multiplies fp8, input and gradient are quantized too, row by row, and both products run in fp8.
     Elsewhere the weight is dequantized for each product.
     """
-
-    multiplies_8_bits = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -96,6 +96,8 @@ def test_blocks_by_precision(train_speed, tmp_path, monkeypatch):
     assert [row["precision"] for row in rows] == ["bf16", "int8mm"] and len(compiled) == 2
     for row in rows:
         assert row["blocks of a step, ms"] == pytest.approx(19 * row["double, ms"] + 38 * row["single, ms"])
+        # At least the inputs, of two bytes a channel.
+        assert min(row["double, kept bytes"], row["single, kept bytes"]) > 2
 
 
 def test_quality_of_settings(monkeypatch, tmp_path, base_folder, triptych_folder):

@@ -227,7 +227,7 @@ def test_fast_takes_what_fits(choose):
     assert choose(70)[0] == Plan("fp8", 0.1, True)
     plan, reason = choose(46.2)
     assert plan == Plan("fp8", 0.5, True) and "--checkpointing 0.5 " in reason and "--checkpointing 0.4 " in reason
-    assert choose(12, batch=1)[0] == Plan("nf4", 0.8, True)
+    assert choose(12, batch=1)[0] == Plan("nf4", 0.9, True)
     assert choose(7.1, batch=1)[0] == Plan("nf4", "stream", True)
     plan, reason = choose(4, batch=1)
     assert plan == Plan("nf4", "stream", True) and "nothing fits" in reason
@@ -287,8 +287,6 @@ def test_fast_run_says_what_it_chose(base_folder, triptych_folder, tmp_path, cap
         (Plan("bf16", "full", False), 4, 2560, False, 28.8),
         (Plan("bf16", "none", False), 4, 2560, False, 83.2),
         (Plan("bf16", "full", True), 4, 2560, False, 27.7),
-        (Plan("bf16", "none", True), 4, 2560, False, 71.9),
-        (Plan("bf16", "none", True), 4, 2176, False, 64.6),
         (Plan("bf16", "full", False), 1, 2560, False, 24.5),
         (Plan("fp8", "none", True), 4, 2560, False, 72.1),
         (Plan("fp8", 0.3, True), 4, 2560, False, 53.0),
@@ -312,16 +310,19 @@ def test_estimate_agrees_with_what_was_measured(plan, batch_size, tokens, use_8b
 
 
 @pytest.mark.parametrize(
-    "plan, batch_size, gibibytes",
+    "plan, batch_size, use_8bit_adam, gibibytes",
     [
-        (Plan("nf4", "stream", True), 1, 7.15),
-        (Plan("nf4", 0.9, True), 1, 10.31),
-        (Plan("fp8", "full", True), 4, 19.47),
-        (Plan("fp8", 0.5, True), 4, 45.27),
+        (Plan("nf4", "stream", True), 1, False, 7.15),
+        (Plan("nf4", 0.9, True), 1, False, 10.47),
+        # This one ran out of memory, so it needs more.
+        (Plan("nf4", 0.5, True), 1, True, 15.38),
+        (Plan("fp8", "full", True), 4, False, 19.47),
+        (Plan("fp8", 0.5, True), 4, False, 45.27),
     ],
 )
-def test_estimate_is_enough_for_the_cards_that_were_measured(plan, batch_size, gibibytes):
-    estimate = estimate_peak(plan, flux_workload(batch_size=batch_size)) / 2**30
+def test_estimate_is_enough_for_the_cards_that_were_measured(plan, batch_size, use_8bit_adam, gibibytes):
+    workload = flux_workload(batch_size=batch_size, use_8bit_adam=use_8bit_adam)
+    estimate = estimate_peak(plan, workload) / 2**30
     assert gibibytes < estimate < 1.15 * gibibytes
 
 
