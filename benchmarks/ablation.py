@@ -63,11 +63,15 @@ class Variant:
     steps: float = 1
     paint_scale: float = 1.0
     weighs: bool = False
+    # Whether the target's latents are those of the target alone, on a canvas of its own.
+    alone: bool = False
 
 
 NONE, ROPE, TWO_LAYERS = "--semantic_position none", "--semantic_position rope", "--semantic_num_layers 2"
 PROJECTION = "--semantic_mode projection"
 CAUSAL = f"{PROJECTION} --visible_attention causal"
+SLOWER = "--learning_rate 1e-3"
+UNTRAINED = "--learning_rate 1e-12 --semantic_learning_rate 1e-12 --semantic_scale_learning_rate 1e-12"
 VARIANTS = {
     "none": Variant("--semantic_mode none"),
     "pixel_fusion": Variant("--semantic_mode pixel_fusion"),
@@ -109,6 +113,21 @@ VARIANTS = {
     "first step, joint at first": Variant(CAUSAL, causal="FirstStepJointAtFirst"),
     "first step, rank 32": Variant(f"{CAUSAL} --rank 32", causal="FirstStep"),
     "first step, 3 x the steps": Variant(CAUSAL, causal="FirstStep", steps=3),
+    "first step, equal time": Variant(CAUSAL, causal="FirstStep", steps=1 / 1.2),
+    "first step, no gradients, equal time": Variant(f"{CAUSAL} --no-visible_gradients", causal="FirstStep", steps=1.3),
+    "first step, half resolution": Variant(CAUSAL, causal="FirstStepHalf"),
+    "first step, half latents": Variant(CAUSAL, causal="FirstStepHalfLatents"),
+    "causal, half resolution": Variant(CAUSAL, causal="HalfResolution"),
+    "causal, half latents": Variant(CAUSAL, causal="HalfLatents"),
+    "joint, visible known": Variant(CAUSAL, causal="Known"),
+    "projection, target alone": Variant(PROJECTION, alone=True),
+    "first step, target alone": Variant(CAUSAL, causal="FirstStep", alone=True),
+    "causal, target alone": Variant(CAUSAL, alone=True),
+    "projection, rates / 3": Variant(f"{PROJECTION} {SLOWER}"),
+    "first step, rates / 3": Variant(f"{CAUSAL} {SLOWER}", causal="FirstStep"),
+    "projection, untrained": Variant(f"{PROJECTION} {UNTRAINED}", steps=1e-9),
+    "first step, untrained": Variant(f"{CAUSAL} {UNTRAINED}", causal="FirstStep", steps=1e-9),
+    "causal, untrained": Variant(f"{CAUSAL} {UNTRAINED}", steps=1e-9),
     "projection, half the steps": Variant(PROJECTION, steps=0.5),
     "causal, half the steps": Variant(CAUSAL, steps=0.5),
     "first step, half the steps": Variant(CAUSAL, causal="FirstStep", steps=0.5),

@@ -216,7 +216,9 @@ def turns(painter: Painter, report: Report, name: str, rounds: int, painters: li
     return row
 
 
-def steps(painter: Painter, report: Report, rounds: int, painters: list[str], text_tokens: int, more: str = "") -> None:
+def steps(
+    painter: Painter, report: Report, rounds: int, painters: list[str], text_tokens: int, more: str = ""
+) -> None:
     """Medians of single steps, in turns, the first of which warms up."""
     seconds = {who: [] for who in painters}
     firsts = {who: [] for who in painters}
