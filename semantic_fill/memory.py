@@ -175,13 +175,8 @@ PLANS = [
 ]
 # Bytes kept for each token, block and channel of the transformer's width, compiled and eager, measured at FLUX's shape in
 # bfloat16 (benchmarks/RESULTS.md). Of full's bytes, offload moves two to the CPU, which are the blocks' inputs.
-KEPT_BYTES = {
-    "none": (35.3, 37),
-    "selective": (24, 25),
-    "full": (2.1, 2.1),
-    "offload": (0.1, 0.1),
-    "stream": (0.1, 0.1),
-}
+KEPT_BYTES = {"none": (35.3, 37), "selective": (24, 25), "full": (2.1, 2.1)}
+KEPT_BYTES |= dict.fromkeys(("offload", "stream"), (0.1, 0.1))
 # Bytes for each image token while the VAE decodes a painting in bfloat16, and for each weight that is being quantized.
 PAINTING_BYTES, QUANTIZING_BYTES = 0.95 * 2**20, 6
 # Bytes of the optimizer's states for each trained number: two of AdamW, in 32 or by `use_8bit_adam` 8 bits, four of Prodigy.
