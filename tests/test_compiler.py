@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn as nn
 from diffusers import FluxTransformer2DModel
-from helpers import ROOT
+from helpers import ROOT, arguments, assemble
 from quick_python import run_python
+from torch._inductor import async_compile
 
+import train_semantic_fill_lora as trainer
 from semantic_fill import memory
 from semantic_fill.compiler import CACHE_VARIABLE, compile_blocks, keep_compiled_code
 from semantic_fill.lora import add_lora
@@ -180,6 +182,21 @@ def test_another_process_finds_the_derivatives_of_a_block(tmp_path):
     # The key of an entry holds what the graph's code does not show.
     changed = dict.fromkeys(("another backward", "another pass over the graph", "other attention"), miss)
     assert results[1] == {"first": hit, "again": hit} | changed | {"as at first": hit}
+
+
+@pytest.mark.parametrize("options, started", [(["--compile"], 1), ([], 0)])
+def test_compiled_runs_start_the_compilers_processes_before_the_model_is_loaded(
+    base_folder, triptych_folder, tmp_path, monkeypatch, options, started
+):
+    happened = []
+
+    def load_transformer(*args):
+        happened.append("loads")
+        return trainer.load_transformer(*args)
+
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: happened.append("starts"))
+    assemble(arguments(base_folder, tmp_path, *options, data=triptych_folder), load_transformer=load_transformer)
+    assert happened == ["starts"] * started + ["loads"]
 
 
 def test_compiled_code_lies_in_the_users_cache(tmp_path, monkeypatch):

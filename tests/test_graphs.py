@@ -89,6 +89,21 @@ def test_each_shape_is_captured_and_fed_by_copies(captured):
     assert (first.x, second.x) == (1, 2)
 
 
+def test_gradients_are_dropped_where_the_first_graph_makes_them(captured):
+    happened = []
+    step = Graphs(lambda: happened.append("dropped"))
+
+    def micro_step(batch):
+        happened.append("run")
+        return squares(batch)
+
+    for size in (1, 1, 1, 2, 2, 1):
+        step(micro_step, Pair(torch.ones(size), "a"))
+    first_graph = ["dropped", "run"]
+    # A shape that is new frees the graphs. The second graph then adds to the gradients of the first, which exist.
+    assert happened == ["dropped", "run", *first_graph, "run", "dropped", "run", *first_graph, "run"]
+
+
 def test_released_graphs_are_captured_again(captured):
     step = Graphs()
     batch = Pair(torch.ones(3), "a")

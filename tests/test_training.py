@@ -402,9 +402,10 @@ def test_collections_look_past_what_was_built_while_steps_run(base_folder, tript
     # The tests froze what they imported.
     gc.unfreeze()
     frozen, compare = [], trainer.compare
-    monkeypatch.setattr(trainer, "compare", lambda *a: frozen.append(gc.get_freeze_count() > 1000) or compare(*a))
+    monkeypatch.setattr(trainer, "compare", lambda *a: frozen.append(gc.get_freeze_count()) or compare(*a))
     run(base_folder, tmp_path / "out", "--max_train_steps", 4, data=triptych_folder)
-    assert frozen == [False, False, True, True]
+    # Before the first step what is built, and before the third what was compiled. Some of it ends.
+    assert min(frozen) > 1000 and frozen[0] >= frozen[1] < frozen[2] >= frozen[3]
     assert gc.get_freeze_count() < 1000
     # What a program froze before is still frozen after a run in it.
     gc.freeze()
