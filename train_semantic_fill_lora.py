@@ -440,8 +440,7 @@ def assemble(
 def plan_fast(options: Options, encoder: Encoder, device: torch.device) -> Any:
     """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
     fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
-    choice = choose_plan(reports.workload(options, encoder), fixed, device)
-    plan, reason = broadcast_object_list(list(choice))
+    plan, reason = broadcast_object_list(list(choose_plan(reports.workload(options, encoder), fixed, device)))
     logger.info(f"--fast chose {plan}: {reason}")
     return plan
 
@@ -539,7 +538,8 @@ def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerat
         logging.getLogger(name).setLevel(options.log_level.upper())
     reports.show_library_warnings()
     keep_compiled_code()
-    torch.backends.cuda.matmul.allow_tf32 |= options.allow_tf32
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     # In torch 2.11 the backward of cuDNN's attention crashes or gives NaN. Flash attention takes over.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return accelerator
