@@ -31,6 +31,7 @@ class Graphs:
     Args:
         drop_gradients (`Callable`, *optional*): Sets gradients to `None`, where each micro-step is a step. The first graph
             then makes them in memory that its forward has used. Otherwise they exist before it, beside all that it needs.
+            All shapes have to give gradients to the same parameters, because graphs write over each other's other memory.
     """
 
     def __init__(self, drop_gradients: Callable[[], None] = lambda: None):
