@@ -93,11 +93,11 @@ def measure(precision: str, args: argparse.Namespace, device: torch.device) -> d
 
         for _ in range(4):
             forward_and_backward()
-        kept = kept_bytes(forward, (*transformer.parameters(), *transformer.buffers()))
-        result[f"{kind}, kept bytes"] = kept / (args.batch * (args.image_tokens + args.text_tokens) * width)
         _, seconds = timed(lambda: [forward_and_backward() for _ in range(args.passes)], device)
         result[f"{kind}, ms"] = 1e3 * seconds / args.passes
         step += count * result[f"{kind}, ms"]
+        kept = kept_bytes(forward, (*transformer.parameters(), *transformer.buffers()))
+        result[f"{kind}, kept bytes"] = kept / (args.batch * (args.image_tokens + args.text_tokens) * width)
         if device.type == "cuda":
             with make_profiler(with_host=False) as profiler:
                 forward_and_backward()

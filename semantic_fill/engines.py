@@ -101,9 +101,12 @@ class Engine:
             "--lora_dropout is drawn again by checkpointing": options.lora_dropout and options.checkpointing != "none",
         }
         found = [reason for reason, holds in obstacles.items() if holds]
-        if not found:
-            self.graphs = Graphs(optimizer.zero_grad) if self.accumulation_steps == 1 else Graphs()
+        self.graphs = None if found else self.make_graphs(optimizer)
         logger.info(f"Steps run without CUDA graphs: {found[0]}" if found else "Steps are replayed as CUDA graphs")
+
+    def make_graphs(self, optimizer: torch.optim.Optimizer) -> Graphs:
+        """Graphs, which make gradients anew where each micro-step is a step."""
+        return Graphs(optimizer.zero_grad) if self.accumulation_steps == 1 else Graphs()
 
     @staticmethod
     def unwrap(model: Any) -> Any:

@@ -181,7 +181,7 @@ def test_replayed_run_is_bit_identical(base_folder, two_shapes, tmp_path, captur
         return run(base_folder, tmp_path / name, *options, data=two_shapes, resolution=64)
 
     def choose(engine, options, optimizer):
-        engine.graphs = Graphs(optimizer.zero_grad) if options.gradient_accumulation_steps == 1 else Graphs()
+        engine.graphs = engine.make_graphs(optimizer)
 
     expected = train("plain", 6, *more)
     monkeypatch.setattr(Engine, "choose_graphs", choose)
