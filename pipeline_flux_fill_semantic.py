@@ -51,11 +51,13 @@ if TYPE_CHECKING or __package__:
     from .semantic_attention import (
         SEMANTIC_SUBFOLDER,
         SINGLE_MAP,
+        VISIBLE_ATTENTIONS,
         AttentionRecorder,
         LoraFile,
         SemanticAttentionModel,
         SemanticAttentionOutput,
         SemanticProjectionModel,
+        causal_painting,
         check_lora,
         check_lora_fits,
         check_manifest,
@@ -81,7 +83,7 @@ logger = logging.get_logger(__name__)
 # The key in the LoRA file's safetensors metadata that says how the map entered in training.
 SEMANTIC_METADATA_KEY = "semantic_fill"
 # What the configuration of a pipeline, an adapter and the metadata of a LoRA file all say.
-SETTINGS = ("semantic_mode", "fusion_alpha", "max_sequence_length")
+SETTINGS = ("semantic_mode", "fusion_alpha", "max_sequence_length", "visible_attention")
 # Longest side of a view in pixels that weights may name.
 MAX_SIDE = 16384
 # A map with more different values than this holds shades. Where all values are below this, they are label numbers.
@@ -112,6 +114,11 @@ class SemanticMode:
     def panels_of(self, maps: Sequence[str]) -> tuple[str, ...]:
         """The views on the canvas, with the maps by their names."""
         return tuple(view for panel in self.panels for view in (maps if panel == "semantic" else (panel,)))
+
+    @property
+    def is_diptych(self) -> bool:
+        """Whether nothing but the two views is on the canvas."""
+        return "semantic" not in self.panels
 
     @property
     def map_on_canvas(self) -> bool:
@@ -155,7 +162,7 @@ class SemanticAdapter:
     What a trained LoRA brings beside its layers. [`FluxFillSemanticPipeline.semantic_adapters`] has one for each.
 
     Args:
-        semantic_mode, fusion_alpha, max_sequence_length, semantic_maps:
+        semantic_mode, fusion_alpha, max_sequence_length, semantic_maps, visible_attention:
             As in [`FluxFillSemanticPipeline`].
         height, width (`int`, *optional*):
             Size of a view in training, in pixels.
@@ -179,6 +186,7 @@ class SemanticAdapter:
     width: int | None = None
     module: Any = None
     semantic_maps: Any = None
+    visible_attention: str = "joint"
     lora_scaling: float = 1.0
     fused_weight: float | None = None
     is_permanent: bool = False
@@ -208,6 +216,20 @@ class SemanticAdapter:
             raise ValueError(
                 f'`semantic_mode="{self.semantic_mode}"` takes one map, but `semantic_maps` is {self.semantic_maps}.'
             )
+        if self.visible_attention not in VISIBLE_ATTENTIONS:
+            raise ValueError(
+                f"`visible_attention` has to be one of {VISIBLE_ATTENTIONS} but is {self.visible_attention!r:.100}."
+            )
+        if self.is_causal and not mode.is_diptych:
+            raise ValueError(
+                '`visible_attention="causal"` needs a canvas of two panels, unlike'
+                f' `semantic_mode="{self.semantic_mode}"`.'
+            )
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether prompt and visible view are computed once for all steps."""
+        return self.visible_attention == "causal"
 
     @property
     def mode(self) -> SemanticMode:
@@ -223,7 +245,8 @@ class SemanticAdapter:
     def canvas(self) -> str:
         """What is on the canvas, in words. Adapters with the same canvas can act together."""
         visible = f"visible with {self.fusion_alpha:g} of the map" if self.mode.fuses else "visible"
-        return " | ".join(visible if panel == "visible" else panel for panel in self.panels)
+        panels = " | ".join(visible if panel == "visible" else panel for panel in self.panels)
+        return f"{panels}, {self.visible_attention}" if self.is_causal else panels
 
     @property
     def panels(self) -> tuple[str, ...]:
@@ -482,6 +505,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         semantic_maps (`list[str]`, *optional*):
             Names of the maps where there are several, in the order of their panels. Defaults to the module's, or else to
             one map, `"semantic"`.
+        visible_attention (`str`, defaults to `"joint"`):
+            `"joint"`: all tokens attend to each other. `"causal"`: prompt and visible view attend to each other alone, so
+            a call computes them once for all steps, and the VAE encodes and decodes the target by itself. It paints well
+            only with weights that were trained so. A trained adapter has its own.
 
     Raises:
         `ValueError`: An argument is out of range, or module and mode do not fit each other.
@@ -507,6 +534,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         fusion_alpha: float = 0.5,
         max_sequence_length: int = 512,
         semantic_maps: Sequence[str] | None = None,
+        visible_attention: str = "joint",
     ):
         super().__init__(
             scheduler=scheduler,
@@ -518,7 +546,10 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             transformer=transformer,
         )
         self.register_to_config(
-            semantic_mode=semantic_mode, fusion_alpha=fusion_alpha, max_sequence_length=max_sequence_length
+            semantic_mode=semantic_mode,
+            fusion_alpha=fusion_alpha,
+            max_sequence_length=max_sequence_length,
+            visible_attention=visible_attention,
         )
         if semantic_maps is not None:
             self.register_to_config(semantic_maps=list(semantic_maps))
@@ -582,7 +613,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
 
     @property
     def config(self) -> FrozenDict:
-        r"""The configuration. `semantic_mode`, `fusion_alpha` and `max_sequence_length` are those that act."""
+        r"""The configuration. `semantic_mode`, `fusion_alpha`, `max_sequence_length` and `visible_attention` are those that act."""
         if not self.semantic_adapters:
             return self._internal_dict
         adapters = [adapter for adapter, _ in self._acting_adapters()]
@@ -683,11 +714,21 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The posterior's parameters (mean and log-variance) for the diptych and
             for the masked diptych, whose hidden part is mid-gray. Both have the shape
-            `(batch, 2 * latent_channels, height / 8, width / 8)` and the VAE's dtype.
+            `(batch, 2 * latent_channels, height / 8, width / 8)` and the VAE's dtype. With
+            `visible_attention="causal"`, the first has the visible view of the second, and the target by itself.
         """
         pixels = self.image_processor.preprocess(diptych.to(self._execution_device))
         masked = pixels * (1 - mask.to(pixels.device))
-        return tuple(self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters for x in (pixels, masked))
+        is_causal = self._acting_adapters()[0][0].is_causal
+        # The VAE's norms see all that it encodes. Beside the visible view, the target's latents would depend on it, and it
+        # has to be encoded without the target.
+        whole = pixels.chunk(2, dim=3)[1].contiguous() if is_causal else pixels
+        moments, masked_moments = (
+            self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters for x in (whole, masked)
+        )
+        if is_causal:
+            moments = torch.cat((masked_moments.chunk(2, dim=3)[0], moments), dim=3)
+        return moments, masked_moments
 
     def encode_diptych(
         self,
@@ -760,10 +801,25 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # diffusers has no public function for the packing that its `__call__` uses.
         return self._pack_latents(latents, *latents.shape)
 
+    def _decode_panels(self, latents: Any, canvas: "_Canvas", output_type: Any) -> Any:
+        """Decodes each panel of packed latents by itself, and puts the pictures beside each other."""
+        panels = latents.unflatten(1, (canvas.rows, -1, canvas.columns)).unbind(2)
+        tokens, sides = (
+            torch.cat(panels).flatten(1, 2),
+            (canvas.rows * self.patch_size, canvas.columns * self.patch_size),
+        )
+        # diffusers has no public function for what its `__call__` unpacks with.
+        latents = self._unpack_latents(tokens, *sides, self.vae_scale_factor)
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        self.maybe_free_model_hooks()
+        pictures = torch.cat(pictures.chunk(len(panels)), dim=3)
+        return self.image_processor.postprocess(pictures, output_type=output_type)
+
     # -- Guide --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _semantic_guidance(self, guides: list[_Guide], canvas: _Canvas):
+    def _semantic_guidance(self, guides: list[_Guide], canvas: _Canvas, is_causal: bool):
         """Enhances the transformer's input during one call. An error in that call ends the guidance as well."""
         seen = self._attention_observer
         if seen is not None and not any(g.module is seen.module and g.scale[seen.semantic_map] != 0 for g in guides):
@@ -793,7 +849,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # FirstBlockCache and similar caches need a context, and `FluxFillPipeline` opens none.
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.transformer.cache_context("cond"))
-            if guides:
+            if is_causal:
+                stack.enter_context(causal_painting(self.transformer, canvas.columns, enhance if guides else None))
+            elif guides:
                 stack.enter_context(self.transformer.register_forward_pre_hook(enhance, with_kwargs=True))
             yield
 
@@ -862,6 +920,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                     f" {adapter.canvas} (`{adapter.semantic_mode}`), so they cannot paint together. Choose one of them"
                     " with `set_adapters`."
                 )
+        if acting[0].is_causal and not translates:
+            raise ValueError('`mask_image` cannot go with `visible_attention="causal"`, which needs a visible view.')
         for scale in semantic_scale.values():
             if not isinstance(scale, numbers.Real) or not np.isfinite(scale):
                 raise ValueError(f"`semantic_scale` has to be a finite number but is {scale!r}.")
@@ -1149,7 +1209,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         guides = self._prepare_guides(maps, acting, scales, canvas, batch_size * per_prompt, as_batches)
 
         # 4. Denoise and decode
-        with self._semantic_guidance(guides, canvas):
+        is_causal = adapters[0].is_causal
+        with self._semantic_guidance(guides, canvas, is_causal):
             # The stock annotations leave out pictures that the stock method accepts.
             paint: Any = super().__call__
             images = paint(
@@ -1169,7 +1230,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                 latents=latents,
                 prompt_embeds=prompt_embeds,
                 pooled_prompt_embeds=pooled_prompt_embeds,
-                output_type=output_type,
+                output_type="latent" if is_causal else output_type,
                 return_dict=False,
                 joint_attention_kwargs=joint_attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
@@ -1180,6 +1241,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # 5. Cut out the target view
         if translates and not return_diptych:
             images = _cut_target(images, canvas)
+        if is_causal and output_type != "latent":
+            images = self._decode_panels(images, canvas, output_type)
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
     # -- Explain ------------------------------------------------------------------------------------------------------
@@ -1490,6 +1553,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         height: int | None = None,
         width: int | None = None,
         semantic_maps: Sequence[str] | None = None,
+        visible_attention: str = "joint",
     ) -> None:
         r"""
         Saves a LoRA. With `semantic_mode` or `semantic_attention` it is saved as a trained one, with its module.
@@ -1514,7 +1578,8 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             semantic_attention (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
                 The module, saved under `semantic_attention/`. It has to be of the mode's class.
             semantic_mode (`str`, *optional*), fusion_alpha (`float`, defaults to 0.5), max_sequence_length (`int`,
-            defaults to 512), height, width (`int`, *optional*), semantic_maps (`list[str]`, *optional*):
+            defaults to 512), height, width (`int`, *optional*), semantic_maps (`list[str]`, *optional*), visible_attention
+            (`str`, defaults to `"joint"`):
                 How it was trained, as in [`SemanticAdapter`]. The mode defaults to `"cross_attention"` if a module is
                 passed.
 
@@ -1522,7 +1587,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             `ValueError`: The mode is unknown, the module is not of its class, a number or name is out of range, the
                 format would lose the mode, or there are no layers.
         """
-        if semantic_mode is not None or semantic_attention is not None:
+        if semantic_mode is not None or semantic_attention is not None or visible_attention != "joint":
             semantic_mode = semantic_mode or "cross_attention"
             module_class = _get_mode(semantic_mode).module_class
             if not _is_of_class(semantic_attention, module_class):
@@ -1540,9 +1605,19 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
                         f" metadata of a safetensors file, but is {value!r}."
                     )
             adapter = SemanticAdapter(
-                semantic_mode, fusion_alpha, max_sequence_length, height, width, semantic_attention, semantic_maps
+                semantic_mode,
+                fusion_alpha,
+                max_sequence_length,
+                height,
+                width,
+                semantic_attention,
+                semantic_maps,
+                visible_attention,
             )
             trained_with = adapter.settings
+            if not adapter.is_causal:
+                # A file that does not say so is joint, as all were before there was a choice.
+                del trained_with["visible_attention"]
             if adapter.semantic_maps != SINGLE_MAP:
                 trained_with["semantic_maps"] = adapter.semantic_maps
             sizes = {"height": height, "width": width}
@@ -1618,9 +1693,9 @@ def read_trained_settings(
 
     Returns:
         `dict[str, Any]`: `semantic_mode`, `fusion_alpha` and `max_sequence_length`, the size of a view in training
-        as `height` and `width`, and the names of several maps as `semantic_maps`. What the file does not say is
-        missing: earlier files have no size, and ordinary LoRAs say nothing. Nothing is known either where there is no
-        LoRA.
+        as `height` and `width`, the names of several maps as `semantic_maps`, and `visible_attention` if it is
+        `"causal"`. What the file does not say is missing: earlier files have no size, and ordinary LoRAs say nothing.
+        Nothing is known either where there is no LoRA.
 
     Raises:
         `ValueError`: The file is damaged or a pickle, names an unknown mode, or states a number that cannot be.

@@ -8,6 +8,8 @@ Both have the same interface (`enhance`, `scales`, `describe`), so the pipeline 
 they hold. Both have gates that start at exactly zero, as ControlNet's zero convolutions do
 (https://huggingface.co/papers/2302.05543): an untrained module leaves the base model unchanged.
 
+`causal_forward` and `causal_painting` run FLUX on a diptych so that the visible view is computed once for all steps.
+
 This file stands apart from the pipeline so that the trainer can publish the two as one file. It also finds and checks
 downloaded files, for pipeline, trainer, evaluation, page and converter.
 """
@@ -20,6 +22,7 @@ import math
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -36,9 +39,12 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.lora_base import _best_guess_weight_name as guess_weight_name
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+# Private, and what FLUX's own processor projects with, fused or not.
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxPosEmbed, _get_qkv_projections
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 
 # Private, and what diffusers itself finds the file of a model with, on disk and on the Hub.
@@ -1148,6 +1154,222 @@ def load_semantic_module(
         `OSError`: There is no module in `source`.
     """
     return SemanticAttentionModel.from_pretrained(source, subfolder=subfolder, **kwargs)
+
+
+# -- The visible view, computed once ----------------------------------------------------------------------------------
+
+VISIBLE_ATTENTIONS = ("joint", "causal")
+# Paintings of one process take turns, because what they keep lies in the layers of a transformer that they may share.
+_PAINTING = threading.RLock()
+
+
+def split_panels(tokens: torch.Tensor, columns: int, dim: int = 1) -> tuple[torch.Tensor, ...]:
+    r"""Splits the tokens of a diptych, whose panels have so many columns, into those of the visible and the target view."""
+    return tuple(panel.flatten(dim, dim + 1) for panel in tokens.unflatten(dim, (-1, 2, columns)).unbind(dim + 1))
+
+
+def join_panels(visible: torch.Tensor, target: torch.Tensor, columns: int) -> torch.Tensor:
+    r"""Puts the tokens `(batch, tokens, channels)` of two panels of so many columns back beside each other."""
+    return torch.stack([view.unflatten(1, (-1, columns)) for view in (visible, target)], dim=2).flatten(1, 3)
+
+
+class CausalAttnProcessor(FluxAttnProcessor):
+    r"""
+    FLUX's attention for two passes. That of the prompt and the visible view attends to itself. That of the target attends
+    to itself and to the keys and values of the other. In any other call it is [`FluxAttnProcessor`].
+
+    Args:
+        stock (`FluxAttnProcessor`):
+            The processor in whose place this one stands.
+    """
+
+    def __init__(self, stock: FluxAttnProcessor):
+        super().__init__()
+        self._attention_backend = stock._attention_backend
+        self.kept: tuple[torch.Tensor, ...] = ()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+        view: str | None = None,
+    ) -> Any:
+        """
+        As in `FluxAttnProcessor`. With the `view` `"visible"` keys and values are kept, and with `"target"` those kept are
+        attended to. `"both"` has the passes one behind the other in the batch, the second with a prompt that nothing sees.
+        """
+        if view is None:
+            stock: Any = super().__call__
+            return stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        projected: Any = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected[:3])
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            text = [x.unflatten(-1, (-1, attn.head_dim)) for x in projected[3:]]
+            text[:2] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
+            query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, (query, key, value)))
+        tokens = query.shape[1]
+        if view == "both":
+            first, second = zip(*(x.chunk(2) for x in (query, key, value)))
+            # The positions are those of the prompt and of both views.
+            unseen = 2 * tokens - image_rotary_emb[0].shape[0]
+            seen, kept = self._attend(first, [table[:tokens] for table in image_rotary_emb])
+            own, _ = self._attend(
+                [x[:, unseen:] for x in second], [table[tokens:] for table in image_rotary_emb], kept
+            )
+            out = torch.cat((seen, F.pad(own, (0, 0, 0, 0, unseen, 0))))
+        elif view == "visible":
+            out, self.kept = self._attend((query, key, value), image_rotary_emb)
+        else:
+            out, _ = self._attend((query, key, value), image_rotary_emb, self.kept)
+        out = out.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text_tokens = encoder_hidden_states.shape[1]
+        text_out, image_out = out.split_with_sizes([text_tokens, tokens - text_tokens], dim=1)
+        image_out = attn.to_out[1](attn.to_out[0](image_out.contiguous()))
+        return image_out, attn.to_add_out(text_out.contiguous())
+
+    def _attend(self, projected: Sequence, image_rotary_emb: Any, kept: tuple = ()) -> tuple[torch.Tensor, tuple]:
+        """Attention to what was kept and to the keys and values of its own, and these."""
+        query, key, value = projected
+        # Its annotations say that it returns two tensors.
+        rotate: Any = apply_rotary_emb
+        query, key = (rotate(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        keys, values = (torch.cat(pair, dim=1) for pair in zip(kept, (key, value))) if kept else (key, value)
+        return dispatch_attention_fn(query, keys, values, backend=self._attention_backend), (key, value)
+
+
+def use_causal_attention(transformer: Any) -> None:
+    r"""
+    Prepares the attention of a `FluxTransformer2DModel` for the passes of `causal_forward`. Other calls are as before.
+
+    Raises:
+        `ValueError`: The transformer has other attention processors than FLUX's own, or is sharded along its tokens.
+    """
+    processors = {}
+    for name, stock in transformer.attn_processors.items():
+        if type(stock) not in (FluxAttnProcessor, CausalAttnProcessor) or stock._parallel_config is not None:
+            raise ValueError(
+                f'`visible_attention="causal"` replaces FLUX\'s own attention processors, but `{name}` is'
+                f" {type(stock).__name__} with the parallel configuration {stock._parallel_config}."
+            )
+        processors[name] = stock if type(stock) is CausalAttnProcessor else CausalAttnProcessor(stock)
+    transformer.set_attn_processor(processors)
+
+
+def show_condition(hidden_states: torch.Tensor, columns: int) -> torch.Tensor:
+    r"""Puts the latents of the visible view, which the condition holds, into the place of its noisy ones."""
+    visible, target = split_panels(hidden_states, columns)
+    channels = hidden_states.shape[-1] // 6
+    clean = visible[..., channels : 2 * channels]
+    return join_panels(torch.cat((clean, visible[..., channels:]), dim=-1), target, columns)
+
+
+def causal_forward(
+    transformer: Any,
+    hidden_states: torch.Tensor,
+    columns: int,
+    img_ids: torch.Tensor,
+    timestep: torch.Tensor,
+    **inputs,
+) -> tuple[torch.Tensor]:
+    r"""
+    A forward pass in which prompt and visible view depend on nothing that changes from one denoising step to the next.
+
+    They attend to each other at t = 0, without noise if `show_condition` came before. The target attends to itself and to
+    them, as with an attention mask over the whole diptych and a timestep for each token. OminiControl2
+    (https://huggingface.co/papers/2503.08280) treats a condition in the same way.
+
+    Both passes are one call of the transformer, as twice the samples with half of the image tokens. So the second one also
+    computes a prompt, which nothing sees.
+
+    Args:
+        transformer (`FluxTransformer2DModel`):
+            A transformer after `use_causal_attention`.
+        hidden_states (`torch.Tensor` of shape `(batch, tokens, 384)`):
+            The transformer's input for the diptych.
+        columns (`int`):
+            Columns of a panel, in tokens.
+        img_ids (`torch.Tensor` of shape `(tokens, 3)`), timestep (`torch.Tensor` of shape `(batch,)`), inputs
+        (*optional*):
+            As in the transformer's `forward`.
+
+    Returns:
+        `tuple[torch.Tensor]`: The velocity `(batch, tokens, 64)`, which is 0 for the visible view.
+    """
+    batched = ("encoder_hidden_states", "pooled_projections", "guidance")
+    inputs |= {name: torch.cat((inputs[name],) * 2) for name in batched if inputs[name] is not None}
+    both = transformer(
+        hidden_states=torch.cat(split_panels(hidden_states, columns)),
+        img_ids=torch.cat(split_panels(img_ids, columns, dim=0)),
+        timestep=torch.cat((torch.zeros_like(timestep), timestep)),
+        joint_attention_kwargs={"view": "both"},
+        **inputs,
+    )[0]
+    out = both.chunk(2)[1]
+    return (join_panels(torch.zeros_like(out), out, columns),)
+
+
+@contextlib.contextmanager
+def causal_painting(transformer: Any, columns: int, enhance: Callable | None = None) -> Iterator[None]:
+    r"""
+    While the context lasts, this thread's calls of the transformer give what `causal_forward` gives for `show_condition`.
+    Prompt and visible view are computed in the first of them. Their keys and values live as long as the context.
+
+    Args:
+        transformer (`FluxTransformer2DModel`):
+            The transformer, or what compiled it.
+        columns (`int`):
+            Columns of a panel, in tokens.
+        enhance (`Callable`, *optional*):
+            A forward pre-hook with keyword arguments that works on the whole diptych.
+    """
+    stock, thread, moved = transformer.attn_processors, threading.get_ident(), []
+
+    def before(transformer, args, kwargs):
+        given = kwargs.get("joint_attention_kwargs") or {}
+        if threading.get_ident() != thread or "view" in given:
+            # A call of somebody else, or the one below.
+            return None
+        noisy, is_first = kwargs["hidden_states"], not moved
+        kwargs["hidden_states"] = shown = show_condition(noisy, columns)
+        # The visible view leaves its noise behind as the target does, and ends as it is shown.
+        moved[:] = [(noisy - shown)[..., : noisy.shape[-1] // 6] / kwargs["timestep"][:, None, None]]
+        if enhance is not None:
+            args, kwargs = enhance(transformer, args, kwargs)
+        views = split_panels(kwargs["hidden_states"], columns)
+        ids = split_panels(kwargs["img_ids"], columns, dim=0)
+        if is_first:
+            seen = {"hidden_states": views[0], "img_ids": ids[0], "timestep": torch.zeros_like(kwargs["timestep"])}
+            # A cache of steps would compare the views with each other.
+            with transformer.cache_context("visible"):
+                transformer(**kwargs | seen | {"joint_attention_kwargs": {**given, "view": "visible"}})
+            stack.enter_context(transformer.cache_context("cond"))
+        prompt, txt_ids = kwargs["encoder_hidden_states"][:, :0], kwargs["txt_ids"][:0]
+        kwargs |= {"hidden_states": views[1], "img_ids": ids[1], "encoder_hidden_states": prompt, "txt_ids": txt_ids}
+        return args, kwargs | {"joint_attention_kwargs": {**given, "view": "target"}}
+
+    def after(transformer, args, kwargs, output):
+        if (kwargs.get("joint_attention_kwargs") or {}).get("view") != "target":
+            return None
+        return (join_panels(torch.zeros_like(output[0]), output[0], columns) + moved[0],)
+
+    def restore():
+        for processor in transformer.attn_processors.values():
+            processor.kept = ()
+        transformer.set_attn_processor(dict(stock))
+
+    with _PAINTING, contextlib.ExitStack() as stack:
+        use_causal_attention(transformer)
+        stack.callback(restore)
+        # Before the hook with which FSDP2 gathers weights, because the first call above ends with shards.
+        stack.enter_context(transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        stack.enter_context(transformer.register_forward_hook(after, with_kwargs=True))
+        yield
 
 
 # -- Attention maps ---------------------------------------------------------------------------------------------------

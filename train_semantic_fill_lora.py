@@ -18,7 +18,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
@@ -39,7 +39,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
-from semantic_attention import SemanticModel
+from semantic_attention import causal_forward, show_condition, use_causal_attention
 from semantic_fill import reports
 from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
@@ -50,7 +50,7 @@ from semantic_fill.encoding import Encoder, encode_datasets
 from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
 from semantic_fill.files import ornament
 from semantic_fill.lora import add_lora
-from semantic_fill.memory import Plan, choose_plan, set_checkpointing
+from semantic_fill.memory import set_checkpointing
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.page import painted_samples, write_page
 from semantic_fill.publish import open_repo, push_checkpoint, push_to_hub, replace_card, save_result, tracker_config
@@ -89,6 +89,7 @@ class Batch:
     pooled_prompt_embeds: torch.Tensor  # [B, 768]
     guidance: torch.Tensor | None  # [B], None for a transformer without guidance embedding
     size: tuple[int, int]  # height and width of a view in pixels
+    columns: int  # columns of a panel in tokens
     semantic_tokens: torch.Tensor | None = None  # [B, N, 64], of M maps [B, M, N, 64], None for a mode without module
     positions: torch.Tensor | None = None  # [N, 2] row and column of each token within its panel
     keep_map: torch.Tensor | None = None  # [B, M] False for samples that are trained without their map
@@ -190,7 +191,8 @@ def make_batch(
     layout, loss_tokens = encoder.layout(samples), None
     if objective.options.loss_region == "target":
         loss_tokens = layout.tokens_of(encoder.panels.index("target")).to(device)
-    return Batch(x_1=x_1, t=t, x_t=x_t, guidance=guidance, size=layout.size, loss_tokens=loss_tokens, **encoded)
+    encoded |= {"x_1": x_1, "t": t, "x_t": x_t}
+    return Batch(guidance=guidance, size=layout.size, columns=layout.columns, loss_tokens=loss_tokens, **encoded)
 
 
 # -- Model: attend -> predict -----------------------------------------------------------------------------------------
@@ -199,10 +201,9 @@ def make_batch(
 class SemanticFillModel(torch.nn.Module):
     """Everything that is trained in one module, so that one wrapper of DDP or FSDP2 holds it."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, semantic_attention: SemanticModel | None):
+    def __init__(self, transformer: Any, semantic_attention: Any, is_causal: bool = False):
         super().__init__()
-        self.transformer: Any = transformer
-        self.semantic_attention: Any = semantic_attention
+        self.transformer, self.semantic_attention, self.is_causal = transformer, semantic_attention, is_causal
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.predict(self.attend(batch), batch)
@@ -210,6 +211,8 @@ class SemanticFillModel(torch.nn.Module):
     def attend(self, batch: Batch) -> torch.Tensor:
         """The transformer's input `[B, N, 384]`, x_t and x_cond, enhanced with the map unless a sample drops it."""
         hidden_states = torch.cat((batch.x_t, batch.x_cond), dim=-1)
+        if self.is_causal:
+            hidden_states = show_condition(hidden_states, batch.columns)
         if self.semantic_attention is None or batch.keep_map is None:
             return hidden_states
         maps = {"semantic_tokens": batch.semantic_tokens, "positions": batch.positions, "keep_map": batch.keep_map}
@@ -217,7 +220,10 @@ class SemanticFillModel(torch.nn.Module):
 
     def predict(self, hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The predicted velocity `[B, N, 64]`."""
-        return self.transformer(
+        run = self.transformer
+        if self.is_causal:
+            run = functools.partial(causal_forward, self.transformer, columns=batch.columns)
+        return run(
             hidden_states=hidden_states,
             timestep=batch.t,
             guidance=batch.guidance,
@@ -261,11 +267,10 @@ def load_transformer(options: Options, device: torch.device, dtype: torch.dtype)
 
 
 def build_model(transformer: FluxTransformer2DModel, options: Options) -> SemanticFillModel:
-    """
-    Freezes a transformer and adds what is trained, LoRA and module, in float32. Also sets attention backend,
-    checkpointing and compilation.
-    """
+    """Freezes a transformer and adds what is trained in float32. Also sets attention, checkpointing and compilation."""
     transformer.requires_grad_(False)
+    if options.visible_attention == "causal":
+        use_causal_attention(transformer)
     if options.attention_backend != "native":
         transformer.set_attention_backend(options.attention_backend)
     layers = [layer.strip() for layer in options.lora_layers.split(",")] if options.lora_layers else None
@@ -283,7 +288,7 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
             semantic_attention = module_class(in_channels=transformer.out_channels, **config)
         # Loaded models come in evaluation mode, new ones in training mode.
         semantic_attention.to(transformer.device).requires_grad_(True).train()
-    model = SemanticFillModel(transformer.train(), semantic_attention)
+    model = SemanticFillModel(transformer.train(), semantic_attention, options.visible_attention == "causal")
     # PEFT gives adapters the dtype of their base. In bfloat16, updates as small as a learning rate would be lost.
     cast_training_params(model, dtype=torch.float32)
     if options.lora_weights:
@@ -401,7 +406,7 @@ def assemble(
             encoder, held_out_encoder = encode_datasets(options, accelerator, dtype, dataset, plan, pipeline)
     options = replace(options, max_sequence_length=encoder.max_sequence_length)
     if options.fast:
-        options = replace(options, **vars(plan_fast(options, encoder, device)))
+        options = replace(options, **vars(reports.plan_fast(options, encoder, device)))
     if options.compile:
         start_workers()
     set_seed(options.seed)
@@ -435,14 +440,6 @@ def assemble(
     make = functools.partial(make, encoder=encoder)
     parts = (model, optimizer, lr_scheduler, checkpointer, state, make, stopwatch)
     return Run(options, engine, encoder, held_out, objective, *parts)
-
-
-def plan_fast(options: Options, encoder: Encoder, device: torch.device) -> Any:
-    """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
-    fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
-    plan, reason = broadcast_object_list(list(choose_plan(reports.workload(options, encoder), fixed, device)))
-    logger.info(f"--fast chose {plan}: {reason}")
-    return plan
 
 
 # -- Train ------------------------------------------------------------------------------------------------------------

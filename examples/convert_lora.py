@@ -26,7 +26,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from peft.utils.other import get_pattern_key
 
-from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, save_tensors
+from pipeline_flux_fill_semantic import SEMANTIC_METADATA_KEY, read_trained_settings, save_tensors
 from semantic_attention import check_lora, parse_json, read_header
 
 
@@ -209,6 +209,11 @@ def convert_file(source: Path, target: Path, skip_final_layer: bool = False) -> 
     Converts the file `source` into `target` and returns the name of the layout that it wrote. `skip_final_layer` leaves
     the LoRA on the last layer out of a kohya file.
     """
+    if read_trained_settings(source).get("visible_attention") == "causal":
+        raise ValueError(
+            'it was trained with `visible_attention="causal"`. Programs that read a converted LoRA do not know this, and would'
+            " paint wrong pictures."
+        )
     _, metadata = read_header(source)
     state_dict = safetensors.torch.load_file(source)
     config = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY, "null"), LORA_ADAPTER_METADATA_KEY)

@@ -131,6 +131,7 @@ def compile_blocks(transformer: FluxTransformer2DModel, fused_lora: bool) -> Non
     for block in transformer.transformer_blocks[-1:]:
         block.register_forward_hook(join)
     # --aspect_buckets has up to nine shapes, each of which has a graph with and one without gradients for both kinds of
-    # block, which are counted together where they have one forward, as with selective checkpointing.
-    torch._dynamo.config.recompile_limit = 64
+    # block, and with --visible_attention causal two more to paint. The kinds are counted together where they have one
+    # forward, as with selective checkpointing.
+    torch._dynamo.config.recompile_limit = 128
     transformer.compile_repeated_blocks(dynamic=False, options=compiler_options(fused_lora))

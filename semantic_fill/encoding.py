@@ -63,6 +63,7 @@ def load_encoders(options: Options, dtype: torch.dtype) -> FluxFillSemanticPipel
             semantic_mode=options.semantic_mode,
             fusion_alpha=options.fusion_alpha,
             semantic_maps=None if options.semantic_maps == SINGLE_MAP else options.semantic_maps,
+            visible_attention=options.visible_attention,
             **options.loading,
         )
     except safetensors.SafetensorError as error:
@@ -165,6 +166,8 @@ class Encoder:
             self.map_key = fingerprint(pipeline.vae, memory)
             # Modes that put the same on the canvas share its encoding.
             self.canvas_key = (self.map_key, self.panels, self.mode.fuses and pipeline.config["fusion_alpha"])
+            if pipeline.config["visible_attention"] != "joint":
+                self.canvas_key += (pipeline.config["visible_attention"],)
             encoders = [fingerprint(e, memory) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
             tokenizers = [tokenizer_fingerprint(t) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
             self.prompt_key = (*encoders, *tokenizers, max_sequence_length)

@@ -40,8 +40,8 @@ from semantic_fill.command_line import parse_options
 from semantic_fill.data import TriptychDataset
 from semantic_fill.files import is_hub_id, printable
 from semantic_fill.metrics import METRICS, Figures, MetricOptions, classes_of, load_networks, to_bytes
-from semantic_fill.option_fields import option
-from semantic_fill.options import DataOptions, ModelOptions, check_output_dir
+from semantic_fill.option_fields import check_output_dir, option
+from semantic_fill.options import DataOptions, ModelOptions
 from semantic_fill.paintings import as_picture, draw_sheet
 from semantic_fill.publish import add_to_model_card, as_text
 from semantic_fill.sampling import MAPS, batches_of, group_rows, kinds_of, maps_of, seed_of

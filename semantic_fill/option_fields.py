@@ -9,6 +9,7 @@ import math
 import operator
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -62,3 +63,13 @@ class OptionGroup:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+
+def check_output_dir(output_dir: str, **data: str | None) -> None:
+    """Refuses to write into a folder of `data`, by the names of their options."""
+    output = Path(output_dir)
+    for name, folder in data.items():
+        if folder is not None and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"--output_dir {output} cannot lie in --{name} {folder}: a later run would take this run's pictures for data."
+            )

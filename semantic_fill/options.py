@@ -17,9 +17,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES
-from semantic_attention import SEMANTIC_POSITIONS, SINGLE_MAP, check_map_names
+from semantic_attention import SEMANTIC_POSITIONS, SINGLE_MAP, VISIBLE_ATTENTIONS, check_map_names
 from semantic_fill.memory import CHECKPOINTING
-from semantic_fill.option_fields import OptionGroup, option
+from semantic_fill.option_fields import OptionGroup, check_output_dir, option
 from semantic_fill.precision import PRECISIONS
 
 
@@ -27,16 +27,6 @@ from semantic_fill.precision import PRECISIONS
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT)
 TRACKERS = (*LOGGER_TYPE_TO_CLASS, "all", "none")
 HUB_CHECKPOINT = "last-checkpoint"
-
-
-def check_output_dir(output_dir: str, **data: str | None) -> None:
-    """Refuses to write into a folder of `data`, by the names of their options."""
-    output = Path(output_dir)
-    for name, folder in data.items():
-        if folder is not None and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(
-                f"--output_dir {output} cannot lie in --{name} {folder}: a later run would take this run's pictures for data."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +139,11 @@ class SemanticOptions(OptionGroup):
     semantic_weights: str | None = option(
         None, help="Trained module to start from, with its own configuration: a trained folder or Hub repository."
     )
+    visible_attention: str = option(
+        "joint",
+        choices=VISIBLE_ATTENTIONS,
+        help="causal: prompt and visible view attend to each other alone, and painting computes them only once.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +196,11 @@ class ObjectiveOptions(OptionGroup):
         above=0,
         help="`resolution`: shift timesteps as inference does at this size. `none`, or a factor such as 3.0.",
     )
-    loss_region: str = option("diptych", choices=("diptych", "target"), help="Panels that the loss is taken over.")
+    loss_region: str = option(
+        None,
+        choices=("diptych", "target"),
+        help="Panels that the loss is taken over. Default: diptych, or target with --visible_attention causal.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +347,7 @@ class Options(
             max_sequence_length="auto" if self.fast else 512,
             semantic_learning_rate=self.learning_rate,
             cache_root=str(Path(self.output_dir, "cache")),
+            loss_region="diptych" if self.visible_attention == "joint" else "target",
         )
         # Prodigy finds the step size itself and knows one rate only.
         factor = 1 if self.optimizer == "prodigy" else 10
@@ -374,6 +374,10 @@ class Options(
             raise ValueError(
                 f"--semantic_mode {self.semantic_mode} takes one map, but the data has {', '.join(self.semantic_maps)}."
             )
+        target_alone = SEMANTIC_MODES[self.semantic_mode].is_diptych and self.loss_region == "target"
+        if self.visible_attention == "causal" and not target_alone:
+            got = f"--loss_region {self.loss_region} with --semantic_mode {self.semantic_mode}"
+            raise ValueError(f"--visible_attention causal paints the target alone, so it cannot go with {got}.")
         rates = {self.learning_rate, self.semantic_learning_rate, self.semantic_scale_learning_rate}
         if self.optimizer == "prodigy" and len(rates) > 1:
             raise ValueError(f"--optimizer prodigy takes one learning rate for all weights but got {sorted(rates)}.")

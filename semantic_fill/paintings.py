@@ -88,6 +88,7 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[di
         semantic_mode=options.semantic_mode,
         fusion_alpha=options.fusion_alpha,
         semantic_maps=None if options.semantic_maps == SINGLE_MAP else options.semantic_maps,
+        visible_attention=options.visible_attention,
     )
     pipeline.set_progress_bar_config(disable=True)
     indices = range(min(options.num_validation_images, len(dataset)))

@@ -227,6 +227,9 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not x.numel():
+            # The target's pass of `causal_forward` has no prompt, and not every kernel takes no rows.
+            return x.new_empty(*x.shape[:-1], self.out_features)
         return self.product(x, None if self.bias is None else self.bias.to(x.dtype))
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -136,6 +136,13 @@ def save_model_card(path: Path, options: Options, report: str, samples: list[Pat
     origin = [(name, getattr(options, name)) for name in ("revision", "variant")]
     origin = "".join(f" {name}={as_string(value)}," for name, value in origin if value is not None)
     size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
+    causal = ""
+    if options.visible_attention == "causal":
+        causal = """Prompt and visible view were trained to be computed once (`visible_attention` in the LoRA's metadata). The pipeline
+below follows it. A program that does not know it, such as a stock `FluxFillPipeline`, ComfyUI's own loader or sd-scripts,
+loads this LoRA all the same and **paints wrong pictures**.
+
+"""
     text = f"""
 # Semantic fill: {as_text(repo)}
 
@@ -143,7 +150,7 @@ A LoRA{" and a semantic module" if mode.module_class else ""} for
 {f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{as_code(base_name)}`"}. It paints a second view of a scene beside the
 first, in the mode `{options.semantic_mode}`{names}.
 
-{report}
+{causal}{report}
 {picture}## Use
 
 ```python

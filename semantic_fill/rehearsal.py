@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -131,23 +132,23 @@ def _take_step(transformer: Any, options: Options, accelerator: Accelerator, bui
     config, text_tokens = transformer.config, 16
     with _blame(options, device, "attention_backend", "base_precision", "checkpointing"):
         ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(8.0)).to(device, dtype)
-        inputs = {
-            "hidden_states": torch.randn(1, len(ids), config.in_channels),
-            "encoder_hidden_states": torch.randn(1, text_tokens, config.joint_attention_dim),
-            "pooled_projections": torch.randn(1, config.pooled_projection_dim),
-            "timestep": torch.full((1,), 0.5),
+        maps = () if model.semantic_attention is None else model.semantic_attention.maps
+        channels = transformer.out_channels
+        shapes = {
+            "x_t": (1, len(ids), channels),
+            "x_cond": (1, len(ids), config.in_channels - channels),
+            "semantic_tokens": (1, *([len(maps)] if len(maps) > 1 else []), len(ids), channels),
+            "prompt_embeds": (1, text_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (1, config.pooled_projection_dim),
         }
-        inputs = {name: value.to(device, dtype) for name, value in inputs.items()}
-        guidance = inputs["timestep"] if config.guidance_embeds else None
-        positions = {"txt_ids": ids.new_zeros(text_tokens, 3), "img_ids": ids}
+        tensors = {name: torch.randn(shape).to(device, dtype) for name, shape in shapes.items()}
+        t = torch.full((1,), 0.5).to(device, dtype)
+        guidance, keep_map = t if config.guidance_embeds else None, torch.ones(1, len(maps), dtype=torch.bool)
+        canvas = {"img_ids": ids, "columns": 4, "positions": panel_positions(4, 4, 2, device=device)}
+        # What the model reads of a batch.
+        batch = SimpleNamespace(t=t, guidance=guidance, keep_map=keep_map.to(device), **tensors, **canvas)
         with accelerator.autocast():
-            if model.semantic_attention is not None:
-                tokens, places = inputs["hidden_states"][..., : transformer.out_channels], panel_positions(4, 4, 2)
-                if (count := len(model.semantic_attention.maps)) > 1:
-                    tokens = tokens[:, None].expand(-1, count, -1, -1)
-                enhanced = model.semantic_attention.enhance(inputs["hidden_states"], tokens, places.to(device))
-                inputs["hidden_states"] = enhanced
-            velocity = model.transformer(**inputs, **positions, guidance=guidance, return_dict=False)[0]
+            velocity = model(batch)
         velocity.float().square().mean().backward()
         # Some kernels of attention have no backward, and what comes before them would not learn.
         lora = {name: p for name, p in model.transformer.named_parameters() if p.requires_grad}

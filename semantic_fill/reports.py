@@ -5,17 +5,28 @@ import contextlib
 import logging
 import signal
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from semantic_fill.encoding import Encoder
 from semantic_fill.engines import Engine
-from semantic_fill.memory import CUDNN, Plan, Workload, empty_transformer, memory_advice, parameter_bytes
+from semantic_fill.memory import (
+    CUDNN,
+    Plan,
+    Workload,
+    choose_plan,
+    empty_transformer,
+    memory_advice,
+    parameter_bytes,
+)
 from semantic_fill.options import Options
 from semantic_fill.sampling import ResumableBatchSampler
 from semantic_fill.training_state import TrainingState, loss_labels, worth_labels
@@ -56,6 +67,8 @@ def announce(model, options: Options) -> None:
         model (`SemanticFillModel`): Before it is sharded or wrapped.
     """
     logger.info(f"Semantic mode: {options.semantic_mode}")
+    if options.visible_attention != "joint":
+        logger.info(f"Visible attention: {options.visible_attention}")
     for line in [] if model.semantic_attention is None else model.semantic_attention.describe():
         logger.info(line)
     if options.optimizer == "prodigy" and options.learning_rate < 0.1:
@@ -197,16 +210,26 @@ def log_shapes(run, batch) -> Iterator[None]:
 
 
 def workload(options: Options, encoder: Encoder) -> Workload:
+    # Both passes of `causal_forward` have the prompt.
+    prompts = 1 if options.visible_attention == "joint" else 2
     return Workload(
         empty_transformer(options.pretrained_model_name_or_path, options.revision, options.cache_dir),
         encoder.image_tokens,
-        encoder.max_sequence_length,
+        prompts * encoder.max_sequence_length,
         encoder.pipeline.vae.dtype,
         options.train_batch_size,
         options.rank,
         options.use_8bit_adam if options.optimizer == "adamw" else None,
         options.ema_decay,
     )
+
+
+def plan_fast(options: Options, encoder: Encoder, device: torch.device) -> Any:
+    """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
+    fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
+    plan, reason = broadcast_object_list(list(choose_plan(workload(options, encoder), fixed, device)))
+    logger.info(f"--fast chose {plan}: {reason}")
+    return plan
 
 
 @contextlib.contextmanager

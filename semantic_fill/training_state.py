@@ -249,7 +249,7 @@ def read_options(checkpoint: Path) -> dict[str, Any]:
 
 def fixed_options(model, options: Options) -> dict:
     """Options that a continued run cannot change: what is trained on which canvas, and the kind of optimizer."""
-    names = ["semantic_mode", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam"]
+    names = ["semantic_mode", "visible_attention", "rank", "lora_alpha", "lora_layers", "optimizer", "use_8bit_adam"]
     names += ["fusion_alpha"] if SEMANTIC_MODES[options.semantic_mode].fuses else []
     fixed = {name: getattr(options, name) for name in names}
     if model.semantic_attention is not None:
@@ -263,7 +263,8 @@ def fixed_options(model, options: Options) -> dict:
 
 def check_fixed_options(checkpoint: Path, options: Options) -> None:
     """Refuses to continue from a checkpoint with options that its state does not fit."""
-    saved = read_options(checkpoint)
+    # Earlier checkpoints had no choice.
+    saved = {"visible_attention": "joint"} | read_options(checkpoint)
     entry = (saved.get("semantic_position", "none"), saved.pop("semantic_injection", "noise"))
     if entry == ("direct", "condition"):
         # Before it was a mode of its own, the projection was a setting of cross_attention.

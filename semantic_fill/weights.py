@@ -57,6 +57,7 @@ def save_weights(model, weights: dict[str, torch.Tensor], folder: Path, options:
         height=options.resolution,
         width=options.width,
         semantic_maps=options.semantic_maps if SEMANTIC_MODES[options.semantic_mode].uses_map else None,
+        visible_attention=options.visible_attention,
         # Private, and what the diffusers training scripts themselves write rank and alpha with.
         **_collate_lora_metadata({"transformer": model.transformer}),
     )

@@ -92,12 +92,20 @@ def trained_like(seed: int = 0, model_class: type = SemanticAttentionModel, **co
 class Trained:
     """A LoRA folder, and what its weights paint before they are saved."""
 
-    def __init__(self, base, folder: Path, seed: int, semantic_mode: str = "cross_attention", semantic_maps=None):
+    def __init__(
+        self,
+        base,
+        folder: Path,
+        seed: int,
+        semantic_mode: str = "cross_attention",
+        semantic_maps=None,
+        visible="joint",
+    ):
         self.folder, self.semantic_mode = folder, semantic_mode
         module_class = SEMANTIC_MODES[semantic_mode].module_class
         named = {} if semantic_maps is None else {"maps": semantic_maps}
         self.module = None if module_class is None else trained_like(seed, model_class=module_class, **named)
-        modes = {"semantic_mode": semantic_mode, "semantic_maps": semantic_maps}
+        modes = {"semantic_mode": semantic_mode, "semantic_maps": semantic_maps, "visible_attention": visible}
         pipe = make_pipe(base, own=True, semantic_attention=self.module, **modes)
         # The rank is not the alpha, so that a lost alpha shows.
         config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_out"])

@@ -119,9 +119,13 @@ def process_group():
             torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", ["cross_attention", "projection", "in_context"])
+CAUSAL = "projection --visible_attention causal"
+
+
+@pytest.mark.parametrize("mode", ["cross_attention", "projection", "in_context", CAUSAL])
 def test_fsdp2_trains_and_saves_what_one_process_does(base_folder, triptych_folder, tmp_path, mode):
-    more = ["--semantic_mode", mode, "--max_train_steps", 3, "--checkpointing_steps", 2, "--learning_rate", 1e-2]
+    more = ["--max_train_steps", 3, "--checkpointing_steps", 2, "--learning_rate", 1e-2]
+    more += ["--semantic_mode", *mode.split()]
     more += ["--cache_root", tmp_path / "cache", "--validation_inference_steps", 1, "--num_validation_images", 1]
     expected = run(base_folder, tmp_path / "one", *more, data=triptych_folder)
     options = arguments(base_folder, tmp_path / "sharded", *more, data=triptych_folder)
