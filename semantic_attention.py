@@ -1143,7 +1143,8 @@ class CausalAttnProcessor(FluxAttnProcessor):
         for view, q, k, v in zip(passes, *(x.chunk(len(passes)) for x in (query, key, value))):
             q, k = (rotate(x, rotary[view], sequence_dim=1) for x in (q, k))
             if view == "visible":
-                seen = k[:, text_tokens:], v[:, text_tokens:]
+                first = 0 if self.causal.keeps_prompt else text_tokens
+                seen = k[:, first:], v[:, first:]
             else:
                 k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), seen))
             attended.append(dispatch_attention_fn(q, k, v, backend=self._attention_backend))
@@ -1178,6 +1179,8 @@ class CausalAttention:
 
     # The time at which the visible view is seen, and whether its own velocity counts.
     seen_at, visible_loss = 0.0, False
+    # Whether the prompt's keys and values in the pass of the visible view are kept too, and the target's pass has none.
+    keeps_prompt = False
     # Whether the visible view leaves its noise behind with the velocity of its own pass, or towards the condition.
     follows = False
     # The latents at which the visible view ends instead of the condition's.

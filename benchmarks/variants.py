@@ -177,6 +177,40 @@ def without_visible_noise(hidden_states: torch.Tensor, columns: int) -> torch.Te
     )
 
 
+class PromptKept(TwoCalls):
+    """The prompt is computed once too, beside the visible view. The target's pass holds the target alone."""
+
+    keeps_prompt = True
+
+    @staticmethod
+    def without_prompt(inputs):
+        prompt, ids = inputs["encoder_hidden_states"], inputs["txt_ids"]
+        return inputs | {"encoder_hidden_states": prompt[:, :0], "txt_ids": ids[:0]}
+
+    def __call__(self, transformer, hidden_states, columns, img_ids, **inputs):
+        visible, target = split_panels(hidden_states, columns)
+        inputs |= {"img_ids": torch.cat(split_panels(img_ids, columns, dim=0))}
+        seen: list[torch.Tensor] = []
+        handle = transformer.proj_out.register_forward_hook(lambda module, args, out: seen.append(out))
+        self.see(transformer, visible, **inputs)
+        handle.remove()
+        out = transformer(hidden_states=target, **self.without_prompt(inputs))[0] + 0 * seen[0].sum()
+        return (join_panels(torch.zeros_like(out), out, columns),)
+
+    @contextlib.contextmanager
+    def painting(self, transformer, columns, enhance=None):
+        def strip(transformer, args, kwargs):
+            return args, kwargs if self.passes == VISIBLE else self.without_prompt(kwargs)
+
+        with super().painting(transformer, columns, enhance):
+            # After the hook that runs the pass of the visible view.
+            handle = transformer.register_forward_pre_hook(strip, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+
 class Zeros(CausalAttention):
     """The noise channels of the visible view are zero, at t = 0, in one call with gradients."""
 
@@ -220,6 +254,12 @@ class FirstStepOwnLora(OwnLora):
 
 class FirstStepUnseen(PromptUnseen):
     """The same, without the prompt for the visible view."""
+
+    seen_at, show, x_1 = 1.0, FirstStep.show, None
+
+
+class FirstStepPromptKept(PromptKept):
+    """The same, with the prompt computed once too."""
 
     seen_at, show, x_1 = 1.0, FirstStep.show, None
 
@@ -424,6 +464,8 @@ CAUSAL = {
     cls.__name__: cls
     for cls in (
         PromptUnseen,
+        PromptKept,
+        FirstStepPromptKept,
         ZeroNoise,
         OwnLora,
         JointAtFirst,
