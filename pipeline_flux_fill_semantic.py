@@ -801,7 +801,7 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         # diffusers has no public function for the packing that its `__call__` uses.
         return self._pack_latents(latents, *latents.shape)
 
-    def _decode_panels(self, latents: Any, canvas: "_Canvas", output_type: Any) -> Any:
+    def _decode_panels(self, latents: Any, canvas: _Canvas, output_type: Any) -> Any:
         """Decodes each panel of packed latents by itself, and puts the pictures beside each other."""
         panels = latents.unflatten(1, (canvas.rows, -1, canvas.columns)).unbind(2)
         tokens, sides = (

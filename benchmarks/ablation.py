@@ -83,6 +83,7 @@ VARIANTS = {
     "condition, aligned, 2 layers": Variant(f"{NONE} {TWO_LAYERS}", "AlignedFromCondition"),
     "condition, aligned, 3 x the steps": Variant(NONE, "AlignedFromCondition", steps=3),
     "in_context, 3 x the steps": Variant("--semantic_mode in_context", steps=3),
+    "causal": Variant(f"{PROJECTION} --visible_attention causal"),
 }
 # The variants that --figures compares. Each has one color in all panels.
 COMPARED = (

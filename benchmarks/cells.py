@@ -105,7 +105,7 @@ def options_of(task: str, variant, seed: int, steps: int, args: argparse.Namespa
 
 
 # The encoders of this process, by task and mode.
-encoders: dict[tuple[str, str], Encoder] = {}
+encoders: dict[tuple[str, ...], Encoder] = {}
 
 
 def build(
@@ -122,7 +122,7 @@ def build(
             model.semantic_attention = MODULES[variant.module](**config).to(transformer.device)
         return model
 
-    key = (task, options.semantic_mode)
+    key = (task, options.semantic_mode, options.visible_attention)
     run = assemble(options, tracker, encoder=encoders.get(key), build_model=build_model)
     encoders[key] = run.encoder
     # Nothing goes on from a cell, and the checkpoint of a variant's module would not be the trainer's.
@@ -140,6 +140,7 @@ def make_painter(run: trainer.Run) -> FluxFillSemanticPipeline:
         **components | trained,
         semantic_mode=run.options.semantic_mode,
         fusion_alpha=run.options.fusion_alpha,
+        visible_attention=run.options.visible_attention,
     )
     painter.vae.to(run.engine.accelerator.device)
     painter.set_progress_bar_config(disable=True)

@@ -6,7 +6,8 @@
 Both get the same transformer, VAE, canvas, steps and prompt embeddings, in turns, so they differ in the guidance alone.
 The recipe is the README's: LoRA fused, blocks in fp8 and compiled, FirstBlockCache. A random model paints no picture, so
 the small trained base (`--shape base`) compares the recipe's picture with that of the slow way. It also tells which steps a
-cache leaves out, and `--replay` leaves out the same ones at FLUX's size.
+cache leaves out, and `--replay` leaves out the same ones at FLUX's size. *Causal* paints as weights of `--visible_attention
+causal` do, which compute prompt and visible view once.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 # In the order of their turns.
-PAINTERS = ("FluxFillPipeline", "without map", "guided")
+PAINTERS = ("FluxFillPipeline", "without map", "guided", "causal")
 
 
 class CacheDecisions:
@@ -72,6 +73,9 @@ class CacheDecisions:
         @torch.compiler.disable
         def decide(hook, residual: torch.Tensor) -> bool:
             computed = plain(hook, residual)
+            if hook.state_manager.context.name == "visible":
+                # It is no step.
+                return computed
             if self.replayed is not None:
                 computed = bool(self.replayed[len(self.taken) % len(self.replayed)])
             self.taken.append(int(computed))
@@ -111,8 +115,9 @@ class Painter:
         text = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         kept = {"scheduler": scheduler, "vae": vae, "transformer": self.transformer} | text
         self.ours = FluxFillSemanticPipeline(**kept, semantic_attention=self.module)
+        self.causal = FluxFillSemanticPipeline(**kept, semantic_attention=self.module, visible_attention="causal")
         self.theirs = FluxFillPipeline(**kept)
-        for pipeline in (self.ours, self.theirs):
+        for pipeline in (self.ours, self.causal, self.theirs):
             pipeline.set_progress_bar_config(disable=True)
 
     def paint(self, who: str) -> tuple[torch.Tensor, float]:
@@ -127,7 +132,8 @@ class Painter:
 
         def paint():
             if who != "FluxFillPipeline":
-                return self.ours(image=self.visible, semantic_image=self.map if who == "guided" else None, **same)
+                pipeline = self.causal if who == "causal" else self.ours
+                return pipeline(image=self.visible, semantic_image=None if who == "without map" else self.map, **same)
             canvas, mask = self.ours.prepare_diptych(self.visible)
             size = {"height": args.resolution, "width": 2 * args.resolution}
             return self.theirs(image=canvas, mask_image=mask, **size, **same)
@@ -210,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
         report.add(row="eager, LoRA not fused", **{"guided, s": painter.paint("guided")[1]})
 
     def compare(name):
-        row = turns(painter, report, name, max(1, args.rounds - 1), painters=("guided",))
+        row = turns(painter, report, name, max(1, args.rounds - 1), painters=("guided", "causal"))
         report.rows[-1]["times eager FluxFillPipeline"] = eager["FluxFillPipeline, s"] / row["guided, s"]
         if args.shape == "base":
             report.rows[-1]["PSNR dB"] = psnr(painter.paint("guided")[0], painter.slow)

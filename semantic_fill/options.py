@@ -142,7 +142,7 @@ class SemanticOptions(OptionGroup):
     visible_attention: str = option(
         "joint",
         choices=VISIBLE_ATTENTIONS,
-        help="causal: prompt and visible view attend to each other alone, and painting computes them only once.",
+        help="`causal`: prompt and visible view attend to each other alone, and painting computes them only once.",
     )
 
 

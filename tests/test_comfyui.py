@@ -297,7 +297,11 @@ def test_older_weights_of_a_projection(changed):
     "name, change, named",
     [
         ("p", say(semantic_mode="mixing"), "`semantic_mode` 'mixing', but these nodes know"),
-        ("p", say(visible_view="causal"), "was trained with visible_view='causal', which these nodes do not know"),
+        (
+            "p",
+            say(visible_attention="causal"),
+            "was trained with visible_attention='causal', which these nodes do not know",
+        ),
         ("p", say(semantic_maps=2), "was trained with semantic_maps=2"),
         ("p", say(fusion_alpha="half"), "was trained with fusion_alpha='half'"),
         ("a", say(semantic_mode="projection"), "needs a module of the kind projection"),

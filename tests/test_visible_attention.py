@@ -7,6 +7,7 @@ import shutil
 import threading
 import weakref
 
+import accelerate
 import convert_lora
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from helpers import LORA_FILE, arguments, assemble, assert_same_weights, first_loss, gradients, run
-from pipeline_helpers import Trained, differs, make_pipe, paint, picture, trained_like
+from pipeline_helpers import Trained, differs, make_pipe, paint, picture, seeded, trained_like
 
 from pipeline_flux_fill_semantic import panel_positions, read_trained_settings, tile_across_panels
 from semantic_attention import (
@@ -26,7 +27,7 @@ from semantic_attention import (
     split_panels,
     use_causal_attention,
 )
-from semantic_fill.precision import blocks_of
+from semantic_fill.precision import blocks_of, quantize_blocks
 
 
 ROWS, COLUMNS, TEXT = 2, 3, 4
@@ -282,6 +283,39 @@ def test_the_vae_sees_the_target_alone(base):
     assert [p.size for p in pictures] == [(expected[1].shape[3], expected[1].shape[2])]
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int8mm", "nf4"])
+def test_quantized_bases_paint(base, precision):
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    pipe = make_causal(base, own=True)
+    expected = paint(pipe)
+    quantize_blocks(pipe.transformer, precision)
+    found = paint(pipe)
+    assert differs(found, expected, 1e-6) and not differs(found, expected, 0.1)
+
+
+def test_offloaded_parts_paint_the_same(base):
+    cpu = torch.device("cpu")
+    expected = paint(make_causal(base))
+    grouped = make_causal(base, own=True)
+    grouped.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    streamed = make_causal(base, own=True)
+    accelerate.cpu_offload(streamed.transformer, cpu)
+    for pipe in (grouped, streamed):
+        assert not differs(paint(pipe), expected, 1e-4)
+
+
+def test_attention_maps_and_settings_of_a_call(base):
+    module = trained_like()
+    pipe = make_causal(base, semantic_mode="cross_attention", semantic_attention=module)
+    call = {"semantic_image": picture(2), "num_inference_steps": 2, "strength": 0.8}
+    call["joint_attention_kwargs"] = {"scale": 1.0}
+    look = {"image": picture(1), "prompt": "a hill", "output_type": "pt", "max_sequence_length": 16}
+    seen = pipe.semantic_attention_maps(points=[(8, 8)], generator=seeded(), **look, **call)
+    assert torch.equal(seen.images, paint(pipe, **call))
+    assert seen.maps.shape[-2:] == (ROWS, COLUMNS) and abs(seen.maps[0, 0, 0].sum() - 1) < 1e-4
+
+
 def test_other_threads_are_left_alone_and_wait_for_their_turn(base):
     """A joint painting in the middle of a causal one, and a causal one that begins meanwhile."""
     joint, pipe, other = make_pipe(base), make_causal(base), make_causal(base)
@@ -318,6 +352,9 @@ def test_the_pipeline_follows_a_loras_choice(base, tmp_path):
         pipe.load_lora_weights(trained.folder, adapter_name=name)
         assert pipe.config.visible_attention == name
         assert not differs(paint(pipe, semantic_image=picture(2)), trained.guided, 1e-4)
+    several = Trained(base, tmp_path / "several", 2, "projection", ("roads", "water"), "causal")
+    pipe.load_lora_weights(several.folder, adapter_name="several")
+    assert not differs(paint(pipe, semantic_image=[picture(2), picture(3)]), several.guided, 1e-4)
     pipe.set_adapters(["causal", "joint"])
     with pytest.raises(ValueError, match=r"different canvases, .*target, causal.* and"):
         paint(pipe)
