@@ -720,11 +720,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
         pixels = self.image_processor.preprocess(diptych.to(self._execution_device))
         masked = pixels * (1 - mask.to(pixels.device))
         is_causal = self._acting_adapters()[0][0].is_causal
-        # The VAE's norms see all that it encodes. Beside the visible view, the target's latents would depend on it, and it
-        # has to be encoded without the target.
-        whole = pixels.chunk(2, dim=3)[1].contiguous() if is_causal else pixels
+        # The VAE's norms see all that it encodes, so latents are decoded well only beside those that they were encoded
+        # beside. The visible view is encoded without the target, which is therefore encoded and decoded by itself.
+        known = pixels.chunk(2, dim=3)[1].contiguous() if is_causal else pixels
         moments, masked_moments = (
-            self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters for x in (whole, masked)
+            self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters for x in (known, masked)
         )
         if is_causal:
             moments = torch.cat((masked_moments.chunk(2, dim=3)[0], moments), dim=3)
@@ -804,12 +804,9 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
     def _decode_panels(self, latents: Any, canvas: _Canvas, output_type: Any) -> Any:
         """Decodes each panel of packed latents by itself, and puts the pictures beside each other."""
         panels = latents.unflatten(1, (canvas.rows, -1, canvas.columns)).unbind(2)
-        tokens, sides = (
-            torch.cat(panels).flatten(1, 2),
-            (canvas.rows * self.patch_size, canvas.columns * self.patch_size),
-        )
+        height, width = canvas.rows * self.patch_size, canvas.columns * self.patch_size
         # diffusers has no public function for what its `__call__` unpacks with.
-        latents = self._unpack_latents(tokens, *sides, self.vae_scale_factor)
+        latents = self._unpack_latents(torch.cat(panels).flatten(1, 2), height, width, self.vae_scale_factor)
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         self.maybe_free_model_hooks()

@@ -1302,7 +1302,7 @@ def causal_forward(
         `tuple[torch.Tensor]`: The velocity `(batch, tokens, 64)`, which is 0 for the visible view.
     """
     batched = ("encoder_hidden_states", "pooled_projections", "guidance")
-    inputs |= {name: torch.cat((inputs[name],) * 2) for name in batched if inputs[name] is not None}
+    inputs |= {name: torch.cat((inputs[name],) * 2) for name in batched if inputs.get(name) is not None}
     both = transformer(
         hidden_states=torch.cat(split_panels(hidden_states, columns)),
         img_ids=torch.cat(split_panels(img_ids, columns, dim=0)),

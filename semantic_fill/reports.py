@@ -227,6 +227,9 @@ def workload(options: Options, encoder: Encoder) -> Workload:
 def plan_fast(options: Options, encoder: Encoder, device: torch.device) -> Any:
     """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
     fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
+    if options.visible_attention == "causal" and fixed["attention_backend"] is None:
+        # Nobody has tried cuDNN's attention with fewer queries than keys.
+        fixed["attention_backend"] = "native"
     plan, reason = broadcast_object_list(list(choose_plan(workload(options, encoder), fixed, device)))
     logger.info(f"--fast chose {plan}: {reason}")
     return plan

@@ -27,6 +27,8 @@ from semantic_attention import (
     split_panels,
     use_causal_attention,
 )
+from semantic_fill import reports
+from semantic_fill.memory import Plan
 from semantic_fill.precision import blocks_of, quantize_blocks
 
 
@@ -431,6 +433,23 @@ def test_a_quantized_base_takes_a_pass_without_prompt(gradients_with, precision)
     found = gradients_with("--base_precision", precision)
     for name, gradient in expected.items():
         assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.9, name
+
+
+@pytest.mark.parametrize("visible, backend, tokens", [("joint", None, 16), ("causal", "native", 32)])
+def test_fast_counts_both_prompts_and_leaves_cudnn_out(
+    base_folder, triptych_folder, tmp_path, monkeypatch, visible, backend, tokens
+):
+    asked = []
+
+    def choose(workload, fixed, device):
+        asked.append((workload, fixed))
+        return Plan("bf16", "none", compile=False), "for a test"
+
+    monkeypatch.setattr(reports, "choose_plan", choose)
+    options = ("--fast", "--max_sequence_length", "16", "--visible_attention", visible)
+    assemble(arguments(base_folder, tmp_path, *options, data=triptych_folder))
+    ((workload, fixed),) = asked
+    assert fixed["attention_backend"] == backend and workload.text_tokens == tokens
 
 
 def test_a_causal_run_paints_goes_on_and_keeps_its_choice(base_folder, triptych_folder, tmp_path):
