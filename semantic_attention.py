@@ -1269,12 +1269,31 @@ def show_condition(hidden_states: torch.Tensor, columns: int) -> torch.Tensor:
     return join_panels(torch.cat((clean, visible[..., channels:]), dim=-1), target, columns)
 
 
+def inputs_of_pass(view: str, tokens: torch.Tensor, img_ids: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    r"""
+    The inputs of a call of the transformer that computes one view: `"visible"` beside the prompt at t = 0, whose keys and
+    values are kept, or `"target"`, which has no prompt of its own.
+    """
+    kwargs = {**(inputs.get("joint_attention_kwargs") or {}), "view": view}
+    inputs = inputs | {"hidden_states": tokens, "img_ids": img_ids, "joint_attention_kwargs": kwargs}
+    if view == "visible":
+        return inputs | {"timestep": torch.zeros_like(inputs["timestep"])}
+    prompt, txt_ids = inputs["encoder_hidden_states"], inputs["txt_ids"]
+    return inputs | {"encoder_hidden_states": prompt[:, :0], "txt_ids": txt_ids[:0]}
+
+
+def forget_visible(transformer: Any) -> None:
+    r"""Drops the keys and values that a pass of the visible view has kept."""
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.attn.processor.kept = ()
+
+
 def causal_forward(
     transformer: Any,
     hidden_states: torch.Tensor,
     columns: int,
     img_ids: torch.Tensor,
-    timestep: torch.Tensor,
+    visible_gradients: bool = True,
     **inputs,
 ) -> tuple[torch.Tensor]:
     r"""
@@ -1284,8 +1303,8 @@ def causal_forward(
     them, as with an attention mask over the whole diptych and a timestep for each token. OminiControl2
     (https://huggingface.co/papers/2503.08280) treats a condition in the same way.
 
-    Both passes are one call of the transformer, as twice the samples with half of the image tokens. So the second one also
-    computes a prompt, which nothing sees.
+    With gradients, both passes are one call of the transformer, as twice the samples with half of the image tokens. So the
+    second one also computes a prompt, which nothing sees.
 
     Args:
         transformer (`FluxTransformer2DModel`):
@@ -1294,23 +1313,26 @@ def causal_forward(
             The transformer's input for the diptych.
         columns (`int`):
             Columns of a panel, in tokens.
-        img_ids (`torch.Tensor` of shape `(tokens, 3)`), timestep (`torch.Tensor` of shape `(batch,)`), inputs
-        (*optional*):
+        img_ids (`torch.Tensor` of shape `(tokens, 3)`), inputs (*optional*):
             As in the transformer's `forward`.
+        visible_gradients (`bool`, defaults to `True`):
+            Whether gradients go through the pass of the visible view. Otherwise it is a call of its own, and what it keeps
+            lives until the next one, or until `forget_visible`.
 
     Returns:
         `tuple[torch.Tensor]`: The velocity `(batch, tokens, 64)`, which is 0 for the visible view.
     """
-    batched = ("encoder_hidden_states", "pooled_projections", "guidance")
-    inputs |= {name: torch.cat((inputs[name],) * 2) for name in batched if inputs.get(name) is not None}
-    both = transformer(
-        hidden_states=torch.cat(split_panels(hidden_states, columns)),
-        img_ids=torch.cat(split_panels(img_ids, columns, dim=0)),
-        timestep=torch.cat((torch.zeros_like(timestep), timestep)),
-        joint_attention_kwargs={"view": "both"},
-        **inputs,
-    )[0]
-    out = both.chunk(2)[1]
+    views, ids = split_panels(hidden_states, columns), split_panels(img_ids, columns, dim=0)
+    if visible_gradients:
+        batched = ("encoder_hidden_states", "pooled_projections", "guidance")
+        t = inputs.pop("timestep")
+        inputs |= {name: torch.cat((inputs[name],) * 2) for name in batched if inputs.get(name) is not None}
+        inputs |= {"timestep": torch.cat((torch.zeros_like(t), t)), "joint_attention_kwargs": {"view": "both"}}
+        out = transformer(hidden_states=torch.cat(views), img_ids=torch.cat(ids), **inputs)[0].chunk(2)[1]
+    else:
+        with torch.no_grad():
+            transformer(**inputs_of_pass("visible", views[0], ids[0], inputs))
+        out = transformer(**inputs_of_pass("target", views[1], ids[1], inputs))[0]
     return (join_panels(torch.zeros_like(out), out, columns),)
 
 
@@ -1331,8 +1353,7 @@ def causal_painting(transformer: Any, columns: int, enhance: Callable | None = N
     stock, thread, moved = transformer.attn_processors, threading.get_ident(), []
 
     def before(transformer, args, kwargs):
-        given = kwargs.get("joint_attention_kwargs") or {}
-        if threading.get_ident() != thread or "view" in given:
+        if threading.get_ident() != thread or "view" in (kwargs.get("joint_attention_kwargs") or {}):
             # A call of somebody else, or the one below.
             return None
         noisy, is_first = kwargs["hidden_states"], not moved
@@ -1344,14 +1365,11 @@ def causal_painting(transformer: Any, columns: int, enhance: Callable | None = N
         views = split_panels(kwargs["hidden_states"], columns)
         ids = split_panels(kwargs["img_ids"], columns, dim=0)
         if is_first:
-            seen = {"hidden_states": views[0], "img_ids": ids[0], "timestep": torch.zeros_like(kwargs["timestep"])}
             # A cache of steps would compare the views with each other.
             with transformer.cache_context("visible"):
-                transformer(**kwargs | seen | {"joint_attention_kwargs": {**given, "view": "visible"}})
+                transformer(**inputs_of_pass("visible", views[0], ids[0], kwargs))
             stack.enter_context(transformer.cache_context("cond"))
-        prompt, txt_ids = kwargs["encoder_hidden_states"][:, :0], kwargs["txt_ids"][:0]
-        kwargs |= {"hidden_states": views[1], "img_ids": ids[1], "encoder_hidden_states": prompt, "txt_ids": txt_ids}
-        return args, kwargs | {"joint_attention_kwargs": {**given, "view": "target"}}
+        return args, inputs_of_pass("target", views[1], ids[1], kwargs)
 
     def after(transformer, args, kwargs, output):
         if (kwargs.get("joint_attention_kwargs") or {}).get("view") != "target":
@@ -1359,8 +1377,7 @@ def causal_painting(transformer: Any, columns: int, enhance: Callable | None = N
         return (join_panels(torch.zeros_like(output[0]), output[0], columns) + moved[0],)
 
     def restore():
-        for processor in transformer.attn_processors.values():
-            processor.kept = ()
+        forget_visible(transformer)
         transformer.set_attn_processor(dict(stock))
 
     with _PAINTING, contextlib.ExitStack() as stack:

@@ -201,9 +201,10 @@ def make_batch(
 class SemanticFillModel(torch.nn.Module):
     """Everything that is trained in one module, so that one wrapper of DDP or FSDP2 holds it."""
 
-    def __init__(self, transformer: Any, semantic_attention: Any, is_causal: bool = False):
+    def __init__(self, transformer: Any, semantic_attention: Any, causal_forward: Callable | None = None):
         super().__init__()
-        self.transformer, self.semantic_attention, self.is_causal = transformer, semantic_attention, is_causal
+        self.transformer, self.semantic_attention = transformer, semantic_attention
+        self.causal_forward = causal_forward  # takes the transformer's place with --visible_attention causal
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.predict(self.attend(batch), batch)
@@ -211,7 +212,7 @@ class SemanticFillModel(torch.nn.Module):
     def attend(self, batch: Batch) -> torch.Tensor:
         """The transformer's input `[B, N, 384]`, x_t and x_cond, enhanced with the map unless a sample drops it."""
         hidden_states = torch.cat((batch.x_t, batch.x_cond), dim=-1)
-        if self.is_causal:
+        if self.causal_forward is not None:
             hidden_states = show_condition(hidden_states, batch.columns)
         if self.semantic_attention is None or batch.keep_map is None:
             return hidden_states
@@ -221,8 +222,8 @@ class SemanticFillModel(torch.nn.Module):
     def predict(self, hidden_states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The predicted velocity `[B, N, 64]`."""
         run = self.transformer
-        if self.is_causal:
-            run = functools.partial(causal_forward, self.transformer, columns=batch.columns)
+        if self.causal_forward is not None:
+            run = functools.partial(self.causal_forward, self.transformer, columns=batch.columns)
         return run(
             hidden_states=hidden_states,
             timestep=batch.t,
@@ -269,8 +270,10 @@ def load_transformer(options: Options, device: torch.device, dtype: torch.dtype)
 def build_model(transformer: FluxTransformer2DModel, options: Options) -> SemanticFillModel:
     """Freezes a transformer and adds what is trained in float32. Also sets attention, checkpointing and compilation."""
     transformer.requires_grad_(False)
+    causal = None
     if options.visible_attention == "causal":
         use_causal_attention(transformer)
+        causal = functools.partial(causal_forward, visible_gradients=options.visible_gradients)
     if options.attention_backend != "native":
         transformer.set_attention_backend(options.attention_backend)
     layers = [layer.strip() for layer in options.lora_layers.split(",")] if options.lora_layers else None
@@ -288,7 +291,7 @@ def build_model(transformer: FluxTransformer2DModel, options: Options) -> Semant
             semantic_attention = module_class(in_channels=transformer.out_channels, **config)
         # Loaded models come in evaluation mode, new ones in training mode.
         semantic_attention.to(transformer.device).requires_grad_(True).train()
-    model = SemanticFillModel(transformer.train(), semantic_attention, options.visible_attention == "causal")
+    model = SemanticFillModel(transformer.train(), semantic_attention, causal)
     # PEFT gives adapters the dtype of their base. In bfloat16, updates as small as a learning rate would be lost.
     cast_training_params(model, dtype=torch.float32)
     if options.lora_weights:

@@ -84,6 +84,7 @@ VARIANTS = {
     "condition, aligned, 3 x the steps": Variant(NONE, "AlignedFromCondition", steps=3),
     "in_context, 3 x the steps": Variant("--semantic_mode in_context", steps=3),
     "causal": Variant(f"{PROJECTION} --visible_attention causal"),
+    "causal, no gradients": Variant(f"{PROJECTION} --visible_attention causal --no-visible_gradients"),
 }
 # The variants that --figures compares. Each has one color in all panels.
 COMPARED = (

@@ -10,6 +10,8 @@ functions or with a chosen attention, so that the next run would trace and diffe
 import contextlib
 import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,45 @@ def remember_success(trial: Callable[[], bool], *facts: str) -> bool:
             success.parent.mkdir(parents=True, exist_ok=True)
             success.touch()
     return succeeds
+
+
+CUDNN = "_native_cudnn"
+CUDNN_TRIAL = """
+import sys, torch, torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+*shape, dtype, device = sys.argv[1:]
+shape, options = tuple(map(int, shape)), {"dtype": getattr(torch, dtype), "device": device}
+inputs = [torch.randn(shape, **options).transpose(1, 2).requires_grad_() for _ in range(3)]
+out_grad = torch.randn(shape, **options).transpose(1, 2)
+grads = {}
+for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(*inputs)
+    grads[backend] = torch.autograd.grad(out, inputs, out_grad)
+for ours, theirs in zip(*grads.values()):
+    assert (ours - theirs).float().norm() < 0.02 * theirs.float().norm()
+"""
+
+
+def cudnn_attends(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
+    """
+    Whether cuDNN's attention, the fastest from compute capability 9.0 on, survives a backward pass and agrees with
+    another kernel. Some of its versions crash the process at some shapes, so the trial runs in a process of its own. It
+    takes ten seconds, so a success is remembered.
+
+    Args:
+        shape (`tuple[int, int, int, int]`): Batch, tokens, heads and channels of a head.
+    """
+    arguments = [*map(str, shape), str(dtype).removeprefix("torch."), str(device)]
+    command = [sys.executable, "-c", CUDNN_TRIAL, *arguments]
+
+    def survives() -> bool:
+        try:
+            return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    return remember_success(survives, CUDNN_TRIAL, *arguments, *describe_gpu(device))
 
 
 def cache_autograd() -> None:

@@ -3,7 +3,6 @@
 
 import functools
 import math
-import subprocess
 import sys
 import types
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from semantic_fill.compiler import describe_gpu, remember_success
+from semantic_fill.compiler import CUDNN, cudnn_attends
 from semantic_fill.lora import NARROW
 from semantic_fill.precision import BLOCKS, PRECISIONS, blocks_of
 from semantic_fill.streaming import WeightStream
@@ -57,6 +56,8 @@ def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
         plain = cls.forward
 
         def forward(self, *args, **kwargs):
+            if not torch.is_grad_enabled():
+                return plain(self, *args, **kwargs)
             context_fn = functools.partial(create_selective_checkpoint_contexts, keep_products)
             block = functools.partial(plain, self)
             options = {"use_reentrant": False, "preserve_rng_state": random, "context_fn": context_fn}
@@ -148,6 +149,7 @@ class Workload:
     Args:
         transformer (`FluxTransformer2DModel`): Only its sizes are read, so it may be on the meta device.
         image_tokens, text_tokens (`int`): Tokens of one sample.
+        seen_tokens (`int`): Those of them whose keys and values alone are kept, without gradients.
         dtype (`torch.dtype`): What the run computes in.
         batch_size, rank, use_8bit_adam, ema_decay: As the options of these names. With Prodigy `use_8bit_adam` is `None`.
     """
@@ -160,6 +162,7 @@ class Workload:
     rank: int
     use_8bit_adam: bool | None
     ema_decay: float | None
+    seen_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -261,6 +264,7 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
         kept = recomputing * bytes_of["full"]
         # What the other blocks keep is gone before anything is recomputed.
         kept += max((len(blocks) - recomputing) * bytes_of["none"], recomputed)
+    kept += len(blocks) * 2 * workload.batch_size * workload.seen_tokens * width * itemsize
     painting = workload.image_tokens * PAINTING_BYTES * itemsize / 2 + average
     return {"loading": loading, "training": resident + lora * 4 + kept, "painting": resident + painting}
 
@@ -283,45 +287,6 @@ def empty_transformer(
     with init_empty_weights():
         transformer: Any = FluxTransformer2DModel.from_config(config)
     return transformer
-
-
-CUDNN = "_native_cudnn"
-CUDNN_TRIAL = """
-import sys, torch, torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-*shape, dtype, device = sys.argv[1:]
-shape, options = tuple(map(int, shape)), {"dtype": getattr(torch, dtype), "device": device}
-inputs = [torch.randn(shape, **options).transpose(1, 2).requires_grad_() for _ in range(3)]
-out_grad = torch.randn(shape, **options).transpose(1, 2)
-grads = {}
-for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-    with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(*inputs)
-    grads[backend] = torch.autograd.grad(out, inputs, out_grad)
-for ours, theirs in zip(*grads.values()):
-    assert (ours - theirs).float().norm() < 0.02 * theirs.float().norm()
-"""
-
-
-def cudnn_attends(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
-    """
-    Whether cuDNN's attention, the fastest from compute capability 9.0 on, survives a backward pass and agrees with
-    another kernel. Some of its versions crash the process at some shapes, so the trial runs in a process of its own. It
-    takes ten seconds, so a success is remembered.
-
-    Args:
-        shape (`tuple[int, int, int, int]`): Batch, tokens, heads and channels of a head.
-    """
-    arguments = [*map(str, shape), str(dtype).removeprefix("torch."), str(device)]
-    command = [sys.executable, "-c", CUDNN_TRIAL, *arguments]
-
-    def survives() -> bool:
-        try:
-            return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
-        except subprocess.TimeoutExpired:
-            return False
-
-    return remember_success(survives, CUDNN_TRIAL, *arguments, *describe_gpu(device))
 
 
 def choose_plan(workload: Workload, fixed: dict[str, str | bool | None], device: torch.device) -> tuple[Plan, str]:

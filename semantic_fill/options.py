@@ -140,10 +140,9 @@ class SemanticOptions(OptionGroup):
         None, help="Trained module to start from, with its own configuration: a trained folder or Hub repository."
     )
     visible_attention: str = option(
-        "joint",
-        choices=VISIBLE_ATTENTIONS,
-        help="`causal`: prompt and visible view attend to each other alone, and painting computes them only once.",
+        "joint", choices=VISIBLE_ATTENTIONS, help="`causal`: painting computes prompt and visible view only once."
     )
+    visible_gradients: bool = option(True, help="Gradients through the pass of the visible view, if it is causal.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,8 +210,10 @@ def log_shapes(run, batch) -> Iterator[None]:
 
 
 def workload(options: Options, encoder: Encoder) -> Workload:
-    # Both passes of `causal_forward` have the prompt.
-    prompts = 1 if options.visible_attention == "joint" else 2
+    # Both passes of `causal_forward` have the prompt. Without gradients, one is as if it were not there, but for what it keeps.
+    prompts, seen_tokens = 1 if options.visible_attention == "joint" else 2, 0
+    if options.visible_attention == "causal" and not options.visible_gradients:
+        prompts, seen_tokens = 0, encoder.image_tokens // 2 + encoder.max_sequence_length
     return Workload(
         empty_transformer(options.pretrained_model_name_or_path, options.revision, options.cache_dir),
         encoder.image_tokens,
@@ -221,6 +223,7 @@ def workload(options: Options, encoder: Encoder) -> Workload:
         options.rank,
         options.use_8bit_adam if options.optimizer == "adamw" else None,
         options.ema_decay,
+        seen_tokens,
     )
 
 

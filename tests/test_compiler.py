@@ -230,7 +230,7 @@ def test_a_trial_that_succeeded_is_not_repeated(tmp_path, monkeypatch):
         commands.append(command)
         return subprocess.CompletedProcess(command, codes.pop(0) if codes else 0)
 
-    monkeypatch.setattr(memory.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "compiled"))
     trial = (2, 16, 2, 16), torch.device("cuda", 0), torch.bfloat16
     # The failure is tried again, and the success is not.

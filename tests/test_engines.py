@@ -122,7 +122,9 @@ def process_group():
 CAUSAL = "projection --visible_attention causal"
 
 
-@pytest.mark.parametrize("mode", ["cross_attention", "projection", "in_context", CAUSAL])
+@pytest.mark.parametrize(
+    "mode", ["cross_attention", "projection", "in_context", CAUSAL, f"{CAUSAL} --no-visible_gradients"]
+)
 def test_fsdp2_trains_and_saves_what_one_process_does(base_folder, triptych_folder, tmp_path, mode):
     more = ["--max_train_steps", 3, "--checkpointing_steps", 2, "--learning_rate", 1e-2]
     more += ["--semantic_mode", *mode.split()]

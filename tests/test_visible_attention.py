@@ -3,7 +3,6 @@
 
 import copy
 import json
-import shutil
 import threading
 import weakref
 
@@ -12,9 +11,9 @@ import convert_lora
 import pytest
 import safetensors.torch
 import torch
-from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
+from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from helpers import LORA_FILE, arguments, assemble, assert_same_weights, first_loss, gradients, run
+from helpers import LORA_FILE
 from pipeline_helpers import Trained, differs, make_pipe, paint, picture, seeded, trained_like
 
 from pipeline_flux_fill_semantic import panel_positions, read_trained_settings, tile_across_panels
@@ -22,13 +21,12 @@ from semantic_attention import (
     SemanticAttentionModel,
     SemanticProjectionModel,
     causal_forward,
+    forget_visible,
     join_panels,
     show_condition,
     split_panels,
     use_causal_attention,
 )
-from semantic_fill import reports
-from semantic_fill.memory import Plan
 from semantic_fill.precision import blocks_of, quantize_blocks
 
 
@@ -137,6 +135,9 @@ def test_two_passes_equal_one_masked_forward(base, transformer, backend):
     assert torch.equal(transformer(**inputs | {"hidden_states": shown})[0], plain)
     if backend is not None:
         transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        (alone,) = causal_forward(transformer, shown, COLUMNS, visible_gradients=False, **inputs)
+    torch.testing.assert_close(*(split_panels(v, COLUMNS)[1] for v in (alone, expected)), rtol=1e-4, atol=1e-5)
     (velocity,) = causal_forward(transformer, hidden_states=shown, columns=COLUMNS, **inputs)
     torch.testing.assert_close(*(split_panels(v, COLUMNS)[1] for v in (velocity, expected)), rtol=1e-4, atol=1e-5)
     assert not split_panels(velocity, COLUMNS)[0].any() and differs(velocity, plain)
@@ -145,6 +146,8 @@ def test_two_passes_equal_one_masked_forward(base, transformer, backend):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")
     # The visible view matters, also to the gradients.
     assert split_panels(found["input"], COLUMNS)[0].abs().max() > 1e-3
+    assert all(processor.kept for processor in processors_of(transformer))
+    forget_visible(transformer)
     assert not any(processor.kept for processor in processors_of(transformer))
 
 
@@ -390,95 +393,3 @@ def test_choices_that_cannot_be_are_refused(base, tmp_path):
     pipe.transformer.transformer_blocks[0].attn.set_processor(type("Other", (FluxAttnProcessor,), {})())
     with pytest.raises(ValueError, match="replaces FLUX's own attention processors, but `transformer_blocks.0"):
         paint(pipe)
-
-
-# -- Training ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gradients_with(base_folder, triptych_folder, tmp_path, monkeypatch):
-    """Returns the gradients of a first batch, whose LoRA is not zero. With `--compile` blocks are compiled for a CPU."""
-
-    def compile_blocks(transformer, **options):
-        for block in blocks_of(transformer):
-            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-
-    monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", compile_blocks)
-
-    def gradients_with(*more):
-        options = ("--visible_attention", "causal", "--semantic_mode", "projection", "--no-cache_latents", *more)
-        built = assemble(arguments(base_folder, tmp_path, *options, data=triptych_folder))
-        torch.nn.init.ones_(built.model.semantic_attention.layers[0].scale)
-        with torch.autocast("cpu", torch.bfloat16, enabled=built.options.mixed_precision == "bf16"):
-            loss = first_loss(built)
-        loss.backward()
-        return gradients(built)
-
-    return gradients_with
-
-
-def test_checkpointing_and_compiling_change_no_gradient(gradients_with):
-    expected = gradients_with()
-    # All that is trained learns, also what only the pass of the prompt goes through.
-    assert all(gradient.any() for gradient in expected.values())
-    for name in ("none --compile", "selective", "selective --compile", "full --compile", "0.5", "offload"):
-        found = gradients_with("--checkpointing", *name.split())
-        for key, gradient in expected.items():
-            torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-5, msg=lambda t: f"{name} {key} {t}")
-
-
-@pytest.mark.parametrize("precision", ["fp8", "int8", "int8mm"])
-def test_a_quantized_base_takes_a_pass_without_prompt(gradients_with, precision):
-    expected = gradients_with()
-    found = gradients_with("--base_precision", precision)
-    for name, gradient in expected.items():
-        assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.9, name
-
-
-@pytest.mark.parametrize("visible, backend, tokens", [("joint", None, 16), ("causal", "native", 32)])
-def test_fast_counts_both_prompts_and_leaves_cudnn_out(
-    base_folder, triptych_folder, tmp_path, monkeypatch, visible, backend, tokens
-):
-    asked = []
-
-    def choose(workload, fixed, device):
-        asked.append((workload, fixed))
-        return Plan("bf16", "none", compile=False), "for a test"
-
-    monkeypatch.setattr(reports, "choose_plan", choose)
-    options = ("--fast", "--max_sequence_length", "16", "--visible_attention", visible)
-    assemble(arguments(base_folder, tmp_path, *options, data=triptych_folder))
-    ((workload, fixed),) = asked
-    assert fixed["attention_backend"] == backend and workload.text_tokens == tokens
-
-
-def test_a_causal_run_paints_goes_on_and_keeps_its_choice(base_folder, triptych_folder, tmp_path):
-    options = "--visible_attention causal --semantic_mode projection --validation_steps 2 --num_validation_images 1"
-    options = [*options.split(), "--validation_inference_steps", "2", "--checkpointing_steps", "1"]
-    straight = run(base_folder, tmp_path / "a", *options, "--max_train_steps", 2, data=triptych_folder)
-    assert len(list((straight / "samples").glob("*.png"))) == 1
-    stopped = tmp_path / "b"
-    shutil.copytree(straight / "checkpoint-1", stopped / "checkpoint-1")
-    resume = ["--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
-    assert_same_weights(straight, run(base_folder, stopped, *options, *resume, data=triptych_folder))
-    assert read_trained_settings(straight)["visible_attention"] == "causal"
-    card = (straight / "README.md").read_text()
-    assert "`visible_attention`" in card and "paints wrong pictures" in card
-    with pytest.raises(ValueError, match="was trained with --visible_attention causal, so a run with --visible_att"):
-        run(base_folder, stopped, "--semantic_mode", "projection", *resume, data=triptych_folder)
-
-
-@pytest.mark.parametrize(
-    "options, refused",
-    [
-        ("--semantic_mode in_context", "it cannot go with --loss_region target with --semantic_mode in_context"),
-        ("--loss_region diptych", "it cannot go with --loss_region diptych with --semantic_mode cross_attention"),
-    ],
-)
-def test_options_that_cannot_go_with_causal(options, refused, capsys):
-    with pytest.raises(SystemExit):
-        arguments("unused", "out", "--visible_attention", "causal", *options.split(), data="unused")
-    # The message is broken into lines.
-    assert refused in " ".join(capsys.readouterr().err.split())
-    assert arguments("unused", "out", "--visible_attention", "causal", data="unused").loss_region == "target"
-    assert arguments("unused", "out", data="unused").loss_region == "diptych"
