@@ -210,7 +210,7 @@ def log_shapes(run, batch) -> Iterator[None]:
 
 
 def workload(options: Options, encoder: Encoder) -> Workload:
-    # Both passes of `causal_forward` have the prompt. Without gradients, one is as if it were not there, but for what it keeps.
+    # Both passes of `causal_forward` have the prompt. Of one without gradients, only keys and values are kept.
     prompts, seen_tokens = 1 if options.visible_attention == "joint" else 2, 0
     if options.visible_attention == "causal" and not options.visible_gradients:
         prompts, seen_tokens = 0, encoder.image_tokens // 2 + encoder.max_sequence_length
