@@ -1575,10 +1575,11 @@ class FluxFillSemanticPipeline(FluxFillPipeline):
             semantic_attention (`SemanticAttentionModel` or `SemanticProjectionModel`, *optional*):
                 The module, saved under `semantic_attention/`. It has to be of the mode's class.
             semantic_mode (`str`, *optional*), fusion_alpha (`float`, defaults to 0.5), max_sequence_length (`int`,
-            defaults to 512), height, width (`int`, *optional*), semantic_maps (`list[str]`, *optional*), visible_attention
-            (`str`, defaults to `"joint"`):
+            defaults to 512), height, width (`int`, *optional*), semantic_maps (`list[str]`, *optional*):
                 How it was trained, as in [`SemanticAdapter`]. The mode defaults to `"cross_attention"` if a module is
                 passed.
+            visible_attention (`str`, defaults to `"joint"`):
+                As in [`FluxFillSemanticPipeline`].
 
         Raises:
             `ValueError`: The mode is unknown, the module is not of its class, a number or name is out of range, the
