@@ -1159,7 +1159,7 @@ def load_semantic_module(
 # -- The visible view, computed once ----------------------------------------------------------------------------------
 
 VISIBLE_ATTENTIONS = ("joint", "causal")
-# Paintings of one process take turns, because what they keep lies in the layers of a transformer that they may share.
+# Causal paintings of one process take turns: what they keep lies in the layers of a transformer that they may share.
 _PAINTING = threading.RLock()
 
 
@@ -1378,7 +1378,7 @@ def causal_painting(transformer: Any, columns: int, enhance: Callable | None = N
 
     def restore():
         forget_visible(transformer)
-        transformer.set_attn_processor(dict(stock))
+        transformer.set_attn_processor(stock)
 
     with _PAINTING, contextlib.ExitStack() as stack:
         use_causal_attention(transformer)

@@ -31,6 +31,7 @@ from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
 from semantic_fill.checks import check_samples
 from semantic_fill.data import TriptychDataset
 from semantic_fill.encoding import Encoder, read_encoding
+from semantic_fill.layout import canvas_settings
 from semantic_fill.metrics import to_bytes
 from semantic_fill.sources import list_folder
 
@@ -104,7 +105,7 @@ def options_of(task: str, variant, seed: int, steps: int, args: argparse.Namespa
     return trainer.parse_args([*given, *variant.options.split(), *args.options.split()])
 
 
-# The encoders of this process, by task and mode.
+# The encoders of this process, by task, mode and attention of the visible view.
 encoders: dict[tuple[str, ...], Encoder] = {}
 
 
@@ -138,9 +139,7 @@ def make_painter(run: trainer.Run) -> FluxFillSemanticPipeline:
     trained = {"transformer": model.transformer, "semantic_attention": model.semantic_attention}
     painter = FluxFillSemanticPipeline(
         **components | trained,
-        semantic_mode=run.options.semantic_mode,
-        fusion_alpha=run.options.fusion_alpha,
-        visible_attention=run.options.visible_attention,
+        **canvas_settings(run.options),
     )
     painter.vae.to(run.engine.accelerator.device)
     painter.set_progress_bar_config(disable=True)

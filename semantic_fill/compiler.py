@@ -5,6 +5,8 @@ Compiling takes longer than many steps, so a block must not be compiled twice. `
 inputs' strides and on whether they require grad. In FLUX, the first block of either kind differs from the others in one of
 these, and without the hooks below each kind would be compiled twice. torch's own cache leaves out blocks with autograd
 functions or with a chosen attention, so that the next run would trace and differentiate them again.
+
+Beside what is compiled lies what was tried: whether cuDNN's attention, which only compiled blocks take, works here.
 """
 
 import contextlib

@@ -23,7 +23,6 @@ from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline, tile_across_panels
-from semantic_attention import SINGLE_MAP
 from semantic_fill.data import TriptychDataset
 from semantic_fill.files import (
     FileMemory,
@@ -37,7 +36,7 @@ from semantic_fill.files import (
     tokenizer_fingerprint,
     write_encoding,
 )
-from semantic_fill.layout import Layout
+from semantic_fill.layout import Layout, canvas_settings
 from semantic_fill.memory import device_memory, parameter_bytes
 from semantic_fill.options import Options
 from semantic_fill.sampling import SampleSpec, ValidationPlan
@@ -60,10 +59,7 @@ def load_encoders(options: Options, dtype: torch.dtype) -> FluxFillSemanticPipel
             source,
             transformer=None,
             dtype=dtype,
-            semantic_mode=options.semantic_mode,
-            fusion_alpha=options.fusion_alpha,
-            semantic_maps=None if options.semantic_maps == SINGLE_MAP else options.semantic_maps,
-            visible_attention=options.visible_attention,
+            **canvas_settings(options),
             **options.loading,
         )
     except safetensors.SafetensorError as error:

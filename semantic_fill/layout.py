@@ -1,9 +1,23 @@
 # Copyright 2026 The Semantic Fill authors. Licensed under the Apache License, Version 2.0.
-"""The canvas of a run in tokens: which token lies on which panel, and at which place of it."""
+"""The canvas of a run: what is on it, and in tokens, which lies on which panel and at which place of it."""
+
+from typing import Any
 
 import torch
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline, panel_positions
+from semantic_attention import SINGLE_MAP
+from semantic_fill.options import Options
+
+
+def canvas_settings(options: Options) -> dict[str, Any]:
+    """The arguments with which a pipeline encodes and paints the canvas of a run."""
+    return {
+        "semantic_mode": options.semantic_mode,
+        "fusion_alpha": options.fusion_alpha,
+        "semantic_maps": None if options.semantic_maps == SINGLE_MAP else options.semantic_maps,
+        "visible_attention": options.visible_attention,
+    }
 
 
 class Layout:

@@ -56,6 +56,7 @@ def checkpoint_products(transformer: FluxTransformer2DModel) -> None:
         plain = cls.forward
 
         def forward(self, *args, **kwargs):
+            # Without gradients nothing is recomputed, and a checkpoint would not let attention keep its keys and values.
             if not torch.is_grad_enabled():
                 return plain(self, *args, **kwargs)
             context_fn = functools.partial(create_selective_checkpoint_contexts, keep_products)
@@ -149,7 +150,7 @@ class Workload:
     Args:
         transformer (`FluxTransformer2DModel`): Only its sizes are read, so it may be on the meta device.
         image_tokens, text_tokens (`int`): Tokens of one sample.
-        seen_tokens (`int`): Those of them whose keys and values alone are kept, without gradients.
+        seen_tokens (`int`): Further tokens of a pass without gradients, which keeps their keys and values alone.
         dtype (`torch.dtype`): What the run computes in.
         batch_size, rank, use_8bit_adam, ema_decay: As the options of these names. With Prodigy `use_8bit_adam` is `None`.
     """

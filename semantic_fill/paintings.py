@@ -16,10 +16,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import free_memory
 
 from pipeline_flux_fill_semantic import FluxFillSemanticPipeline
-from semantic_attention import SINGLE_MAP
 from semantic_fill.encoding import Encoder
 from semantic_fill.engines import Engine
 from semantic_fill.files import CHECKPOINTS_REMAIN, explain_write_errors, read_encoding
+from semantic_fill.layout import canvas_settings
 from semantic_fill.metrics import likeness
 from semantic_fill.options import Options
 from semantic_fill.page import sample_file
@@ -85,10 +85,7 @@ def _paint(model, encoder: Encoder, engine: Engine, options: Options) -> list[di
         components |= {"text_encoder": None, "text_encoder_2": None}
     pipeline = FluxFillSemanticPipeline(
         **components | {"transformer": model.transformer, "semantic_attention": model.semantic_attention},
-        semantic_mode=options.semantic_mode,
-        fusion_alpha=options.fusion_alpha,
-        semantic_maps=None if options.semantic_maps == SINGLE_MAP else options.semantic_maps,
-        visible_attention=options.visible_attention,
+        **canvas_settings(options),
     )
     pipeline.set_progress_bar_config(disable=True)
     indices = range(min(options.num_validation_images, len(dataset)))

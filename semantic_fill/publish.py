@@ -106,6 +106,14 @@ def as_string(value: str) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("`", "\\u0060")
 
 
+CAUSAL_WARNING = """\
+Prompt and visible view were trained to be computed once (`visible_attention` in the LoRA's metadata). The pipeline
+below follows it. A program that does not know it, such as a stock `FluxFillPipeline`, ComfyUI's own loader or sd-scripts,
+loads this LoRA all the same and **paints wrong pictures**.
+
+"""
+
+
 def save_model_card(path: Path, options: Options, report: str, samples: list[Path], code: bytes) -> None:
     """
     Writes the model card.
@@ -136,13 +144,7 @@ def save_model_card(path: Path, options: Options, report: str, samples: list[Pat
     origin = [(name, getattr(options, name)) for name in ("revision", "variant")]
     origin = "".join(f" {name}={as_string(value)}," for name, value in origin if value is not None)
     size = "the nearest of several shapes of this area" if options.aspect_buckets else "this size"
-    causal = ""
-    if options.visible_attention == "causal":
-        causal = """Prompt and visible view were trained to be computed once (`visible_attention` in the LoRA's metadata). The pipeline
-below follows it. A program that does not know it, such as a stock `FluxFillPipeline`, ComfyUI's own loader or sd-scripts,
-loads this LoRA all the same and **paints wrong pictures**.
-
-"""
+    causal = CAUSAL_WARNING if options.visible_attention == "causal" else ""
     text = f"""
 # Semantic fill: {as_text(repo)}
 

@@ -21,7 +21,8 @@ from accelerate.tracking import get_available_trackers
 from diffusers import FluxTransformer2DModel
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, panel_positions, read_trained_settings
-from semantic_fill.memory import CUDNN, empty_transformer
+from semantic_fill.compiler import CUDNN
+from semantic_fill.memory import empty_transformer
 from semantic_fill.options import Options
 from semantic_fill.precision import PRECISIONS, quantize_blocks
 from semantic_fill.weights import load_weights

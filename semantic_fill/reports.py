@@ -16,17 +16,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from semantic_fill.compiler import CUDNN
 from semantic_fill.encoding import Encoder
 from semantic_fill.engines import Engine
-from semantic_fill.memory import (
-    CUDNN,
-    Plan,
-    Workload,
-    choose_plan,
-    empty_transformer,
-    memory_advice,
-    parameter_bytes,
-)
+from semantic_fill.memory import Plan, Workload, choose_plan, empty_transformer, memory_advice, parameter_bytes
 from semantic_fill.options import Options
 from semantic_fill.sampling import ResumableBatchSampler
 from semantic_fill.training_state import TrainingState, loss_labels, worth_labels

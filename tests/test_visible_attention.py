@@ -93,7 +93,7 @@ def masked_forward(transformer, inputs: dict) -> torch.Tensor:
 
     handles = [
         getattr(block, name).register_forward_pre_hook(choose(part), with_kwargs=True)
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        for block in blocks_of(transformer)
         for name, part in parts.items()
         if hasattr(block, name)
     ]
