@@ -41,6 +41,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--resolution", type=int, help="Pixels of one panel. Default: 512, or 64 with the small shapes."
     )
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--pictures", type=int, default=1, help="Pictures painted in one call.")
     parser.add_argument("--rounds", type=int, default=3, help="Turns of the two pipelines.")
     parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Thresholds of FirstBlockCache.")
     parser.add_argument("--picture", type=Path, help="A triptych to paint, for --shape base.")
@@ -125,6 +126,7 @@ class Painter:
         args = self.args
         same = self.prompt | {
             "num_inference_steps": args.steps,
+            "num_images_per_prompt": args.pictures,
             "guidance_scale": 30.0,
             "output_type": "pt",
             "generator": torch.Generator().manual_seed(0),

@@ -83,9 +83,12 @@ CUDNN_TRIAL = """
 import sys, torch, torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 *shape, dtype, device = sys.argv[1:]
-shape, options = tuple(map(int, shape)), {"dtype": getattr(torch, dtype), "device": device}
-inputs = [torch.randn(shape, **options).transpose(1, 2).requires_grad_() for _ in range(3)]
-out_grad = torch.randn(shape, **options).transpose(1, 2)
+batch, queries, keys, heads, channels = map(int, shape)
+def random(tokens):
+    options = {"dtype": getattr(torch, dtype), "device": device}
+    return torch.randn(batch, tokens, heads, channels, **options).transpose(1, 2)
+inputs = [random(tokens).requires_grad_() for tokens in (queries, keys, keys)]
+out_grad = random(queries)
 grads = {}
 for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
     with sdpa_kernel(backend):
@@ -96,14 +99,14 @@ for ours, theirs in zip(*grads.values()):
 """
 
 
-def cudnn_attends(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
+def cudnn_attends(shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
     """
     Whether cuDNN's attention, the fastest from compute capability 9.0 on, survives a backward pass and agrees with
     another kernel. Some of its versions crash the process at some shapes, so the trial runs in a process of its own. It
     takes ten seconds, so a success is remembered.
 
     Args:
-        shape (`tuple[int, int, int, int]`): Batch, tokens, heads and channels of a head.
+        shape (`tuple[int, int, int, int, int]`): Batch, queries, keys, heads and channels of a head.
     """
     arguments = [*map(str, shape), str(dtype).removeprefix("torch."), str(device)]
     command = [sys.executable, "-c", CUDNN_TRIAL, *arguments]

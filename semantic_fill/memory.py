@@ -150,9 +150,9 @@ class Workload:
     Args:
         transformer (`FluxTransformer2DModel`): Only its sizes are read, so it may be on the meta device.
         image_tokens, text_tokens (`int`): Tokens of one sample.
-        seen_tokens (`int`): Further tokens of a pass without gradients, which keeps their keys and values alone.
         dtype (`torch.dtype`): What the run computes in.
-        batch_size, rank, use_8bit_adam, ema_decay: As the options of these names. With Prodigy `use_8bit_adam` is `None`.
+        batch_size, rank, use_8bit_adam, ema_decay, visible_attention, visible_gradients: As the options of these names.
+            With Prodigy `use_8bit_adam` is `None`.
     """
 
     transformer: FluxTransformer2DModel
@@ -163,11 +163,26 @@ class Workload:
     rank: int
     use_8bit_adam: bool | None
     ema_decay: float | None
-    seen_tokens: int = 0
+    visible_attention: str = "joint"
+    visible_gradients: bool = True
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens of the first of two passes, whose keys and values the second attends to."""
+        return 0 if self.visible_attention == "joint" else self.image_tokens // 2 + self.text_tokens
+
+    @property
+    def attentions(self) -> list[tuple[int, int]]:
+        """Numbers of queries and of keys of each attention that gradients go through."""
+        every, seen = self.image_tokens + self.text_tokens, self.seen_tokens
+        first = [(seen, seen)] if seen and self.visible_gradients else []
+        return [*first, (every - seen, every)]
 
     @property
     def tokens(self) -> int:
-        return self.image_tokens + self.text_tokens
+        """Tokens of all that gradients go through. If two passes have any, the second computes a prompt too."""
+        queries = sum(queries for queries, _ in self.attentions)
+        return queries + self.text_tokens * (len(self.attentions) - 1)
 
 
 # Of the precisions whose products are equally fast, the more precise first. Each then recomputes as few blocks as it can.
@@ -256,8 +271,11 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
     width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     eager = not plan.compile
     bytes_of = {name: kept[eager] * tokens * width for name, kept in KEPT_BYTES.items()}
+    # The second of two passes copies these to put its own beside them.
+    seen = 2 * workload.batch_size * workload.seen_tokens * width * itemsize
+    bytes_of["none"] += seen
     # A block that is recomputed keeps for a while what it would keep without checkpointing.
-    recomputed = KEPT_BYTES["none"][eager] * tokens * width * 2
+    recomputed = 2 * bytes_of["none"]
     if isinstance(plan.checkpointing, str):
         kept = len(blocks) * bytes_of[plan.checkpointing] + recomputed * (plan.checkpointing != "none")
     else:
@@ -265,7 +283,8 @@ def estimate_parts(plan: Plan, workload: Workload) -> dict[str, float]:
         kept = recomputing * bytes_of["full"]
         # What the other blocks keep is gone before anything is recomputed.
         kept += max((len(blocks) - recomputing) * bytes_of["none"], recomputed)
-    kept += len(blocks) * 2 * workload.batch_size * workload.seen_tokens * width * itemsize
+    if not workload.visible_gradients:
+        kept += len(blocks) * seen
     painting = workload.image_tokens * PAINTING_BYTES * itemsize / 2 + average
     return {"loading": loading, "training": resident + lora * 4 + kept, "painting": resident + painting}
 
@@ -317,10 +336,12 @@ def choose_plan(workload: Workload, fixed: dict[str, str | bool | None], device:
         if peak <= limit:
             break
     config = workload.transformer.config
-    shape = (workload.batch_size, workload.tokens, config["num_attention_heads"], config["attention_head_dim"])
+    heads = config["num_attention_heads"], config["attention_head_dim"]
+    shapes = [(workload.batch_size, *tokens, *heads) for tokens in workload.attentions]
     # Eager blocks have crashed where the trial and compiled blocks were fine (benchmarks/RESULTS.md).
-    if "attention_backend" not in fixed and plan.compile and major >= 9 and cudnn_attends(shape, device, dtype):
-        plan = replace(plan, attention_backend=CUDNN)
+    if "attention_backend" not in fixed and plan.compile and major >= 9:
+        if all(cudnn_attends(shape, device, dtype) for shape in shapes):
+            plan = replace(plan, attention_backend=CUDNN)
     products = f"no fp8 products (compute capability {major}.{minor}, {dtype})" if unsuited else "fp8 products"
     verdict = "" if peak <= limit else "; nothing fits, so this is what needs least"
     return plan, f"{free / 2**30:.1f} GiB are free, {products}{verdict}. Needed: {'; '.join(tried[:-3:-1])}"

@@ -203,29 +203,23 @@ def log_shapes(run, batch) -> Iterator[None]:
 
 
 def workload(options: Options, encoder: Encoder) -> Workload:
-    # Both passes of `causal_forward` have the prompt. Of one without gradients, only keys and values are kept.
-    prompts, seen_tokens = 1 if options.visible_attention == "joint" else 2, 0
-    if options.visible_attention == "causal" and not options.visible_gradients:
-        prompts, seen_tokens = 0, encoder.image_tokens // 2 + encoder.max_sequence_length
     return Workload(
         empty_transformer(options.pretrained_model_name_or_path, options.revision, options.cache_dir),
         encoder.image_tokens,
-        prompts * encoder.max_sequence_length,
+        encoder.max_sequence_length,
         encoder.pipeline.vae.dtype,
         options.train_batch_size,
         options.rank,
         options.use_8bit_adam if options.optimizer == "adamw" else None,
         options.ema_decay,
-        seen_tokens,
+        options.visible_attention,
+        options.visible_gradients,
     )
 
 
 def plan_fast(options: Options, encoder: Encoder, device: torch.device) -> Any:
     """The choice of `--fast`, made by one process: they may differ in free memory but not in precision."""
     fixed = {field.name: getattr(options, field.name) for field in fields(Plan)}
-    if options.visible_attention == "causal" and fixed["attention_backend"] is None:
-        # Nobody has tried cuDNN's attention with fewer queries than keys.
-        fixed["attention_backend"] = "native"
     plan, reason = broadcast_object_list(list(choose_plan(workload(options, encoder), fixed, device)))
     logger.info(f"--fast chose {plan}: {reason}")
     return plan

@@ -232,11 +232,11 @@ def test_a_trial_that_succeeded_is_not_repeated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "compiled"))
-    trial = (2, 16, 2, 16), torch.device("cuda", 0), torch.bfloat16
+    trial = (2, 16, 16, 2, 16), torch.device("cuda", 0), torch.bfloat16
     # The failure is tried again, and the success is not.
     assert [memory.cudnn_attends(*trial) for _ in range(4)] == [False, True, True, True] and len(commands) == 2
     # Each of these could crash where the other did not.
-    assert memory.cudnn_attends((4, 16, 2, 16), *trial[1:]) and len(commands) == 3
+    assert memory.cudnn_attends((2, 8, 16, 2, 16), *trial[1:]) and len(commands) == 3
     assert memory.cudnn_attends(*trial[:2], torch.float16) and len(commands) == 4
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 99999)
     assert memory.cudnn_attends(*trial) and len(commands) == 5

@@ -261,7 +261,7 @@ def test_cudnn_attention_without_compilation_is_warned_of(caplog, options, warne
 
 def test_a_trial_of_cudnn_that_dies_is_no_error():
     # There is no GPU of this number.
-    assert not memory.cudnn_attends((1, 16, 2, 16), torch.device("cuda", 99), torch.bfloat16)
+    assert not memory.cudnn_attends((1, 16, 16, 2, 16), torch.device("cuda", 99), torch.bfloat16)
 
 
 def test_fast_leaves_what_was_passed(choose):

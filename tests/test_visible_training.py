@@ -12,7 +12,7 @@ from pipeline_helpers import differs
 
 from pipeline_flux_fill_semantic import read_trained_settings
 from semantic_fill import reports
-from semantic_fill.memory import Plan, estimate_parts
+from semantic_fill.memory import KEPT_BYTES, Plan, estimate_parts
 from semantic_fill.paintings import paint_samples
 from semantic_fill.precision import blocks_of
 
@@ -78,33 +78,33 @@ def test_gradients_leave_out_the_visible_pass_on_request(gradients_with):
 
 
 @pytest.mark.parametrize(
-    "visible, backend, tokens, seen",
+    "visible, tokens, attentions",
     [
-        ("joint", None, 16, 0),
-        ("causal", "native", 32, 0),
-        # Views of 32 x 32 pixels.
-        ("causal --no-visible_gradients", "native", 0, 4 + 16),
+        # Views of 32 x 32 pixels have 4 tokens each, and the prompt has 16.
+        ("joint", 24, [(24, 24)]),
+        ("causal", 40, [(20, 20), (4, 24)]),
+        ("causal --no-visible_gradients", 4, [(4, 24)]),
     ],
 )
-def test_fast_counts_both_passes_and_leaves_cudnn_out(
-    base_folder, triptych_folder, tmp_path, monkeypatch, visible, backend, tokens, seen
-):
+def test_fast_counts_both_passes(base_folder, triptych_folder, tmp_path, monkeypatch, visible, tokens, attentions):
     asked = []
 
     def choose(workload, fixed, device):
-        asked.append((workload, fixed))
+        asked.append(workload)
         return Plan("bf16", "none", compile=False), "for a test"
 
     monkeypatch.setattr(reports, "choose_plan", choose)
     options = ("--fast", "--max_sequence_length", "16", "--visible_attention", *visible.split())
     assemble(arguments(base_folder, tmp_path, *options, data=triptych_folder))
-    ((workload, fixed),) = asked
-    assert (fixed["attention_backend"], workload.text_tokens, workload.seen_tokens) == (backend, tokens, seen)
-    with_nothing_kept = replace(workload, seen_tokens=0)
-    plan = Plan("bf16", "full", compile=False)
-    kept = estimate_parts(plan, workload)["training"] - estimate_parts(plan, with_nothing_kept)["training"]
-    # Keys and values of each of the base's two blocks, with 32 channels in float32, for two samples.
-    assert kept == 2 * 2 * 32 * 4 * 2 * seen
+    (workload,) = asked
+    assert (workload.tokens, workload.attentions) == (tokens, attentions)
+    # One more token to attend to is a key and a value in each of the base's two blocks, with 32 channels in float32, for two
+    # samples. They are copied beside the target's, and without gradients also kept.
+    longer, one = replace(workload, text_tokens=17), 2 * 32 * 4 * 2
+    copies = {"joint": 0, "causal": 1}.get(visible, 2)
+    plan = Plan("bf16", "none", compile=False)
+    kept = estimate_parts(plan, longer)["training"] - estimate_parts(plan, workload)["training"]
+    assert kept == 2 * (one * copies + KEPT_BYTES["none"][1] * 32 * 4 / 2 * 2 * (longer.tokens - workload.tokens))
 
 
 def test_a_causal_run_paints_goes_on_and_keeps_its_choice(base_folder, triptych_folder, tmp_path):
