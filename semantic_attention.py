@@ -1243,6 +1243,12 @@ class CausalAttnProcessor(FluxAttnProcessor):
         return dispatch_attention_fn(query, keys, values, backend=self._attention_backend), (key, value)
 
 
+def _attentions_of(transformer: Any) -> dict[str, Any]:
+    """The attention layers of FLUX's blocks by name. Looking for them in all modules takes longer than some steps."""
+    names = ("transformer_blocks", "single_transformer_blocks")
+    return {f"{name}.{i}.attn": block.attn for name in names for i, block in enumerate(getattr(transformer, name))}
+
+
 def use_causal_attention(transformer: Any) -> None:
     r"""
     Prepares the attention of a `FluxTransformer2DModel` for the passes of `causal_forward`. Other calls are as before.
@@ -1251,14 +1257,16 @@ def use_causal_attention(transformer: Any) -> None:
         `ValueError`: The transformer has other attention processors than FLUX's own, or is sharded along its tokens.
     """
     processors = {}
-    for name, stock in transformer.attn_processors.items():
+    for name, attn in _attentions_of(transformer).items():
+        stock = attn.processor
         if type(stock) not in (FluxAttnProcessor, CausalAttnProcessor) or stock._parallel_config is not None:
             raise ValueError(
                 f'`visible_attention="causal"` replaces FLUX\'s own attention processors, but `{name}` is'
                 f" {type(stock).__name__} with the parallel configuration {stock._parallel_config}."
             )
-        processors[name] = stock if type(stock) is CausalAttnProcessor else CausalAttnProcessor(stock)
-    transformer.set_attn_processor(processors)
+        processors[attn] = stock if type(stock) is CausalAttnProcessor else CausalAttnProcessor(stock)
+    for attn, processor in processors.items():
+        attn.set_processor(processor)
 
 
 def show_condition(hidden_states: torch.Tensor, columns: int) -> torch.Tensor:
@@ -1284,8 +1292,8 @@ def inputs_of_pass(view: str, tokens: torch.Tensor, img_ids: torch.Tensor, input
 
 def forget_visible(transformer: Any) -> None:
     r"""Drops the keys and values that a pass of the visible view has kept."""
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.attn.processor.kept = ()
+    for attn in _attentions_of(transformer).values():
+        attn.processor.kept = ()
 
 
 def causal_forward(
@@ -1350,7 +1358,8 @@ def causal_painting(transformer: Any, columns: int, enhance: Callable | None = N
         enhance (`Callable`, *optional*):
             A forward pre-hook with keyword arguments that works on the whole diptych.
     """
-    stock, thread, moved = transformer.attn_processors, threading.get_ident(), []
+    stock = {attn: attn.processor for attn in _attentions_of(transformer).values()}
+    thread, moved = threading.get_ident(), []
 
     def before(transformer, args, kwargs):
         if threading.get_ident() != thread or "view" in (kwargs.get("joint_attention_kwargs") or {}):
@@ -1378,7 +1387,8 @@ def causal_painting(transformer: Any, columns: int, enhance: Callable | None = N
 
     def restore():
         forget_visible(transformer)
-        transformer.set_attn_processor(stock)
+        for attn, processor in stock.items():
+            attn.set_processor(processor)
 
     with _PAINTING, contextlib.ExitStack() as stack:
         use_causal_attention(transformer)

@@ -12,6 +12,7 @@ causal` do, which compute prompt and visible view once.
 
 import argparse
 import json
+import re
 import statistics
 import time
 import traceback
@@ -44,6 +45,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=1, help="Pictures painted in one call.")
     parser.add_argument("--rounds", type=int, default=3, help="Turns of the two pipelines.")
     parser.add_argument("--thresholds", default="0.03,0.06,0.1", help="Thresholds of FirstBlockCache.")
+    parser.add_argument("--only", default="", help="A regular expression: rows whose names it finds are timed.")
     parser.add_argument("--picture", type=Path, help="A triptych to paint, for --shape base.")
     parser.add_argument("--prompt", default="hillshade to satellite", help="For --shape base.")
     parser.add_argument(
@@ -210,16 +212,24 @@ def main(args: argparse.Namespace) -> None:
             report.add(row=name, result=f"{type(error).__name__}: {str(error)[:200]}")
             return False
 
+    def is_wanted(name):
+        return re.search(args.only, name)
+
     eager = {}
 
     def with_lora():
         painter.add_lora()
-        painter.slow = painter.paint("guided")[0]
-        report.add(row="eager, LoRA not fused", **{"guided, s": painter.paint("guided")[1]})
+        if args.shape == "base":
+            painter.slow = painter.paint("guided")[0]
+        if is_wanted(name := "eager, LoRA not fused"):
+            turns(painter, report, name, 1, painters=("guided",))
 
     def compare(name):
+        if not is_wanted(name):
+            return
         row = turns(painter, report, name, max(1, args.rounds - 1), painters=("guided", "causal"))
-        report.rows[-1]["times eager FluxFillPipeline"] = eager["FluxFillPipeline, s"] / row["guided, s"]
+        if eager:
+            report.rows[-1]["times eager FluxFillPipeline"] = eager["FluxFillPipeline, s"] / row["guided, s"]
         if args.shape == "base":
             report.rows[-1]["PSNR dB"] = psnr(painter.paint("guided")[0], painter.slow)
         report.save()
@@ -242,16 +252,18 @@ def main(args: argparse.Namespace) -> None:
             painter.compile()
             decisions.taken, decisions.replayed = [], replayed.get(threshold)
             compare(f"LoRA fused, fp8, compiled, FirstBlockCache {threshold}")
-            computed = decisions.taken[-args.steps :]
-            report.rows[-1] |= {"steps computed": f"{sum(computed)} of {args.steps}"}
-            report.note(computed=report.more.get("computed", {}) | {threshold: computed})
+            if computed := decisions.taken[-args.steps :]:
+                report.rows[-1] |= {"steps computed": f"{sum(computed)} of {args.steps}"}
+                report.note(computed=report.more.get("computed", {}) | {threshold: computed})
 
         return step
 
-    attempt("eager", lambda: eager.update(turns(painter, report, "eager", args.rounds)))
+    if is_wanted("eager"):
+        attempt("eager", lambda: eager.update(turns(painter, report, "eager", args.rounds)))
     if attempt("LoRA", with_lora) and attempt("LoRA fused", fused):
         painter.transformer.compile_repeated_blocks()
-        attempt("compiled", lambda: turns(painter, report, "compiled", args.rounds))
+        if is_wanted("compiled"):
+            attempt("compiled", lambda: turns(painter, report, "compiled", args.rounds))
         attempt("fp8", in_fp8)
         for threshold in map(float, args.thresholds.split(",")):
             attempt(f"FirstBlockCache {threshold}", cached(threshold))
