@@ -309,6 +309,13 @@ def test_estimate_agrees_with_what_was_measured(plan, batch_size, tokens, use_8b
     assert estimate == pytest.approx(gibibytes, rel=0.08)
 
 
+@pytest.mark.parametrize("visible_gradients, gibibytes", [(True, 96.4), (False, 55.2)])
+def test_estimate_agrees_with_what_was_measured_of_causal_runs(visible_gradients, gibibytes):
+    workload = flux_workload(visible_attention="causal", visible_gradients=visible_gradients)
+    estimate = estimate_parts(Plan("fp8x2", "none", True), workload)["training"] / 2**30
+    assert estimate == pytest.approx(gibibytes, rel=0.03)
+
+
 @pytest.mark.parametrize(
     "plan, batch_size, use_8bit_adam, gibibytes",
     [
