@@ -14,7 +14,6 @@ the model, the noise, the loss, the optimizer and the loop. What they call is in
 import contextlib
 import functools
 import inspect
-import logging
 import math
 import sys
 from collections.abc import Callable
@@ -24,9 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.tracking import GeneralTracker
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
@@ -39,23 +36,24 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, FluxFillSemanticPipeline
-from semantic_attention import causal_forward, show_condition, use_causal_attention
+from semantic_attention import SemanticModel, causal_forward, show_condition, use_causal_attention
 from semantic_fill import reports
 from semantic_fill.averages import averaged
 from semantic_fill.checkpoints import Checkpointer, StopSignals, claim_output_dir, find_checkpoint
 from semantic_fill.command_line import parse_options
-from semantic_fill.compiler import compile_blocks, keep_compiled_code, start_workers
+from semantic_fill.compiler import compile_blocks, start_workers
 from semantic_fill.data import load_datasets
 from semantic_fill.encoding import Encoder, encode_datasets
-from semantic_fill.engines import DDP_OPTIONS, Engine, find_engine, frozen_garbage
+from semantic_fill.engines import Engine, find_engine, frozen_garbage
 from semantic_fill.files import ornament
 from semantic_fill.lora import add_lora
 from semantic_fill.memory import set_checkpointing
 from semantic_fill.options import ObjectiveOptions, Options
 from semantic_fill.page import painted_samples, write_page
+from semantic_fill.process import setup
 from semantic_fill.publish import open_repo, push_checkpoint, push_to_hub, replace_card, save_result, tracker_config
 from semantic_fill.quantizer import FrozenLinearConfig
-from semantic_fill.rehearsal import rehearse, require_tracker
+from semantic_fill.rehearsal import rehearse
 from semantic_fill.sampling import count_steps, plan_validation, prefetch, read_samples, seed_of
 from semantic_fill.sources import Source
 from semantic_fill.summary import Stopwatch, describe_run, summarize
@@ -63,8 +61,6 @@ from semantic_fill.training_state import TrainingState, check_same_base, check_s
 from semantic_fill.validation import HeldOut, extra_files, is_due, stops_early, validate
 from semantic_fill.weights import load_lora, load_module, load_weights
 
-
-logger = get_logger(__name__)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -112,22 +108,20 @@ class Objective:
     guidance_embeds: bool
 
     def shift(self, image_tokens: int) -> float:
-        """The factor s of t' = s t / (1 + (s - 1) t), which moves timesteps towards noise."""
-        return timestep_shift_factor(self.options.timestep_shift, self.scheduler, image_tokens)
-
-
-def timestep_shift_factor(shift: float | str, scheduler: FlowMatchEulerDiscreteScheduler, image_tokens: int) -> float:
-    """The factor of `--timestep_shift`; for `resolution` the one that inference uses for so many tokens."""
-    if shift == "none":
-        return 1.0
-    if shift != "resolution":
-        return float(shift)
-    config = scheduler.config
-    if not config["use_dynamic_shifting"]:
-        return config["shift"]
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu = calculate_shift(image_tokens, *(config[name] for name in names))
-    return mu if config["time_shift_type"] == "linear" else math.exp(mu)
+        """
+        The factor s of t' = s t / (1 + (s - 1) t), which moves timesteps towards noise. With `--timestep_shift resolution`
+        it is the one that inference uses for so many tokens.
+        """
+        shift, config = self.options.timestep_shift, self.scheduler.config
+        if shift == "none":
+            return 1.0
+        if shift != "resolution":
+            return float(shift)
+        if not config["use_dynamic_shifting"]:
+            return config["shift"]
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(image_tokens, *(config[name] for name in names))
+        return mu if config["time_shift_type"] == "linear" else math.exp(mu)
 
 
 def draw_timesteps(generators: list[torch.Generator], options: ObjectiveOptions) -> torch.Tensor:
@@ -199,12 +193,21 @@ def make_batch(
 
 
 class SemanticFillModel(torch.nn.Module):
-    """Everything that is trained in one module, so that one wrapper of DDP or FSDP2 holds it."""
+    """
+    Everything that is trained in one module, so that one wrapper of DDP or FSDP2 holds it.
 
-    def __init__(self, transformer: Any, semantic_attention: Any, causal_forward: Callable | None = None):
+    Args:
+        transformer (`FluxTransformer2DModel`): Frozen, with a LoRA.
+        semantic_attention (`SemanticModel`, *optional*): The module of the semantic mode.
+        causal_forward (`Callable`, *optional*): Takes the place of the transformer's forward.
+    """
+
+    def __init__(
+        self, transformer: Any, semantic_attention: SemanticModel | None, causal_forward: Callable | None = None
+    ):
         super().__init__()
         self.transformer, self.semantic_attention = transformer, semantic_attention
-        self.causal_forward = causal_forward  # takes the transformer's place with --visible_attention causal
+        self.causal_forward = causal_forward
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.predict(self.attend(batch), batch)
@@ -518,31 +521,6 @@ def train(run: Run) -> None:
 
 def parse_args(arguments: list[str] | None = None) -> Options:
     return parse_options(Options, __doc__, sys.argv[1:] if arguments is None else arguments)
-
-
-def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerator:
-    """The accelerator, and logging. A tracker of the caller's own takes the place of `--report_to`."""
-    if log_with is None:
-        require_tracker(options.report_to)
-    logging_dir = str(Path(options.output_dir, options.logging_dir))
-    accelerator = Accelerator(
-        # A plugin, because an environment variable of accelerate would override the plain number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=options.gradient_accumulation_steps),
-        mixed_precision=options.mixed_precision,
-        log_with=log_with or (None if options.report_to == "none" else options.report_to),
-        project_config=ProjectConfiguration(project_dir=options.output_dir, logging_dir=logging_dir),
-        kwargs_handlers=[DDP_OPTIONS],
-    )
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S")
-    for name in (__name__, "semantic_fill"):
-        logging.getLogger(name).setLevel(options.log_level.upper())
-    reports.show_library_warnings()
-    keep_compiled_code()
-    if options.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    # In torch 2.11 the backward of cuDNN's attention crashes or gives NaN. Flash attention takes over.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return accelerator
 
 
 def finish(run: Run, repo_id: str | None) -> None:

@@ -377,8 +377,6 @@ class Options(
         if self.visible_attention == "causal" and not target_alone:
             got = f"--loss_region {self.loss_region} with --semantic_mode {self.semantic_mode}"
             raise ValueError(f"--visible_attention causal paints the target alone, so it cannot go with {got}.")
-        if self.visible_attention == "joint" and not self.visible_gradients:
-            raise ValueError("--no-visible_gradients needs --visible_attention causal.")
         rates = {self.learning_rate, self.semantic_learning_rate, self.semantic_scale_learning_rate}
         if self.optimizer == "prodigy" and len(rates) > 1:
             raise ValueError(f"--optimizer prodigy takes one learning rate for all weights but got {sorted(rates)}.")
@@ -387,7 +385,9 @@ class Options(
                 f"--lr_warmup_steps {self.lr_warmup_steps} has to be below the {self.max_train_steps} steps of the run."
             )
         if self.validation_data_dir is not None and self.validation_fraction:
-            raise ValueError("--validation_data_dir and --validation_fraction each say what is held out. Pass one.")
+            raise ValueError(
+                "--validation_data_dir and --validation_fraction cannot go together: each says what is held out."
+            )
         held_out = self.validation_steps and (self.validation_data_dir or self.validation_fraction)
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(self, name) and not held_out:

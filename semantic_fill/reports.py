@@ -9,9 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
@@ -27,29 +25,6 @@ from semantic_fill.views import VIEWS
 
 
 logger = get_logger(__name__)
-
-
-# Warnings of libraries that tell a user nothing: the start of the logger's name, of the message, and why.
-NOISE = (
-    # The trainer offers these backends by its own option, and tries them before it encodes.
-    ("diffusers.models", "Attention backends are an experimental feature"),
-    # FLUX takes one vector from CLIP, whatever the prompt's length. What T5 cuts is counted once for all captions.
-    ("diffusers.pipelines.flux", "The following part of your input was truncated"),
-    ("transformers.tokenization", "Token indices sequence length is longer"),
-)
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """A filter for the loggers of libraries that leaves out `NOISE`."""
-    return not any(record.name.startswith(name) and record.msg.startswith(text) for name, text in NOISE)
-
-
-def show_library_warnings() -> None:
-    """Has the libraries that load models show their warnings, but for those that are noise."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_warning()
-        for handler in logging.getLogger(library.__name__).handlers:
-            handler.addFilter(is_news)
 
 
 def announce(model, options: Options) -> None:

@@ -229,7 +229,7 @@ RULES = [
     ),
     (
         "--validation_data_dir v --validation_fraction 0.1",
-        "--validation_data_dir and --validation_fraction each say what is held out",
+        "--validation_data_dir and --validation_fraction cannot go together",
         "--validation_data_dir v --validation_fraction 0",
     ),
     (

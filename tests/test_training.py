@@ -173,7 +173,7 @@ def test_the_loss_does_not_wait_for_the_device(base_folder, triptych_folder, tmp
 @pytest.mark.parametrize("option, expected", [("none", 0.25), ("3.0", 0.5), ("resolution", None)])
 def test_timestep_shift_is_that_of_inference(base, option, expected):
     options = Options(pretrained_model_name_or_path="unused", train_data_dir="unused", timestep_shift=option)
-    shift = trainer.timestep_shift_factor(options.timestep_shift, base.scheduler, image_tokens=2048)
+    shift = trainer.Objective(options, base.scheduler, guidance_embeds=True).shift(image_tokens=2048)
     shifted = shift * 0.25 / (1 + (shift - 1) * 0.25)
     if expected is None:
         expected = reference.shift_timestep(torch.tensor(0.25, dtype=torch.float64), 2048).item()
@@ -188,7 +188,8 @@ def test_timestep_shift_is_that_of_the_scheduler(base, settings):
         2048, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
     scheduler.set_timesteps(sigmas=[0.25], mu=mu)
-    shift = trainer.timestep_shift_factor("resolution", scheduler, image_tokens=2048)
+    options = Options(pretrained_model_name_or_path="unused", train_data_dir="unused", timestep_shift="resolution")
+    shift = trainer.Objective(options, scheduler, guidance_embeds=True).shift(image_tokens=2048)
     assert shift * 0.25 / (1 + (shift - 1) * 0.25) == pytest.approx(scheduler.sigmas[0].item(), rel=1e-6)
 
 

@@ -134,7 +134,6 @@ def test_a_causal_run_paints_goes_on_and_keeps_its_choice(base_folder, triptych_
             "--visible_attention causal --loss_region diptych",
             "it cannot go with --loss_region diptych with --semantic_mode",
         ),
-        ("--no-visible_gradients", "--no-visible_gradients needs --visible_attention causal"),
     ],
 )
 def test_options_that_cannot_go_with_causal(options, refused, capsys):
