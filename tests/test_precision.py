@@ -109,6 +109,8 @@ def test_compiled_layers_compute_the_same_and_keep_no_restored_weight(precision)
 
 @pytest.mark.parametrize("precision, name", [("fp8", "_scaled_mm"), ("int8mm", "_int_mm")])
 def test_both_products_are_of_8_bits(precision, name, monkeypatch):
+    if not PRECISIONS[precision].suits(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this torch multiplies no fp8 on a CPU")
     products = []
     product = getattr(torch, name)
     monkeypatch.setattr(torch, name, lambda a, b, *args, **kw: products.append((a, b)) or product(a, b, *args, **kw))
