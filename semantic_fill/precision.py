@@ -283,7 +283,7 @@ class Fp8Linear(Int8Linear):
         # With one scale a row, `_scaled_mm` can only write bfloat16, and on CPUs it knows them from torch 2.13 on.
         if device.type == "cuda":
             return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 9)
-        return dtype == torch.bfloat16 and (device.type != "cpu" or torch.__version__ >= (2, 13))
+        return dtype == torch.bfloat16 and (device.type != "cpu" or torch.__version__ >= "2.13")
 
     def quantize(self, weight: torch.Tensor) -> None:
         rows, self.scale = to_fp8(weight)
