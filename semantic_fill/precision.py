@@ -280,10 +280,10 @@ class Fp8Linear(Int8Linear):
 
     @classmethod
     def suits(cls, device: torch.device, dtype: torch.dtype) -> bool:
-        # With one scale a row, `_scaled_mm` can only write bfloat16, and on CPUs it knows them from torch 2.13 on.
+        # With one scale a row, `_scaled_mm` can only write bfloat16, and on CPUs it knows them from torch 2.12 on.
         if device.type == "cuda":
             return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 9)
-        return dtype == torch.bfloat16 and (device.type != "cpu" or torch.__version__ >= "2.13")
+        return dtype == torch.bfloat16 and (device.type != "cpu" or torch.__version__ >= "2.12")
 
     def quantize(self, weight: torch.Tensor) -> None:
         rows, self.scale = to_fp8(weight)
