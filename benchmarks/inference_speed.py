@@ -163,7 +163,7 @@ class Painter:
         self.transformer.compile_repeated_blocks()
 
 
-def turns(painter: Painter, report: Report, name: str, rounds: int, painters: tuple[str, ...] = PAINTERS) -> dict:
+def turns(painter: Painter, report: Report, name: str, rounds: int, painters: tuple[str, ...]) -> dict:
     """
     Medians of painting in turns, and of what each takes more than the first one in the same turn. The clocks change by
     more than that from turn to turn. The first turn warms up.
@@ -212,8 +212,9 @@ def main(args: argparse.Namespace) -> None:
             report.add(row=name, result=f"{type(error).__name__}: {str(error)[:200]}")
             return False
 
-    def is_wanted(name):
-        return re.search(args.only, name)
+    def measure(name, rounds=args.rounds, painters=PAINTERS):
+        """The row of this name, which is empty unless `--only` finds it."""
+        return turns(painter, report, name, rounds, painters) if re.search(args.only, name) else {}
 
     eager = {}
 
@@ -221,13 +222,12 @@ def main(args: argparse.Namespace) -> None:
         painter.add_lora()
         if args.shape == "base":
             painter.slow = painter.paint("guided")[0]
-        if is_wanted(name := "eager, LoRA not fused"):
-            turns(painter, report, name, 1, painters=("guided",))
+        measure("eager, LoRA not fused", rounds=1, painters=("guided",))
 
     def compare(name):
-        if not is_wanted(name):
+        row = measure(name, rounds=max(1, args.rounds - 1), painters=("guided", "causal"))
+        if not row:
             return
-        row = turns(painter, report, name, max(1, args.rounds - 1), painters=("guided", "causal"))
         if eager:
             report.rows[-1]["times eager FluxFillPipeline"] = eager["FluxFillPipeline, s"] / row["guided, s"]
         if args.shape == "base":
@@ -258,12 +258,10 @@ def main(args: argparse.Namespace) -> None:
 
         return step
 
-    if is_wanted("eager"):
-        attempt("eager", lambda: eager.update(turns(painter, report, "eager", args.rounds)))
+    attempt("eager", lambda: eager.update(measure("eager")))
     if attempt("LoRA", with_lora) and attempt("LoRA fused", fused):
         painter.transformer.compile_repeated_blocks()
-        if is_wanted("compiled"):
-            attempt("compiled", lambda: turns(painter, report, "compiled", args.rounds))
+        attempt("compiled", lambda: measure("compiled"))
         attempt("fp8", in_fp8)
         for threshold in map(float, args.thresholds.split(",")):
             attempt(f"FirstBlockCache {threshold}", cached(threshold))
