@@ -8,13 +8,12 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from semantic_fill.compiler import keep_compiled_code
 from semantic_fill.engines import DDP_OPTIONS
 from semantic_fill.options import Options
-from semantic_fill.rehearsal import require_tracker
 
 
 # Warnings of libraries that tell a user nothing: the start of the logger's name, of the message, and why.
@@ -38,6 +37,17 @@ def show_library_warnings() -> None:
         library.utils.logging.set_verbosity_warning()
         for handler in logging.getLogger(library.__name__).handlers:
             handler.addFilter(is_news)
+
+
+def require_tracker(name: str) -> None:
+    """
+    Raises:
+        `ImportError`: if the package of a tracker is missing. Accelerate would log nowhere.
+    """
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if name not in ("none", *available) and (name != "all" or not available):
+        package = "tensorboard" if name == "all" else name
+        raise ImportError(f"--report_to {name} needs a package: `pip install {package}`, or pass --report_to none.")
 
 
 def setup(options: Options, log_with: GeneralTracker | None = None) -> Accelerator:

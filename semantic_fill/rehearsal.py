@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.tracking import get_available_trackers
 from diffusers import FluxTransformer2DModel
 
 from pipeline_flux_fill_semantic import SEMANTIC_MODES, panel_positions, read_trained_settings
@@ -38,17 +37,6 @@ NARROW = {
     "joint_attention_dim": 64,
     "pooled_projection_dim": 64,
 }
-
-
-def require_tracker(name: str) -> None:
-    """
-    Raises:
-        `ImportError`: if the package of a tracker is missing. Accelerate would log nowhere.
-    """
-    available = [str(tracker) for tracker in get_available_trackers()]
-    if name not in ("none", *available) and (name != "all" or not available):
-        package = "tensorboard" if name == "all" else name
-        raise ImportError(f"--report_to {name} needs a package: `pip install {package}`, or pass --report_to none.")
 
 
 def rehearse(
